@@ -1,0 +1,1 @@
+"""Pure array functions: any batch shape, no parameters, no config."""

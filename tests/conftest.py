@@ -1,0 +1,22 @@
+"""Eight CPU devices, shape checks on ops and models, strict rank promotion: set before jax starts."""
+
+import os
+from pathlib import Path
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_compilation_cache_dir", os.environ.get("LRM_JAX_CACHE", str(Path(__file__).parents[1] / ".jax_cache")))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+install_import_hook(["lrm_jax.ops", "lrm_jax.models"], "beartype.beartype").install()
+
+
+@pytest.fixture(scope="session")
+def goldens() -> Path:
+    """The folder of golden tensors: LRM_GOLDENS where it is set, so that other files of the same form can be tested."""
+    return Path(os.environ.get("LRM_GOLDENS", Path(__file__).parent / "goldens"))
