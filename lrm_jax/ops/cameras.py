@@ -1,0 +1,195 @@
+"""Cameras and rays in one convention: OpenCV axes, camera-to-world poses, intrinsics as fractions of the picture.
+
+    world (right-handed, z up)            camera (OpenCV)              picture (u, v are fractions)
+
+          z                                    z forward                  (0,0) ----> u (1,0)
+          |                                   /                             |
+          |    the object fills              /                              v
+          o------ y   a box around          o------ x right               (0,1)      (1,1)
+         /            the origin            |
+        /                                   |                          pixel (row, col) of H x W has its centre at
+       x                                    y down                     u = (col + 0.5) / W,  v = (row + 0.5) / H
+
+A point `p` of the camera frame is `c2w @ [p, 1]` in the world, and is seen at `u = cx + fx x / z`, `v = cy + fy y / z`.
+OpenGL and Blender cameras have x right, y up, z backward: `opengl_to_opencv` and `opencv_to_opengl` are the only places that know.
+Azimuths are measured from +x towards +y, elevations from the xy plane towards +z, both in degrees.
+"""
+
+import einops
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from lrm_jax.types import Cameras, Rays
+
+
+def opengl_to_opencv(c2w: Float[Array, "*B 4 4"]) -> Float[Array, "*B 4 4"]:
+    """Turns the axes of an OpenGL (or Blender) camera into OpenCV's: y and z change sign. Its own inverse."""
+    return c2w * jnp.broadcast_to(jnp.array([1.0, -1.0, -1.0, 1.0], c2w.dtype), c2w.shape)
+
+
+opencv_to_opengl = opengl_to_opencv
+
+
+def look_at(
+    eye: Float[Array, "*B 3"],
+    target: Float[Array, "*B 3"],
+    up: tuple[float, float, float] = (0.0, 0.0, 1.0),
+) -> Float[Array, "*B 4 4"]:
+    """The pose of a camera at `eye` that sees `target` in the middle, with `up` upwards in the picture.
+
+    Looking along `up` itself, the picture's upward direction is a fixed one at right angles to it: +y for z up,
+    as on a map. For a path over a pole without a jump there, see `orbit`.
+
+    Args:
+      eye: world position of the camera; must not be `target`.
+      target: world point on the optical axis.
+      up: world direction, of any length.
+    """
+    forward = _unit(target - eye)
+    spare = (0.0, up[2], -up[1]) if up[1] or up[2] else (0.0, 1.0, 0.0)
+    right, fallback = (
+        jnp.cross(forward, jnp.broadcast_to(jnp.asarray(axis, forward.dtype), forward.shape))
+        for axis in (np.asarray(up) / np.linalg.norm(up), spare)
+    )
+    # 1e-4 rad from the pole, float32 still has three good digits of `right`.
+    degenerate = jnp.linalg.norm(right, axis=-1, keepdims=True) < 1e-4
+    return _pose(eye, _unit(jnp.where(degenerate, fallback, right)), forward)
+
+
+def orbit(
+    num_views: int,
+    distance: float,
+    elevation_deg: float,
+    fov_y_deg: float,
+    azimuth_deg: float = 0.0,
+    aspect: float = 1.0,
+) -> Cameras:
+    """Cameras evenly spaced on a circle around the z axis, all looking at the origin.
+
+    Args:
+      num_views: V; a full turn would come back to the first.
+      distance: from the origin, world units.
+      elevation_deg: of every camera, in [-90, 90]; well defined at both ends.
+      fov_y_deg: full vertical field of view.
+      azimuth_deg: of the first camera; the next ones go counter-clockwise seen from above.
+      aspect: width / height of the pictures.
+
+    Returns:
+      Cameras[V].
+    """
+    azimuth = np.radians(azimuth_deg + 360.0 * np.arange(num_views) / num_views)
+    elevation = np.radians(elevation_deg)
+    cos, sin = np.cos(azimuth), np.sin(azimuth)
+    outward = np.stack(
+        [np.cos(elevation) * cos, np.cos(elevation) * sin, np.full(num_views, np.sin(elevation))],
+        axis=-1,
+    )
+    right = np.stack([-sin, cos, np.zeros(num_views)], axis=-1)
+    eye, right, forward = (
+        jnp.asarray(a, jnp.float32) for a in (distance * outward, right, -outward)
+    )
+    intrinsics = jnp.tile(field_of_view(fov_y_deg, aspect)[None], (num_views, 1))
+    return Cameras(c2w=_pose(eye, right, forward), fxfycxcy=intrinsics)
+
+
+def field_of_view(fov_y_deg: float, aspect: float = 1.0) -> Float[Array, "4"]:
+    """Intrinsics of a centred camera with the full vertical field of view `fov_y_deg` and width / height = `aspect`."""
+    focal = 0.5 / np.tan(np.radians(fov_y_deg) / 2)
+    return jnp.array([focal / aspect, focal, 0.5, 0.5], jnp.float32)
+
+
+def pixel_rays(cameras: Cameras, height: int, width: int) -> Rays:
+    """The rays through all pixel centres of Cameras[*B]: Rays[*B H W]."""
+    u = (jnp.arange(width, dtype=jnp.float32) + 0.5) / width
+    v = (jnp.arange(height, dtype=jnp.float32) + 0.5) / height
+    uv = jnp.stack(jnp.meshgrid(u, v), axis=-1)
+    focal, centre = jnp.split(cameras.fxfycxcy[..., None, None, :], 2, axis=-1)
+    batch = cameras.c2w.shape[:-2]
+    uv = jnp.broadcast_to(uv, (*batch, height, width, 2))
+    xy = (uv - centre) / focal
+    directions = jnp.concatenate([xy, jnp.ones_like(xy[..., :1])], axis=-1)
+    directions = jnp.einsum("...ij,...hwj->...hwi", cameras.c2w[..., :3, :3], directions)
+    origins = jnp.broadcast_to(cameras.c2w[..., None, None, :3, 3], directions.shape)
+    return Rays(origins=origins, dirs=_unit(directions))
+
+
+def project(
+    cameras: Cameras, xyz: Float[Array, "*B Q 3"]
+) -> tuple[Float[Array, "*B Q 2"], Float[Array, "*B Q"]]:
+    """Where Cameras[*B] see world points.
+
+    Returns:
+      (u, v) as fractions of width and height, outside [0, 1] for points beside the picture; and z, the distance along
+      the optical axis in world units. Where z <= 0 the point is behind the camera and u, v mean nothing.
+    """
+    offset = xyz - cameras.c2w[..., None, :3, 3]
+    local = jnp.einsum("...ji,...qj->...qi", cameras.c2w[..., :3, :3], offset)
+    focal, centre = jnp.split(cameras.fxfycxcy[..., None, :], 2, axis=-1)
+    z = local[..., 2]
+    return local[..., :2] / z[..., None] * focal + centre, z
+
+
+def crop_cameras(
+    cameras: Cameras, top_left: Float[Array, "*B 2"], size: Float[Array, "*B 2"]
+) -> Cameras:
+    """The cameras of crops: a crop of a picture is itself a picture, of a camera with another centre and focal length.
+
+    Args:
+      cameras: Cameras[*B].
+      top_left: (row, column) of the crop's corner, as fractions of height and width.
+      size: (height, width) of the crop, as fractions of the whole.
+    """
+    focal, centre = jnp.split(cameras.fxfycxcy, 2, axis=-1)
+    corner, extent = top_left[..., ::-1], size[..., ::-1]
+    intrinsics = jnp.concatenate([focal / extent, (centre - corner) / extent], axis=-1)
+    return Cameras(c2w=cameras.c2w, fxfycxcy=intrinsics)
+
+
+def plucker(rays: Rays) -> Float[Array, "*B 6"]:
+    """Plücker coordinates (o x d, d) of Rays[*B], moment first as in LVSM (https://arxiv.org/abs/2410.17242, sec. 3.1)."""
+    return jnp.concatenate([jnp.cross(rays.origins, rays.dirs), rays.dirs], axis=-1)
+
+
+def normalize_to_source(cameras: Cameras, distance: float | None = None) -> Cameras:
+    """Moves the world of Cameras[*B V] so that view 0 stands at (0, -d, 0), looks along +y and has z up.
+
+    The camera normalisation of LRM (https://arxiv.org/abs/2311.04400, sec. 3.4), as OpenLRM has it
+    (https://github.com/3DTopia/OpenLRM/blob/3108b69/openlrm/datasets/cam_utils.py#L64-L87).
+
+    Args:
+      cameras: Cameras[*B V] of one scene each.
+      distance: d in world units; None keeps view 0's own distance from the origin.
+    """
+    source = cameras.c2w[..., 0, :, :]
+    if distance is None:
+        d = jnp.linalg.norm(source[..., :3, 3], axis=-1)
+    else:
+        d = jnp.full(source.shape[:-2], distance, source.dtype)
+    axis_x, axis_y = (
+        jnp.broadcast_to(jnp.array(axis, source.dtype), (*source.shape[:-2], 3))
+        for axis in ([1.0, 0.0, 0.0], [0.0, 1.0, 0.0])
+    )
+    canonical = _pose(-d[..., None] * axis_y, axis_x, axis_y)
+    motion = canonical @ _rigid_inverse(source)
+    return cameras.replace(c2w=motion[..., None, :, :] @ cameras.c2w)
+
+
+def _unit(vector: Float[Array, "*B 3"]) -> Float[Array, "*B 3"]:
+    return vector / jnp.linalg.norm(vector, axis=-1, keepdims=True)
+
+
+def _pose(
+    eye: Float[Array, "*B 3"], right: Float[Array, "*B 3"], forward: Float[Array, "*B 3"]
+) -> Float[Array, "*B 4 4"]:
+    top = jnp.stack([right, jnp.cross(forward, right), forward, eye], axis=-1)
+    bottom = jnp.broadcast_to(jnp.array([0.0, 0.0, 0.0, 1.0], top.dtype), (*top.shape[:-2], 1, 4))
+    return jnp.concatenate([top, bottom], axis=-2)
+
+
+def _rigid_inverse(pose: Float[Array, "*B 4 4"]) -> Float[Array, "*B 4 4"]:
+    rotation = einops.rearrange(pose[..., :3, :3], "... i j -> ... j i")
+    translation = -rotation @ pose[..., :3, 3:]
+    return jnp.concatenate(
+        [jnp.concatenate([rotation, translation], axis=-1), pose[..., 3:, :]], axis=-2
+    )
