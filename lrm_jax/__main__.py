@@ -1,0 +1,99 @@
+"""`lrm <command>`: dispatch, and the one place where errors become exit codes."""
+
+import errno
+import hashlib
+import importlib
+import logging
+import os
+import platform
+import sys
+from pathlib import Path
+
+import lrm_jax
+from lrm_jax.types import InputError
+
+COMMANDS = {
+    "reconstruct": "pictures to surfaces, films and viewer pages",
+    "convert": "checkpoints between PyTorch's layouts and ours",
+    "train": "train a model from a config",
+}
+USAGE = "\n".join(
+    [
+        "usage: lrm <command> [arguments]    (lrm <command> --help tells more)",
+        "",
+        *(f"  {name:<12} {text}" for name, text in COMMANDS.items()),
+        "",
+        "  --version    print the version",
+    ]
+)
+REMEDIES = {
+    errno.ENOSPC: "free some space, or write to another disk",
+    errno.EDQUOT: "free some space, or write to another disk",
+    errno.EROFS: "write to another folder",
+    errno.EACCES: "change its permissions, or use another folder",
+    errno.EPERM: "change its permissions, or use another folder",
+    errno.EEXIST: "move that file away, or use another folder",
+    errno.ENOTDIR: "move that file away, or use another folder",
+    errno.EISDIR: "give a file, not a folder",
+    errno.ENOENT: "check the path",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command. Exit codes: 0 done; 2 the input or the disk is at fault, one line on stderr; 130 interrupted."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        print(f"lrm_jax {lrm_jax.__version__}")
+        return 0
+    if argv[0] not in COMMANDS:
+        return _fail(f"no command {argv[0]!r}: there are {', '.join(COMMANDS)}")
+    logging.basicConfig(format="lrm: %(message)s", level=logging.WARNING)
+    try:
+        _use_compilation_cache()
+        return importlib.import_module(f"lrm_jax.{argv[0]}").main(argv[1:])
+    except InputError as error:
+        return _fail(str(error))
+    except OSError as error:
+        if error.errno is None:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        remedy = REMEDIES.get(error.errno, "check the path and the disk")
+        return _fail(f"{place}{error.strerror}: {remedy}")
+    except KeyboardInterrupt:
+        print("lrm: interrupted", file=sys.stderr)
+        return 130
+
+
+def _fail(message: str) -> int:
+    print(f"lrm: error: {message}", file=sys.stderr)
+    return 2
+
+
+def _use_compilation_cache() -> None:
+    """Keeps compiled programs between runs, in LRM_JAX_CACHE or ~/.cache/lrm_jax; not where that cannot be written."""
+    import jax
+
+    folder = Path(os.environ.get("LRM_JAX_CACHE") or Path.home() / ".cache" / "lrm_jax")
+    try:
+        # A program compiled for one processor may not run on another that shares the home folder.
+        folder = folder / hashlib.sha256(_processor().encode()).hexdigest()[:12]
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

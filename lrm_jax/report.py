@@ -1,0 +1,224 @@
+"""What a command tells and leaves behind: progress on stderr, timings, pictures, films, pages, and files written whole."""
+
+import contextlib
+import json
+import os
+import struct
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import imageio_ffmpeg
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+from trimesh.viewer.notebook import scene_to_html
+
+
+def write_file(path: str | Path, data: bytes) -> None:
+    """Writes a file whole or not at all: under a temporary name in its folder, which is made if missing, then renamed."""
+    path = Path(path)
+    write_files(path.parent, {path.name: data})
+
+
+def write_files(folder: str | Path, files: dict[str, bytes]) -> None:
+    """Writes all files of a result, or, if the disk is full or the folder read-only, none of them.
+
+    Raises:
+      OSError: what the system says; temporary files are gone then.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = {name: folder / f".{name}.{os.getpid()}.tmp" for name in files}
+    try:
+        for name, data in files.items():
+            with open(temporary[name], "wb") as file:
+                file.write(data)
+                # A disk may turn out to be full only now.
+                file.flush()
+                os.fsync(file.fileno())
+        for name in files:
+            os.replace(temporary[name], folder / name)
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
+
+
+class Stages:
+    """The steps of a command: each is named on stderr when it starts, and timed.
+
+    stages = Stages()
+    with stages("encode"):
+        ...
+    stages.seconds  # {"encode": 1.2}; a stage entered twice adds up
+    """
+
+    def __init__(self):
+        self._start = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    def elapsed(self) -> float:
+        """Seconds since the command began."""
+        return time.perf_counter() - self._start
+
+    def say(self, message: str) -> None:
+        """One line on stderr, with the time since the start before it."""
+        print(f"[{self.elapsed():6.1f} s] {message}", file=sys.stderr, flush=True)
+
+    @contextlib.contextmanager
+    def __call__(self, name: str, detail: str = "") -> Iterator[None]:
+        self.say(name + detail)
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + spent
+
+
+def progress(iterable: Iterable, total: int | None = None, label: str = "") -> Iterable:
+    """The iterable, with a bar on stderr once it has run for two seconds; the bar goes when it is done."""
+    return tqdm(iterable, desc=label, total=total, delay=2, leave=False, file=sys.stderr)
+
+
+def depth_pictures(depth: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """Grey pictures of depth, near bright and far dark, on white; one scale for all views.
+
+    Args:
+      depth: [V H W] distance along the ray; looked at only where alpha > 0.5.
+      alpha: [V H W] in [0, 1].
+
+    Returns:
+      uint8 [V H W 3].
+    """
+    seen = (alpha > 0.5) & np.isfinite(depth)
+    if not seen.any():
+        return np.full((*depth.shape, 3), 255, np.uint8)
+    near, far = np.percentile(depth[seen], [1, 99])
+    grey = 0.9 - 0.8 * np.clip((depth - near) / max(far - near, 1e-6), 0, 1)
+    return _to_uint8(np.where(seen, grey, 1.0)[..., None].repeat(3, -1))
+
+
+def normal_pictures(
+    depth: np.ndarray, alpha: np.ndarray, origins: np.ndarray, dirs: np.ndarray
+) -> np.ndarray:
+    """Pictures of the surface normal, from finite differences of depth: xyz of the world in [-1, 1] as RGB, on white.
+
+    Args:
+      depth: [V H W] distance along the ray; looked at only where alpha > 0.5.
+      alpha: [V H W] in [0, 1].
+      origins, dirs: [V H W 3] the rays, unit directions.
+
+    Returns:
+      uint8 [V H W 3].
+    """
+    seen = (alpha > 0.5) & np.isfinite(depth)
+    points = origins + np.where(seen, depth, np.nan)[..., None] * dirs
+    down, right = np.gradient(points, axis=(1, 2))
+    # Image rows go down and columns right: right x down would point away from the camera.
+    normals = np.cross(down, right)
+    length = np.linalg.norm(normals, axis=-1, keepdims=True)
+    valid = np.isfinite(length) & (length > 0)
+    unit = np.divide(normals, length, out=np.ones_like(normals), where=valid)
+    return _to_uint8(np.where(valid, unit * 0.5 + 0.5, 1.0))
+
+
+def contact_sheet(
+    source: np.ndarray, rows: dict[str, np.ndarray], columns: list[str], title: str = ""
+) -> bytes:
+    """One PNG: the source picture at the left, beside it a labelled row of small pictures for each entry of `rows`.
+
+    Args:
+      source: uint8 [H W 3], any size.
+      rows: label -> uint8 [V H W 3].
+      columns: V labels.
+      title: above the source picture.
+    """
+    height, width = next(iter(rows.values())).shape[1:3]
+    margin, text = 8, 22
+    left = width + 2 * margin
+    sheet = Image.new(
+        "RGB",
+        (left + len(columns) * (width + margin), text + len(rows) * (height + text) + margin),
+        "white",
+    )
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=14)
+    fitted = Image.fromarray(source)
+    fitted.thumbnail((width, height))
+    sheet.paste(fitted, (margin + (width - fitted.width) // 2, 2 * text))
+    draw.text((margin, text), title[: width // 8], fill="black", font=font)
+    for j, label in enumerate(columns):
+        draw.text((left + j * (width + margin), 2), label, fill="black", font=font)
+    for i, (label, pictures) in enumerate(rows.items()):
+        top = text + i * (height + text)
+        draw.text((left, top), label, fill="gray", font=font)
+        for j, picture in enumerate(pictures):
+            sheet.paste(Image.fromarray(picture), (left + j * (width + margin), top + text))
+    return png(np.asarray(sheet))
+
+
+def png(picture: np.ndarray) -> bytes:
+    """A PNG file of uint8 [H W 3] or [H W 4]."""
+    with tempfile.SpooledTemporaryFile(max_size=2**26) as file:
+        Image.fromarray(picture).save(file, "png")
+        file.seek(0)
+        return file.read()
+
+
+def turntable(frames: np.ndarray, frames_per_second: float = 24.0) -> bytes:
+    """An H.264 `.mp4` of uint8 [V H W 3], that every browser plays: even sides (the last row or column is repeated), yuv420p."""
+    frames = np.pad(
+        frames, [(0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)], "edge"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "turntable.mp4"
+        writer = imageio_ffmpeg.write_frames(
+            str(path),
+            (frames.shape[2], frames.shape[1]),
+            fps=frames_per_second,
+            quality=8,
+            macro_block_size=2,
+            ffmpeg_log_level="error",
+            output_params=["-movflags", "+faststart"],
+        )
+        writer.send(None)
+        for frame in frames:
+            writer.send(np.ascontiguousarray(frame))
+        writer.close()
+        return path.read_bytes()
+
+
+def viewer_html(glb: bytes, distance: float, fov_y_deg: float = 40.0) -> bytes:
+    """One page that shows a `.glb` and needs no network: three.js and the surface are in it. Drag to turn, wheel to zoom.
+
+    The page is trimesh's (MIT, with three.js, MIT); it looks through the first camera of the file, which is added here,
+    in front of the object.
+
+    Args:
+      distance: of the camera from the origin, along glTF's +z.
+      fov_y_deg: its full vertical field of view.
+    """
+    with_camera = _add_camera(glb, distance, fov_y_deg)
+    scene = SimpleNamespace(camera=None, export=lambda file_type: with_camera)
+    return scene_to_html(scene).replace("trimesh: threejs viewer", "lrm_jax").encode()
+
+
+def _add_camera(glb: bytes, distance: float, fov_y_deg: float) -> bytes:
+    """Adds a perspective camera to a glTF 2.0 binary file's first scene."""
+    (length,) = struct.unpack_from("<I", glb, 12)
+    document, rest = json.loads(glb[20 : 20 + length]), glb[20 + length :]
+    lens = {"yfov": float(np.radians(fov_y_deg)), "znear": distance / 100, "zfar": distance * 100}
+    document["cameras"] = [{"type": "perspective", "perspective": lens}]
+    document["nodes"].append({"camera": 0, "translation": [0.0, 0.0, float(distance)]})
+    document["scenes"][document.get("scene", 0)]["nodes"].append(len(document["nodes"]) - 1)
+    body = json.dumps(document).encode()
+    body += b" " * (-len(body) % 4)
+    total = 20 + len(body) + len(rest)
+    return struct.pack("<4sIIII", b"glTF", 2, total, len(body), 0x4E4F534A) + body + rest
+
+
+def _to_uint8(picture: np.ndarray) -> np.ndarray:
+    return np.round(np.clip(picture, 0, 1) * 255).astype(np.uint8)

@@ -1,0 +1,132 @@
+"""Files written whole, and pictures, films and pages that open."""
+
+import base64
+import errno
+import io
+import json
+import os
+import re
+import time
+
+import imageio_ffmpeg
+import numpy as np
+import pytest
+import trimesh
+from PIL import Image
+
+from lrm_jax import report
+
+
+def test_write_file_makes_the_folder_and_leaves_only_the_file(tmp_path):
+    report.write_file(tmp_path / "a" / "b.bin", b"one")
+    report.write_file(tmp_path / "a" / "b.bin", b"two")
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["b.bin"]
+    assert (tmp_path / "a" / "b.bin").read_bytes() == b"two"
+
+
+def test_a_full_disk_leaves_neither_new_files_nor_damaged_old_ones(tmp_path, monkeypatch):
+    report.write_file(tmp_path / "b", b"old")
+    calls = []
+
+    def fsync(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="No space left"):
+        report.write_files(tmp_path, {"a": b"new", "b": b"new"})
+    assert [p.name for p in tmp_path.iterdir()] == ["b"]
+    assert (tmp_path / "b").read_bytes() == b"old"
+
+
+def test_stages_are_named_and_timed_even_if_they_fail(capsys):
+    stages = report.Stages()
+    with stages("encode", " 2 pictures"):
+        time.sleep(0.02)
+    with pytest.raises(ValueError), stages("encode"):
+        raise ValueError
+    with stages("surface"):
+        pass
+    assert list(stages.seconds) == ["encode", "surface"]
+    assert 0.02 <= stages.seconds["encode"] < stages.elapsed()
+    assert "encode 2 pictures\n" in capsys.readouterr().err
+
+
+def test_progress_is_silent_when_quick(capsys):
+    assert list(report.progress(range(3), 3, "quick")) == [0, 1, 2]
+    assert capsys.readouterr().err == ""
+
+
+def plane_seen_from_above(size: int = 9):
+    """Depth of the plane z = 0.2 x from a camera at z = 3 with parallel rays down: rows go to -y, columns to +x."""
+    x, y = np.meshgrid(np.linspace(-1, 1, size), np.linspace(1, -1, size))
+    origins = np.stack([x, y, np.full_like(x, 3.0)], -1)[None]
+    dirs = np.broadcast_to(np.array([0.0, 0.0, -1.0]), origins.shape)
+    return 3.0 - 0.2 * x[None], origins, dirs
+
+
+def test_normals_of_a_plane_point_at_the_camera():
+    depth, origins, dirs = plane_seen_from_above()
+    pictures = report.normal_pictures(depth, np.ones_like(depth), origins, dirs)
+    expected = np.array([-0.2, 0.0, 1.0]) / np.sqrt(1.04)
+    expected = np.broadcast_to((expected * 0.5 + 0.5) * 255, pictures.shape)
+    np.testing.assert_allclose(pictures, expected, atol=0.51)  # rounding to 8 bits
+
+
+def test_unseen_pixels_are_white_and_their_depth_is_not_looked_at():
+    depth, origins, dirs = plane_seen_from_above()
+    alpha = np.ones_like(depth)
+    alpha[:, :4], depth[:, :4] = 0.0, np.nan
+    for pictures in (
+        report.depth_pictures(depth, alpha),
+        report.normal_pictures(depth, alpha, origins, dirs),
+    ):
+        assert (pictures[:, :4] == 255).all() and (pictures[:, 5:] < 255).any(-1).all()
+    assert (report.depth_pictures(depth, alpha * 0) == 255).all()
+
+
+def test_near_is_brighter_than_far():
+    depth, _, _ = plane_seen_from_above()
+    grey = report.depth_pictures(depth, np.ones_like(depth))[0, 0, :, 0]
+    assert (np.diff(grey[1:-1].astype(int)) > 0).all()
+
+
+def test_contact_sheet_holds_every_picture():
+    rows = {
+        name: np.full((3, 32, 40, 3), value, np.uint8) for name, value in [("a", 10), ("b", 90)]
+    }
+    source = np.full((100, 50, 3), 200, np.uint8)
+    sheet = np.asarray(
+        Image.open(io.BytesIO(report.contact_sheet(source, rows, ["x"] * 3, "name")))
+    )
+    for value, count in [(10, 3 * 32 * 40), (90, 3 * 32 * 40), (200, 16 * 32)]:
+        assert (sheet == value).all(-1).sum() == pytest.approx(
+            count, abs=20
+        )  # a label may have the grey
+
+
+@pytest.mark.parametrize("size", [(32, 48), (33, 47)])
+def test_turntable_plays_with_even_sides(tmp_path, size):
+    frames = np.zeros((6, *size, 3), np.uint8)
+    frames[3:] = 255
+    (tmp_path / "t.mp4").write_bytes(report.turntable(frames))
+    reader = imageio_ffmpeg.read_frames(str(tmp_path / "t.mp4"))
+    assert next(reader)["size"] == (48, 32 if size[0] == 32 else 34)
+    means = [np.frombuffer(frame, np.uint8).mean() for frame in reader]
+    assert len(means) == 6 and max(means[:3]) < 30 and min(means[3:]) > 225  # lossy
+
+
+def test_viewer_has_the_surface_and_asks_for_nothing_else():
+    box = trimesh.creation.box()
+    glb = trimesh.Scene(box).export(file_type="glb")
+    page = report.viewer_html(glb, distance=3.0).decode()
+    assert "<title>lrm_jax" in page
+    assert not re.search(r"<(script|link|img|iframe)[^>]*(src|href)=|@import", page)
+    start = page.index('base64_data="') + len('base64_data="')
+    inside = base64.b64decode(page[start : page.index('"', start)])
+    scene = trimesh.load_scene(io.BytesIO(inside), file_type="glb")
+    np.testing.assert_allclose(scene.bounds, box.bounds)
+    document = json.loads(inside[20 : 20 + int.from_bytes(inside[12:16], "little")])
+    assert document["nodes"][-1] == {"camera": 0, "translation": [0.0, 0.0, 3.0]}
+    assert len(inside) == int.from_bytes(inside[8:12], "little")
