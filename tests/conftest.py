@@ -13,7 +13,7 @@ from jaxtyping import install_import_hook  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", os.environ.get("LRM_JAX_CACHE", str(Path(__file__).parents[1] / ".jax_cache")))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-install_import_hook(["lrm_jax.ops", "lrm_jax.models"], "beartype.beartype").install()
+install_import_hook(["lrm_jax.ops", "lrm_jax.models"], "beartype.beartype")
 
 
 @pytest.fixture(scope="session")

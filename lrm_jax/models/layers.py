@@ -1,0 +1,107 @@
+"""Transformer parts that the families share. Parameters are float32, compute is in `dtype`, norms and softmax in float32."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+torch_linear_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def attention(
+    q_BLNK: Float[Array, "B L N K"],
+    k_BMNK: Float[Array, "B M N K"],
+    v_BMNK: Float[Array, "B M N K"],
+) -> Float[Array, "B L N K"]:
+    """Scaled dot-product attention, eq. 1 of https://arxiv.org/abs/1706.03762, softmax in float32.
+
+    One kernel a platform: cuDNN's fused one for 16-bit inputs on a GPU, per-head matrix products on a CPU, XLA's elsewhere.
+    """
+    if jax.default_backend() == "gpu" and q_BLNK.dtype in (jnp.bfloat16, jnp.float16):
+        return jax.nn.dot_product_attention(q_BLNK, k_BMNK, v_BMNK, implementation="cudnn")
+    return jax.lax.platform_dependent(
+        q_BLNK, k_BMNK, v_BMNK, cpu=_attention_by_head, default=jax.nn.dot_product_attention
+    )
+
+
+def _attention_by_head(q_BLNK, k_BMNK, v_BMNK):
+    """Plain 2-D products, head after head: XLA's CPU back end runs them at full rate, unlike a batched product.
+
+    The division by the softmax's sum comes after the second product: L*K divisions instead of L*M.
+    """
+    num_heads, width = q_BLNK.shape[2:]
+
+    @jax.checkpoint  # the L x M scores of all heads would not fit a training step
+    def head(qkv):
+        q_LK, k_MK, v_MK = qkv
+        scores_LM = (q_LK * width**-0.5 @ k_MK.T).astype(jnp.float32)
+        weights_LM = jnp.exp(scores_LM - jnp.max(scores_LM, axis=-1, keepdims=True))
+        total_L1 = jnp.sum(weights_LM, axis=-1, keepdims=True)
+        return ((weights_LM.astype(v_MK.dtype) @ v_MK) / total_L1).astype(v_MK.dtype)
+
+    def heads_first(x_BLNK):
+        return x_BLNK.transpose(0, 2, 1, 3).reshape(-1, *x_BLNK.shape[1::2])
+
+    out_ZLK = jax.lax.map(head, (heads_first(q_BLNK), heads_first(k_BMNK), heads_first(v_BMNK)))
+    return out_ZLK.reshape(-1, num_heads, *out_ZLK.shape[1:]).transpose(0, 2, 1, 3)
+
+
+def layer_norm(epsilon: float, name: str) -> nn.LayerNorm:
+    """Layer normalisation over the last axis, in and to float32; the linear layer that follows casts to its own dtype.
+
+    `epsilon` has no default: the references use 1e-5, 1e-6 and 1e-12.
+    """
+    return nn.LayerNorm(epsilon=epsilon, use_fast_variance=False, dtype=jnp.float32, name=name)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of `x_BLD` to `context_BMD` (None: to itself)."""
+
+    num_heads: int
+    qkv_bias: bool
+    out_bias: bool
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x_BLD, context_BMD=None):
+        context_BMD = x_BLD if context_BMD is None else context_BMD
+        width = x_BLD.shape[-1]
+
+        def project(name, y_BMD):
+            y = nn.Dense(width, use_bias=self.qkv_bias, dtype=self.dtype, name=name)(y_BMD)
+            return y.reshape(*y.shape[:-1], self.num_heads, width // self.num_heads)
+
+        out_BLNK = attention(
+            project("q", x_BLD), project("k", context_BMD), project("v", context_BMD)
+        )
+        return nn.Dense(width, use_bias=self.out_bias, dtype=self.dtype, name="out")(
+            out_BLNK.reshape(x_BLD.shape)
+        )
+
+
+class MLP(nn.Module):
+    """Two linear layers with an exact (erf) GELU between them."""
+
+    expansion: int
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x_BLD):
+        width = x_BLD.shape[-1]
+        x_BLF = nn.Dense(width * self.expansion, dtype=self.dtype, name="fc1")(x_BLD)
+        return nn.Dense(width, dtype=self.dtype, name="fc2")(nn.gelu(x_BLF, approximate=False))
+
+
+def stack(block: type[nn.Module], depth: int, num_context: int = 1, **fields) -> nn.Module:
+    """`depth` blocks with stacked parameters, scanned and rematerialised: called as (x, *context) -> (x, None).
+
+    A block's `__call__(x, *context)` returns (x, None); the `num_context` further arguments are the same for every block.
+    """
+    scanned = nn.scan(
+        nn.remat(block, prevent_cse=False),
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=nn.broadcast if num_context else 0,
+        length=depth,
+    )
+    return scanned(**fields)

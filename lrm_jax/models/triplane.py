@@ -1,0 +1,174 @@
+"""Triplane neural radiance fields: from plane tokens to planes, and from planes to the colour of rays."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from lrm_jax.models import torch_layout
+from lrm_jax.models.layers import torch_linear_init
+from lrm_jax.ops import grids
+from lrm_jax.types import Rays, Rendering
+
+
+class Upsample(nn.Module):
+    """Transposed convolution whose kernel equals its stride: every token becomes a `factor` x `factor` block of the plane."""
+
+    channels: int
+    factor: int = 2
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, tokens_BPhwD: Float[Array, "B P h w D"]) -> Float[Array, "B P H W C"]:
+        f, width = self.factor, tokens_BPhwD.shape[-1]
+        kernel_DyxC = self.param("kernel", torch_linear_init, (width, f, f, self.channels))
+        bias_C = self.param("bias", nn.initializers.zeros, (self.channels,))
+        B, P, h, w, _ = tokens_BPhwD.shape
+        blocks = tokens_BPhwD.reshape(-1, width).astype(self.dtype) @ kernel_DyxC.reshape(
+            width, -1
+        ).astype(self.dtype)
+        blocks = blocks.reshape(B, P, h, w, f, f, self.channels).transpose(0, 1, 2, 4, 3, 5, 6)
+        return (
+            blocks.reshape(B, P, h * f, w * f, self.channels)
+            + bias_C.astype(self.dtype)[None, None, None, None]
+        )
+
+
+class Decoder(nn.Module):
+    """The parameters of the field's MLP, as a list of (kernel, bias) for the pure functions below.
+
+    It takes the features of the three planes concatenated and gives raw density and colour.
+    """
+
+    in_channels: int
+    width: int
+    num_layers: int
+
+    @nn.compact
+    def __call__(self) -> list[tuple]:
+        """Kernels (in, out) and biases, first layer first."""
+        sizes = [self.in_channels] + [self.width] * (self.num_layers - 1) + [4]
+        return [
+            (
+                self.param(f"kernel_{i}", nn.initializers.he_uniform(), (sizes[i], sizes[i + 1])),
+                self.param(f"bias_{i}", nn.initializers.zeros, (sizes[i + 1],)),
+            )
+            for i in range(self.num_layers)
+        ]
+
+
+def project_planes(
+    triplane_PhwC: Float[Array, "P h w C"], layers: list, dtype: str
+) -> Float[Array, "P h w F"]:
+    """The planes seen through the decoder's first layer, without its bias.
+
+    Bilinear lookup commutes with a linear map, so looking these up and adding the three results equals looking up the planes,
+    concatenating and multiplying by the first kernel: once for each cell instead of once for each sample.
+    """
+    P, _, _, C = triplane_PhwC.shape
+    kernel_PCF = layers[0][0].reshape(P, C, -1)
+    return jnp.einsum("phwc,pcf->phwf", triplane_PhwC.astype(dtype), kernel_PCF.astype(dtype))
+
+
+def evaluate(
+    projected_PhwF: Float[Array, "P h w F"],
+    layers: list,
+    xyz: Float[Array, "Q 3"],
+    axes: tuple,
+    activation: Callable,
+) -> tuple[Float[Array, "Q"], Float[Array, "Q 3"]]:
+    """Raw density and raw colour of the field at points in [-1, 1]^3, in float32."""
+    (_, bias_F), *rest = layers
+    features_PQF = grids.sample_triplane(projected_PhwF, xyz, axes)
+    x_QF = jnp.sum(features_PQF, axis=0) + bias_F.astype(projected_PhwF.dtype)[None]
+    for kernel, bias in rest:
+        x_QF = activation(x_QF) @ kernel.astype(x_QF.dtype) + bias.astype(x_QF.dtype)[None]
+    x_Q4 = x_QF.astype(jnp.float32)
+    return x_Q4[:, 0], x_Q4[:, 1:]
+
+
+def render(
+    march: Callable,
+    triplane_BPhwC: Float[Array, "B P h w C"],
+    layers: list,
+    dtype: str,
+    rays: Rays,
+    key: jax.Array | None,
+    chunk: int,
+) -> Rendering:
+    """Renders rays [B V H W] of B scenes: `march(projected_PhwF, rays[R], key)`, mapped over scenes and chunks of rays."""
+
+    def one_scene(triplane_PhwC, rays, key):
+        projected = project_planes(triplane_PhwC, layers, dtype)
+        return render_in_chunks(functools.partial(march, projected), rays, key, chunk)
+
+    if key is None:
+        return jax.vmap(lambda t, r: one_scene(t, r, None))(triplane_BPhwC, rays)
+    return jax.vmap(one_scene)(triplane_BPhwC, rays, jax.random.split(key, triplane_BPhwC.shape[0]))
+
+
+def query(
+    field: Callable,
+    triplane_BPhwC: Float[Array, "B P h w C"],
+    layers: list,
+    dtype: str,
+    xyz: Float[Array, "B Q 3"],
+) -> tuple[Float[Array, "B Q"], Float[Array, "B Q 3"]]:
+    """Evaluates `field(projected_PhwF, xyz[Q 3])` of B scenes."""
+    return jax.vmap(lambda t, x: field(project_planes(t, layers, dtype), x))(triplane_BPhwC, xyz)
+
+
+def render_in_chunks(
+    march: Callable[[Rays, jax.Array | None], Rendering],
+    rays: Rays,
+    key: jax.Array | None,
+    chunk: int,
+) -> Rendering:
+    """Applies `march` to chunks of rays in a rematerialised scan, so that memory does not grow with the number of rays.
+
+    Rematerialisation makes this the deferred back-propagation of ARF (https://arxiv.org/abs/2206.06360): the backward pass
+    renders one chunk again at a time.
+
+    Args:
+      march: renders rays [R] with a key for this chunk.
+      rays: any batch shape; their number is padded to a multiple of `chunk`.
+      key: None makes every chunk deterministic.
+    """
+    shape = rays.origins.shape[:-1]
+    flat = jax.tree.map(lambda x: x.reshape(-1, 3), rays)
+    num_rays = flat.origins.shape[0]
+    num_chunks = -(-num_rays // chunk) if num_rays > chunk else 1
+    size = -(-num_rays // num_chunks)
+    # Padding repeats the last ray: a zero direction would make NaNs in the backward pass.
+    flat = jax.tree.map(
+        lambda x: jnp.pad(x, ((0, num_chunks * size - num_rays), (0, 0)), mode="edge"), flat
+    )
+    chunks = jax.tree.map(lambda x: x.reshape(num_chunks, size, 3), flat)
+
+    @jax.checkpoint
+    def one(index_and_rays):
+        index, rays = index_and_rays
+        return march(rays, None if key is None else jax.random.fold_in(key, index))
+
+    rendering = jax.lax.map(one, (jnp.arange(num_chunks), chunks))
+    return jax.tree.map(
+        lambda x: x.reshape(num_chunks * size, *x.shape[2:])[:num_rays].reshape(
+            *shape, *x.shape[2:]
+        ),
+        rendering,
+    )
+
+
+def decoder_entries(prefix: str, num_layers: int) -> list[torch_layout.Entry]:
+    """Names of the references' `nn.Sequential` of linear layers with an activation after each but the last."""
+    return [
+        entry
+        for i in range(num_layers)
+        for entry in (
+            torch_layout.permuted(f"{prefix}{2 * i}.weight", f"decoder.kernel_{i}", (1, 0)),
+            torch_layout.same(f"{prefix}{2 * i}.bias", f"decoder.bias_{i}"),
+        )
+    ]

@@ -1,0 +1,41 @@
+"""Interpolated lookup in feature grids."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def sample_plane(plane: Float[Array, "h w C"], xy: Float[Array, "Q 2"]) -> Float[Array, "Q C"]:
+    """Bilinear lookup with zeros outside: torch's grid_sample(align_corners=False, padding_mode="zeros").
+
+    Args:
+      plane: a feature plane; [-1, 1]^2 spans it from the outer edge of the first cell to that of the last.
+      xy: x along w, y along h.
+    """
+    h, w, _ = plane.shape
+    size = jnp.array([w, h], xy.dtype)[None]
+    position = (xy + 1) * 0.5 * size - 0.5
+    low = jnp.floor(position)
+    fraction = position - low
+    flat = plane.reshape(h * w, -1)
+    result = 0.0
+    for dy in (0, 1):
+        for dx in (0, 1):
+            column, row = low[:, 0] + dx, low[:, 1] + dy
+            weight = jnp.abs(1 - dx - fraction[:, 0]) * jnp.abs(1 - dy - fraction[:, 1])
+            inside = (column >= 0) & (column < w) & (row >= 0) & (row < h)
+            index = (jnp.clip(row, 0, h - 1) * w + jnp.clip(column, 0, w - 1)).astype(jnp.int32)
+            weight = jnp.where(inside, weight, 0.0).astype(plane.dtype)
+            result = result + weight[:, None] * flat.at[index].get(mode="promise_in_bounds")
+    return result
+
+
+def sample_triplane(
+    triplane: Float[Array, "3 h w C"], xyz: Float[Array, "Q 3"], axes: tuple[tuple[int, int], ...]
+) -> Float[Array, "3 Q C"]:
+    """Lookup of points in three planes; `axes[p]` are the coordinates that run along plane p's width and height."""
+    return jnp.stack(
+        [
+            sample_plane(plane, xyz[:, a])
+            for plane, a in zip(triplane, map(jnp.array, axes), strict=True)
+        ]
+    )
