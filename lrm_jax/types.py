@@ -67,5 +67,6 @@ class TrainState:
 
     step: jax.Array  # [] int32, number of updates made
     params: Any
+    ema_params: Any  # running mean of params: what is evaluated and exported
     opt_state: Any
     key: jax.Array  # the run's key; a step folds its number into it
