@@ -34,7 +34,7 @@ opencv_to_opengl = opengl_to_opencv
 def look_at(
     eye: Float[Array, "*B 3"],
     target: Float[Array, "*B 3"],
-    up: tuple[float, float, float] = (0.0, 0.0, 1.0),
+    up: Float[Array, "3"] | tuple[float, float, float] = (0.0, 0.0, 1.0),
 ) -> Float[Array, "*B 4 4"]:
     """The pose of a camera at `eye` that sees `target` in the middle, with `up` upwards in the picture.
 
@@ -47,10 +47,12 @@ def look_at(
       up: world direction, of any length.
     """
     forward = _unit(target - eye)
-    spare = (0.0, up[2], -up[1]) if up[1] or up[2] else (0.0, 1.0, 0.0)
+    up = _unit(jnp.asarray(up, forward.dtype))
+    x, y, z = up
+    # At right angles to `up` whatever it is.
+    spare = jnp.where(y**2 + z**2 > 0, jnp.stack([0 * x, z, -y]), jnp.stack([0 * x, x, 0 * x]))
     right, fallback = (
-        jnp.cross(forward, jnp.broadcast_to(jnp.asarray(axis, forward.dtype), forward.shape))
-        for axis in (np.asarray(up) / np.linalg.norm(up), spare)
+        jnp.cross(forward, jnp.broadcast_to(axis, forward.shape)) for axis in (up, spare)
     )
     # 1e-4 rad from the pole, float32 still has three good digits of `right`.
     degenerate = jnp.linalg.norm(right, axis=-1, keepdims=True) < 1e-4
