@@ -29,7 +29,7 @@ from lrm_jax.ops.images import load_image, recenter_foreground
 from lrm_jax.types import Batch, Cameras, InputError, Views
 
 VALIDATION_SHARE = 0.08
-BIG = ("source", "target")  # arrays that are memory-mapped
+PICTURES = ("source_rgb", "source_alpha", "target_rgb", "target_alpha")  # memory-mapped
 _COLORS = "black|blue|brown|gold|gr[ae]y|green|orange|pink|purple|red|silver|white|yellow"
 _VARIANT = re.compile(rf"_(?:{_COLORS}|[A-Z]|\d+)(?=_|$)|(?<=[a-z])(?:[A-Z]|\d+)(?=_|$)")
 
@@ -141,8 +141,11 @@ class _Store:
     fxfycxcy: np.ndarray  # [K 4] float32, of the whole pictures
     source_row: np.ndarray  # [K] row in `source`, or -1: not in the elevation band
     source_fxfycxcy: np.ndarray  # [rows 4] float32, of the crops
-    source: np.ndarray  # [rows s s 4] uint8, straight alpha
-    target: np.ndarray  # [K t t 4] uint8, straight alpha
+    # Colour and alpha apart: taking them apart in every batch would cost more than all else.
+    source_rgb: np.ndarray  # [rows s s 3] uint8, straight
+    source_alpha: np.ndarray  # [rows s s] uint8
+    target_rgb: np.ndarray  # [K t t 3] uint8, straight
+    target_alpha: np.ndarray  # [K t t] uint8
 
 
 @dataclasses.dataclass
@@ -179,21 +182,15 @@ class Objects:
             np.array, zip(*map(self._draw, range(first, first + self.batch_size)), strict=True)
         )
         turn = _turn_to_azimuth_0(self.store.c2w[sources[:, 0]])[:, None]
-        rows = self.store.source_row[sources]
+        store, rows = self.store, self.store.source_row[sources]
         return Batch(
             source=_views(
-                self.store.source[rows],
-                turn @ self.store.c2w[sources],
-                self.store.source_fxfycxcy[rows],
-                mirrored,
+                store.source_rgb[rows], store.source_alpha[rows], turn @ store.c2w[sources], store.source_fxfycxcy[rows], mirrored
             ),
             target=_views(
-                self.store.target[targets],
-                turn @ self.store.c2w[targets],
-                self.store.fxfycxcy[targets],
-                mirrored,
+                store.target_rgb[targets], store.target_alpha[targets], turn @ store.c2w[targets], store.fxfycxcy[targets], mirrored
             ),
-        )
+        )  # fmt: skip
 
     def _draw(self, position: int) -> tuple[np.ndarray, np.ndarray, bool]:
         """Source views, target views and whether to mirror, for the sample at a position in the endless sequence."""
@@ -222,17 +219,23 @@ def _turn_to_azimuth_0(c2w: np.ndarray) -> np.ndarray:
     return turn
 
 
-def _views(rgba: np.ndarray, c2w: np.ndarray, fxfycxcy: np.ndarray, mirrored: np.ndarray) -> Views:
-    """Views of uint8 pictures [B V H W 4], those of mirrored [B] samples in the world with y -> -y.
+def _views(
+    rgb: np.ndarray,
+    alpha: np.ndarray,
+    c2w: np.ndarray,
+    fxfycxcy: np.ndarray,
+    mirrored: np.ndarray,
+) -> Views:
+    """Float views [B V] of 8-bit pictures; those of mirrored [B] samples as they are in the world with y -> -y.
 
-    With M = diag(1, -1, 1, 1), a point M p has in the camera M c2w diag(-1, 1, 1, 1) the coordinates of p in c2w with x
-    negated: the picture is flipped left to right, and its centre with it.
+    With M = diag(1, -1, 1, 1), a point M p has in the camera M c2w diag(-1, 1, 1, 1) the coordinates that p has in c2w,
+    with x negated: the picture is flipped left to right, and its centre with it. Overwrites its arguments.
     """
     if mirrored.any():
-        rgba[mirrored] = rgba[mirrored][:, :, :, ::-1]
+        rgb[mirrored], alpha[mirrored] = rgb[mirrored, :, :, ::-1], alpha[mirrored, :, :, ::-1]
         c2w[mirrored] *= np.outer([1, -1, 1, 1], [-1, 1, 1, 1]).astype(np.float32)
         fxfycxcy[mirrored, :, 2] = 1 - fxfycxcy[mirrored, :, 2]
-    rgb, alpha = (np.divide(part, np.float32(255)) for part in (rgba[..., :3], rgba[..., 3]))
+    rgb, alpha = np.divide(rgb, np.float32(255)), np.divide(alpha, np.float32(255))
     return Views(rgb=rgb, cameras=Cameras(c2w=c2w, fxfycxcy=fxfycxcy), alpha=alpha)
 
 
@@ -347,9 +350,13 @@ def _build(root: Path, uids: tuple[str, ...], recipe: _Recipe, key: str) -> _Sto
     start = np.cumsum([0, *(len(c.c2w) for c in cameras.values())])
     is_source = np.concatenate([np.zeros(0, bool), *(c.is_source for c in cameras.values())])
     source_row = np.where(is_source, np.cumsum(is_source) - 1, -1)
+    sides = {
+        "source": (is_source.sum(), *[recipe.source_size] * 2),
+        "target": (start[-1], *[recipe.target_size] * 2),
+    }
     shapes = {
-        "source": (is_source.sum(), *[recipe.source_size] * 2, 4),
-        "target": (start[-1], *[recipe.target_size] * 2, 4),
+        name: sides[name.split("_")[0]] + ((3,) if name.endswith("rgb") else ())
+        for name in PICTURES
     }
     folder, unfinished = root / f".cache-{key}", root / f".cache-{key}.{os.getpid()}.unfinished"
     try:
@@ -390,17 +397,23 @@ def _allocate(path: Path, shape: tuple[int, ...]) -> np.ndarray:
 
 def _decode(root: Path, cameras: dict[str, _Cameras], recipe: _Recipe, start, source_row, arrays):
     """Fills `arrays`. Returns the boxes [rows 4] of the sources, in pixels, and uid -> cause of objects with broken pictures."""
-    boxes, broken = np.zeros((len(arrays["source"]), 4)), {}
+    boxes, broken = np.zeros((len(arrays["source_rgb"]), 4)), {}
 
     def decode(index: int, uid: str) -> None:
         for i, path in enumerate(sorted((root / uid / "rgba").glob("*.png"))):
             view = start[index] + i
             row = source_row[view]
-            arrays["target"][view], source, box = _prepare_view(
-                path, cameras[uid].intrinsics[2], recipe, row >= 0
+            target, source, box = _prepare_view(path, cameras[uid].intrinsics[2], recipe, row >= 0)
+            arrays["target_rgb"][view], arrays["target_alpha"][view] = (
+                target[..., :3],
+                target[..., 3],
             )
             if row >= 0:
-                arrays["source"][row], boxes[row] = source, box
+                arrays["source_rgb"][row], arrays["source_alpha"][row] = (
+                    source[..., :3],
+                    source[..., 3],
+                )
+                boxes[row] = box
 
     with concurrent.futures.ThreadPoolExecutor(
         os.cpu_count()
@@ -446,10 +459,10 @@ def _assemble(
 def _save_store(folder: Path, store: _Store) -> None:
     """Writes all but the two big arrays, which are in the folder already."""
     fields = {f.name: getattr(store, f.name) for f in dataclasses.fields(store)}
-    arrays = {k: v for k, v in fields.items() if isinstance(v, np.ndarray) and k not in BIG}
+    arrays = {k: v for k, v in fields.items() if isinstance(v, np.ndarray) and k not in PICTURES}
     (folder / "objects.json").write_text(json.dumps({"uids": store.uids, "skipped": store.skipped}))
     np.savez(folder / "views.npz", **arrays)
-    for name in BIG:
+    for name in PICTURES:
         fields[name].flush()
 
 
@@ -459,7 +472,7 @@ def _open_store(folder: Path) -> _Store | None:
     try:
         names = json.loads((folder / "objects.json").read_text())
         with np.load(folder / "views.npz") as arrays:
-            big = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in BIG}
+            big = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in PICTURES}
             return _Store(**names, **arrays, **big)
     except Exception as error:
         raise InputError(
