@@ -1,0 +1,269 @@
+"""Files of named tensors: safetensors, and what `torch.save` writes, read and written without PyTorch.
+
+A `torch.save` file is a zip archive of uncompressed members: `data.pkl`, a pickle that names its tensors' storages, and
+one member of raw bytes for each storage (format: https://github.com/pytorch/pytorch/blob/v2.6.0/torch/serialization.py).
+A pickle is a program, so this one is run by an unpickler that knows tensors, OrderedDict and plain containers, and refuses
+every other name: what `torch.load(weights_only=True)` does.
+"""
+
+import contextlib
+import io
+import json
+import math
+import mmap
+import os
+import pickle
+import struct
+import zipfile
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from lrm_jax.types import InputError
+
+# torch's storage classes and the element type of each, little-endian.
+STORAGES = {
+    "DoubleStorage": np.dtype("<f8"),
+    "FloatStorage": np.dtype("<f4"),
+    "HalfStorage": np.dtype("<f2"),
+    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "LongStorage": np.dtype("<i8"),
+    "IntStorage": np.dtype("<i4"),
+    "ShortStorage": np.dtype("<i2"),
+    "CharStorage": np.dtype("i1"),
+    "ByteStorage": np.dtype("u1"),
+    "BoolStorage": np.dtype("?"),
+}
+
+# The names of the element types that safetensors files are written with.
+DTYPES = {
+    np.dtype(np.float32): "F32",
+    np.dtype(np.float16): "F16",
+    np.dtype(ml_dtypes.bfloat16): "BF16",
+}
+
+
+def read(path: str | os.PathLike) -> tuple[object, dict[str, str]]:
+    """Reads a file of tensors, recognised by its first bytes and not by its name.
+
+    Returns:
+      What the file holds, and its metadata (empty for a torch file). A safetensors file holds a dict of arrays, a torch
+      file whatever was saved: dicts, lists and plain values with NumPy arrays for the tensors. The arrays of a torch file
+      are read-only views of the mapped file: it is not read before they are used.
+
+    Raises:
+      InputError: no such file, not a file of tensors, truncated, damaged, or a pickle with other things than tensors.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    if head.startswith(b"PK\x03\x04"):
+        return _read_torch(path), {}
+    if head[8:9] == b"{":
+        return _read_safetensors(path)
+    if head[:1] == b"\x80":
+        raise InputError(
+            f"{path}: a pickle, or a torch file older than PyTorch 1.6: save it anew with"
+            " torch.save(torch.load(OLD, weights_only=True), NEW)"
+        )
+    if head.startswith(b"version https://git-lfs"):
+        raise InputError(
+            f"{path}: a Git LFS pointer, not the file itself: run `git lfs pull` there"
+        )
+    what = "empty" if not head else "neither a safetensors nor a torch file"
+    raise InputError(f"{path}: {what}: download it again, or check the path")
+
+
+def write_safetensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """Writes `path` whole or not at all, one tensor in memory at a time; OSError where the system refuses.
+
+    The format is that of https://github.com/huggingface/safetensors: the library's own writer leaves files that only their
+    owner can read.
+    """
+    header, end = {"__metadata__": metadata}, 0
+    for name, array in tensors.items():
+        start, end = end, end + array.nbytes
+        header[name] = {
+            "dtype": DTYPES[array.dtype],
+            "shape": array.shape,
+            "data_offsets": (start, end),
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for array in tensors.values():
+            file.write(_bytes(array))
+
+
+def write_torch(path: Path, content: object) -> None:
+    """Writes dicts, lists, plain values and arrays so that `torch.load(path, weights_only=True)` reads them, arrays as tensors.
+
+    `path` is written whole or not at all; OSError where the system refuses.
+    """
+    arrays: list[np.ndarray] = []
+    program = b"\x80\x02" + _pickled(content, arrays) + b"."
+    with replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        archive.writestr("archive/data.pkl", program)
+        archive.writestr("archive/byteorder", "little")
+        for i, array in enumerate(arrays):
+            member = zipfile.ZipInfo(f"archive/data/{i}")
+            # A padding field before the data: storages start on 64 bytes, so that a reader that maps them gets aligned arrays.
+            start = archive.fp.tell() + 30 + len(member.filename) + 4
+            member.extra = struct.pack("<HH", 0x4246, -start % 64) + bytes(-start % 64)
+            archive.writestr(member, _bytes(array))
+        archive.writestr("archive/version", "3\n")
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """Gives a temporary path in the same folder, which is made if missing: renamed to `path` when the block ends well, else removed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read_safetensors(path):
+    try:
+        with safe_open(path, framework="np") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except (
+        SafetensorError,
+        ValueError,
+        TypeError,
+        AttributeError,
+    ) as error:  # the latter: a dtype NumPy lacks
+        raise InputError(
+            f"{path}: damaged or truncated safetensors file ({error}): download it again"
+        ) from error
+
+
+def _read_torch(path):
+    with open(path, "rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = {m.filename.partition("/")[2]: m for m in archive.infolist()}
+        if "data.pkl" not in members:
+            raise InputError(
+                f"{path}: a zip archive without data.pkl: not a checkpoint that torch.save wrote"
+            )
+        if "byteorder" in members and bytes(_member(mapped, members["byteorder"])) != b"little":
+            raise InputError(
+                f"{path}: written on a big-endian machine: save it anew on a little-endian one"
+            )
+        return _Unpickler(path, mapped, members).load()
+    except InputError:
+        raise
+    except Exception as error:  # a damaged archive or pickle can raise anything
+        raise InputError(
+            f"{path}: truncated or damaged torch file ({error or type(error).__name__}): download it again"
+        ) from error
+
+
+def _member(mapped, member):
+    """The bytes of an archive's member, without a copy."""
+    if member.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{member.filename} is compressed")
+    name_length, extra_length = struct.unpack_from("<HH", mapped, member.header_offset + 26)
+    start = member.header_offset + 30 + name_length + extra_length
+    data = memoryview(mapped)[start : start + member.file_size]
+    if len(data) != member.file_size:
+        raise ValueError(f"{member.filename} is cut short")
+    if member.CRC and zlib.crc32(data) != member.CRC:  # 0: torch was told not to write them
+        raise ValueError(f"the checksum of {member.filename} is wrong")
+    return data
+
+
+class _Unpickler(pickle.Unpickler):
+    """Runs the pickle of a torch file, allowing tensors and plain containers only."""
+
+    def __init__(self, path, mapped, members):
+        super().__init__(io.BytesIO(_member(mapped, members["data.pkl"])), encoding="utf-8")
+        self.path, self.mapped, self.members, self.storages = path, mapped, members, {}
+
+    def find_class(self, module, name):
+        if module == "torch" and name in STORAGES:
+            return name  # a string, and no object that a hostile pickle could call or change
+        allowed = {
+            ("collections", "OrderedDict"): OrderedDict,
+            ("torch", "Size"): tuple,
+            ("torch._utils", "_rebuild_tensor_v2"): lambda *arguments: _strided(*arguments[:4]),
+            ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
+        }
+        if (module, name) not in allowed:
+            raise InputError(
+                f"{self.path}: its pickle asks for {module}.{name}, which is no tensor and could run code: refused;"
+                " save its state dict alone, or as .safetensors"
+            )
+        return allowed[module, name]
+
+    def persistent_load(self, pid):
+        _, storage, key, _, size = pid
+        if key not in self.storages:
+            data = _member(self.mapped, self.members[f"data/{key}"])
+            dtype = STORAGES[storage]
+            if len(data) < size * dtype.itemsize:
+                raise ValueError(f"storage {key} is shorter than its tensors")
+            self.storages[key] = np.frombuffer(data, dtype, size) if size else np.empty(0, dtype)
+        return self.storages[key]
+
+
+def _strided(storage, offset, shape, strides):
+    """A tensor's view of its storage. Checked: NumPy's as_strided would read outside of it."""
+    if len(shape) != len(strides) or offset < 0 or min((*shape, *strides), default=0) < 0:
+        raise ValueError("a tensor of impossible strides")
+    if math.prod(shape) == 0:
+        return np.empty(shape, storage.dtype)
+    last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+    if last >= storage.size:
+        raise ValueError("a tensor reaches outside of its storage")
+    byte_strides = [stride * storage.itemsize for stride in strides]
+    return np.lib.stride_tricks.as_strided(storage[offset:], shape, byte_strides, writeable=False)
+
+
+def _bytes(array):
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+def _pickled(value, arrays):
+    """The pickle program, protocol 2, that pushes `value`; appends its arrays, in the order of their storages."""
+    if isinstance(value, dict):
+        items = b"".join(_pickled(k, arrays) + _pickled(v, arrays) for k, v in value.items())
+        return b"}(" + items + b"u"
+    if isinstance(value, list | tuple):
+        return b"](" + b"".join(_pickled(v, arrays) for v in value) + b"e"
+    if not isinstance(value, np.ndarray):
+        return pickle.dumps(value, protocol=2)[2:-1]  # without its header and its stop
+
+    def plain(x):
+        return pickle.dumps(x, protocol=2)[2:-1]
+
+    storage_class = next(name for name, dtype in STORAGES.items() if dtype == value.dtype)
+    storage = (
+        plain("storage") + b"ctorch\n" + storage_class.encode() + b"\n" + plain(str(len(arrays)))
+    )
+    storage = b"(" + storage + plain("cpu") + plain(value.size) + b"tQ"
+    arrays.append(value)
+    strides = tuple(math.prod(value.shape[i + 1 :]) for i in range(value.ndim))
+    arguments = (
+        storage
+        + plain(0)
+        + plain(value.shape)
+        + plain(strides)
+        + b"\x89ccollections\nOrderedDict\n)R"
+    )
+    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + arguments + b"tR"
