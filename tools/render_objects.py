@@ -24,11 +24,12 @@ import concurrent.futures  # noqa: E402
 import dataclasses  # noqa: E402
 import functools  # noqa: E402
 import hashlib  # noqa: E402
-import io  # noqa: E402
 import json  # noqa: E402
 import multiprocessing  # noqa: E402
 import shutil  # noqa: E402
+import signal  # noqa: E402
 import sys  # noqa: E402
+import tempfile  # noqa: E402
 import zipfile  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -69,29 +70,28 @@ class Triangles:
 
     xyz: np.ndarray  # [M 3 3] float32 corners, z-up world
     facing: np.ndarray  # [M 3] float32, normal of the plane
-    attributes: tuple[
-        np.ndarray, np.ndarray, np.ndarray
-    ]  # [M 9] float32: value at the first corner, steps to the others;
-    # 9 = shading normal (3), texture coordinates with (0, 0) at the lower left (2), linear RGBA that multiplies the texture (4)
+    # Three of [M 9] float32: the value at the first corner, and the steps to the others, of the shading normal (3), texture
+    # coordinates with (0, 0) at the lower left (2), and linear RGBA that multiplies the texture (4).
+    attributes: tuple[np.ndarray, np.ndarray, np.ndarray]
     material: np.ndarray  # [M] number of the material
     textures: dict[int, np.ndarray]  # of those materials that have one: [h w 4] float32 linear RGBA
     cutout: np.ndarray  # [M] bool: rays pass where alpha is below one half
 
 
-# --------------------------------------------------------------------------------------------------------------- loading
+# -- loading
 
 
-def load_triangles(file: io.BytesIO | Path, suffix: str) -> Triangles:
+def load_triangles(path: Path) -> Triangles:
     """Reads a 3D file: scene graph applied, y-up to z-up, bounding box centred, farthest vertex at distance 1.
 
     Raises:
       InputError: nothing to render in it. A broken file raises whatever trimesh does.
     """
-    scene = trimesh.load_scene(file, file_type=suffix.lstrip("."), process=False)
+    scene = trimesh.load_scene(path, process=False)
     parts = [p for p in scene.dump() if isinstance(p, trimesh.Trimesh) and len(p.faces)]
     if not parts:
         raise InputError("no triangles")
-    pieces = [_corners(part, linear=suffix in (".glb", ".gltf")) for part in parts]
+    pieces = [_corners(part, linear=path.suffix.lower() in (".glb", ".gltf")) for part in parts]
     xyz, normals, uv, rgba = (np.concatenate([piece[i] for piece in pieces]) for i in range(4))
     if not np.isfinite(xyz).all():
         raise InputError("vertices that are not finite")
@@ -131,33 +131,31 @@ def _corners(part: trimesh.Trimesh, *, linear: bool) -> tuple:
     uv, rgba = np.zeros((len(faces), 3, 2)), np.ones((len(faces), 3, 4))
     texture, cutout, colors = None, False, None
     if visual.kind == "texture":
-        if visual.uv is not None:
-            uv = visual.uv[faces]
-        material, simple = (
-            visual.material,
-            isinstance(visual.material, trimesh.visual.material.SimpleMaterial),
-        )
-        image, factor = (
-            (material.image, material.diffuse)
-            if simple
-            else (material.baseColorTexture, material.baseColorFactor)
-        )
-        if image is not None and visual.uv is not None:
-            texture = _linear_rgba(np.asarray(image.convert("RGBA")))
-        # An .obj's diffuse colour is often left at trimesh's grey; beside a texture it says nothing.
-        if factor is not None and not (simple and texture is not None):
-            rgba = rgba * (np.asarray(factor, np.float64) / 255)
-        cutout = not simple and material.alphaMode in ("MASK", "BLEND")
+        image, factor, cutout = _material(visual.material)
         colors = visual.vertex_attributes.get("color")
-        colors = None if colors is None else np.asarray(colors)[faces]
+        if image is not None and visual.uv is not None:
+            uv, texture = visual.uv[faces], _linear_rgba(np.asarray(image.convert("RGBA")))
+        if factor is not None:
+            rgba = rgba * (np.asarray(factor) / 255)
     elif visual.kind == "vertex":
-        colors = visual.vertex_colors[faces]
-    elif visual.kind == "face":
+        colors = visual.vertex_colors
+    if visual.kind == "face":
         colors = np.repeat(visual.face_colors[:, None], 3, axis=1)
+    elif colors is not None:
+        colors = np.asarray(colors)[faces]
     if colors is not None:
-        scaled = colors / (255.0 if colors.dtype == np.uint8 else 1.0)
-        rgba[..., :3] *= scaled[..., :3] if linear else _srgb_to_linear(scaled[..., :3])
+        scaled = colors[..., :3] / (255 if colors.dtype == np.uint8 else 1)
+        rgba[..., :3] *= scaled if linear else _srgb_to_linear(scaled)
     return part.vertices[faces], normals, uv, rgba, texture, cutout
+
+
+def _material(material) -> tuple:
+    """(base colour picture or None, 8-bit linear factor or None, whether alpha cuts holes) of a trimesh material."""
+    if isinstance(material, trimesh.visual.material.SimpleMaterial):
+        # An .obj's diffuse colour is often left at trimesh's grey; beside a texture it says nothing.
+        return material.image, material.diffuse if material.image is None else None, False
+    cutout = material.alphaMode in ("MASK", "BLEND")
+    return material.baseColorTexture, material.baseColorFactor, cutout
 
 
 def _srgb_to_linear(srgb: np.ndarray) -> np.ndarray:
@@ -178,7 +176,7 @@ def _srgb_table() -> np.ndarray:
     return np.round(srgb * 255).astype(np.uint8)
 
 
-# ------------------------------------------------------------------------------------------------------------- rendering
+# -- rendering
 
 
 def render_view(
@@ -273,7 +271,7 @@ def sample_texture(texture: np.ndarray, uv: np.ndarray) -> np.ndarray:
     return above * (1 - bottom_part) + below * bottom_part
 
 
-# --------------------------------------------------------------------------------------------------------------- objects
+# -- objects
 
 
 def choose_cameras(settings: Settings, uid: str) -> Cameras:
@@ -345,16 +343,16 @@ def write_object(
     uid: str, path: Path, member: str | None, out: Path, settings: Settings
 ) -> str | None:
     """Renders one file into OUT/<uid>, whole or not at all. Returns the cause of a failure, or None."""
-    unfinished = out / f".{uid}.unfinished"
+    unfinished = _unfinished(out, uid)
+    shutil.rmtree(unfinished, ignore_errors=True)
     try:
+        for folder in ("rgba", "pose"):
+            (unfinished / folder).mkdir(parents=True)
         triangles = _open(path, member)
         cameras = choose_cameras(settings, uid)
         pictures = render_object(triangles, cameras, settings)
         if not any(picture[..., 3].any() for picture in pictures):
             return "nothing to be seen in any view"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        for folder in ("rgba", "pose"):
-            (unfinished / folder).mkdir(parents=True)
         poses = np.asarray(cameras_lib.opencv_to_opengl(jnp.asarray(cameras.c2w)))[:, :3]
         for view, (picture, pose) in enumerate(zip(pictures, poses, strict=True)):
             Image.fromarray(picture).save(unfinished / "rgba" / f"{view:03d}.png", compress_level=3)
@@ -380,12 +378,14 @@ def _cause(error: Exception) -> str:
 
 def _open(path: Path, member: str | None) -> Triangles:
     if member is None:
-        return load_triangles(path, path.suffix.lower())
-    with zipfile.ZipFile(path) as archive:
-        return load_triangles(io.BytesIO(archive.read(member)), Path(member).suffix.lower())
+        return load_triangles(path)
+    with zipfile.ZipFile(path) as archive, tempfile.TemporaryDirectory() as folder:
+        if Path(member).suffix.lower() in (".gltf", ".obj"):
+            archive.extractall(folder)  # these refer to other files
+        return load_triangles(Path(archive.extract(member, folder)))
 
 
-# --------------------------------------------------------------------------------------------------------------- command
+# -- command
 
 
 def find_objects(source: Path) -> dict[str, tuple[Path, str | None]]:
@@ -462,28 +462,68 @@ def render_all(
         f"{len(objects)} objects, {len(objects) - len(missing)} of them rendered already",
         file=sys.stderr,
     )
+    bar = tqdm.tqdm(total=len(missing), unit="object", disable=not missing)
     failures = {}
-    context = multiprocessing.get_context("spawn")  # jax has threads, which do not survive a fork
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
-        jobs = {
-            pool.submit(write_object, uid, *where, out, settings): uid
-            for uid, where in missing.items()
-        }
-        try:
-            bar = tqdm.tqdm(
-                concurrent.futures.as_completed(jobs),
-                total=len(jobs),
-                unit="object",
-                disable=not jobs,
-            )
-            for job in bar:
-                if cause := job.result():
-                    failures[jobs[job]] = cause
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    for uid, cause in run_in_processes(write_object, missing, out, settings, workers):
+        bar.update()
+        if cause:
+            failures[uid] = cause
+    bar.close()
     (out / "failures.json").write_text(json.dumps(dict(sorted(failures.items())), indent=1) + "\n")
     return failures
+
+
+def run_in_processes(
+    function, objects: dict[str, tuple], out: Path, settings: Settings, workers: int
+):
+    """Yields (uid, function(uid, *where, out, settings)) for the items uid -> where of `objects`, in any order.
+
+    A file that brings its process down (C libraries read them) fails alone: the objects that were under way then, by their
+    unfinished folders, are tried again one by one.
+    """
+    # jax has threads, which do not survive a fork. Ctrl-C is the parent's to handle.
+    context, quiet = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_IGN)
+    batches = [dict(objects)]
+    while batches:
+        batch = batches.pop()
+        with concurrent.futures.ProcessPoolExecutor(
+            min(workers, len(batch) or 1), context, signal.signal, quiet
+        ) as pool:
+            jobs = {
+                pool.submit(function, uid, *where, out, settings): uid
+                for uid, where in batch.items()
+            }
+            try:
+                for job in concurrent.futures.as_completed(jobs):
+                    result = job.result()
+                    del batch[jobs[job]]
+                    yield jobs[job], result
+                continue
+            except concurrent.futures.BrokenExecutor:
+                pass  # outside, where the pool is shut down
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        suspects = {uid: where for uid, where in batch.items() if _unfinished(out, uid).exists()}
+        if not suspects:
+            raise OSError(
+                "a process ended before it began its work: is there enough memory for the workers?"
+            )
+        for uid in suspects:
+            shutil.rmtree(_unfinished(out, uid), ignore_errors=True)
+        if len(suspects) == 1:
+            yield (
+                next(iter(suspects)),
+                "its process crashed, or the system ended it for want of memory",
+            )
+        else:
+            batches += [{uid: where} for uid, where in suspects.items()]
+        if rest := {uid: where for uid, where in batch.items() if uid not in suspects}:
+            batches.append(rest)
+
+
+def _unfinished(out: Path, uid: str) -> Path:
+    return out / f".{uid}.unfinished"
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -545,7 +585,13 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(f"render_objects: {error}", file=sys.stderr)
         return 2
-    except (OSError, concurrent.futures.BrokenExecutor) as error:
+    except KeyboardInterrupt:
+        print(
+            "render_objects: interrupted: what is rendered is kept, run again to go on",
+            file=sys.stderr,
+        )
+        return 130
+    except OSError as error:
         print(
             f"render_objects: stopped: {_cause(error)}: what is rendered is kept, run again to go on",
             file=sys.stderr,

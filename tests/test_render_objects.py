@@ -1,0 +1,252 @@
+"""The pictures agree with the poses that are written beside them; bad files fail alone."""
+
+import io
+import json
+import os
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import trimesh
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+import render_objects  # noqa: E402
+from render_objects import Settings  # noqa: E402
+
+SETTINGS = Settings(
+    views=6, size=64, distance=(2.6, 3.4), elevation=(-30.0, 75.0), fov=45.0, seed=0
+)
+# Upper left, upper right, lower left, lower right of the texture.
+CORNERS = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 0]]], np.uint8)
+
+
+def textured_board() -> trimesh.Trimesh:
+    """An upright square in glTF's frame (y up), whose front (+z) shows the texture as it is."""
+    board = trimesh.Trimesh(
+        [[-1, -1, 0], [1, -1, 0], [1, 1, 0], [-1, 1, 0]], [[0, 1, 2], [0, 2, 3]], process=False
+    )
+    material = trimesh.visual.material.PBRMaterial(
+        baseColorTexture=Image.fromarray(CORNERS.repeat(32, 0).repeat(32, 1)), metallicFactor=0
+    )
+    uv = [[0, 0], [1, 0], [1, 1], [0, 1]]
+    board.visual = trimesh.visual.TextureVisuals(uv=uv, material=material)
+    return board
+
+
+def lopsided_scene() -> trimesh.Scene:
+    """A textured board with a pole on top and a box at its side, placed by the scene graph."""
+    scene = trimesh.Scene()
+    scene.add_geometry(textured_board())
+    pole = trimesh.creation.box((0.2, 1.5, 0.2))
+    scene.add_geometry(pole, transform=trimesh.transformations.translation_matrix([0.5, 1.7, 0]))
+    turn = trimesh.transformations.rotation_matrix(0.5, [0, 1, 0])
+    shift = trimesh.transformations.translation_matrix([-1.5, -0.5, 0.8])
+    scene.add_geometry(trimesh.creation.box((0.5, 0.3, 1.0)), transform=shift @ turn)
+    return scene
+
+
+def save(path: Path, geometry) -> Path:
+    path.write_bytes(geometry.export(file_type=path.suffix[1:]))
+    return path
+
+
+def rendered(tmp_path: Path, geometry, name="thing.glb", settings=SETTINGS) -> Path:
+    out = tmp_path / "out"
+    out.mkdir(exist_ok=True)
+    path = save(tmp_path / name, geometry)
+    assert render_objects.write_object("thing", path, None, out, settings) is None
+    return out / "thing"
+
+
+def read(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    pictures = [np.asarray(Image.open(path)) for path in sorted(folder.glob("rgba/*.png"))]
+    poses = [np.load(path) for path in sorted(folder.glob("pose/*.npy"))]
+    return np.stack(pictures), np.stack(poses), np.load(folder / "intrinsics.npy")
+
+
+def pixels_of(points: np.ndarray, pose: np.ndarray, intrinsics: np.ndarray) -> np.ndarray:
+    """(column, row) of world points by the layout's own definition: x right, y up, z backward."""
+    local = (points - pose[:, 3]) @ pose[:, :3]
+    return intrinsics[1] + intrinsics[0] * local[:, :2] * [1, -1] / -local[:, 2:]
+
+
+def in_our_world(vertices: np.ndarray) -> np.ndarray:
+    """The documented frame, written out a second time: z up, box centred, farthest vertex at 1."""
+    points = np.stack([vertices[:, 0], -vertices[:, 2], vertices[:, 1]], axis=-1)
+    points = points - (points.min(0) + points.max(0)) / 2
+    return points / np.linalg.norm(points, axis=-1).max()
+
+
+def test_projected_vertices_span_the_silhouette(tmp_path):
+    scene = lopsided_scene()
+    pictures, poses, intrinsics = read(rendered(tmp_path, scene))
+    points = in_our_world(scene.to_mesh().vertices)
+    assert pictures.shape == (6, 64, 64, 4) and poses.shape == (6, 3, 4)
+    for picture, pose in zip(pictures, poses, strict=True):
+        pixels = pixels_of(points, pose, intrinsics)
+        rows, columns = np.nonzero(picture[..., 3])
+        # A pixel is covered as soon as one of its 2x2 samples is, so the box is known to about a pixel.
+        np.testing.assert_allclose(
+            [columns.min(), rows.min()], pixels.min(0), atol=1.2, err_msg="upper left"
+        )
+        np.testing.assert_allclose(
+            [columns.max() + 1, rows.max() + 1], pixels.max(0), atol=1.2, err_msg="lower right"
+        )
+
+
+def test_sphere_has_its_analytic_silhouette(tmp_path):
+    pictures, poses, intrinsics = read(rendered(tmp_path, trimesh.creation.icosphere(5)))
+    rows, columns = np.indices((64, 64)) + 0.5
+    for picture, pose in zip(pictures, poses, strict=True):
+        distance = np.linalg.norm(pose[:, 3])
+        # The tangent cone around the optical axis: sin(angle) = 1 / distance.
+        radius = intrinsics[0, 0] * np.tan(np.arcsin(1 / distance))
+        from_axis = np.hypot(columns - intrinsics[1, 0], rows - intrinsics[1, 1])
+        assert (picture[from_axis < radius - 1, 3] == 255).all()
+        assert (picture[from_axis > radius + 1, 3] == 0).all()
+        # Antialiased: the summed coverage is the area far better than the pixels' count could be.
+        np.testing.assert_allclose(picture[..., 3].sum() / 255, np.pi * radius**2, rtol=0.005)
+
+
+def test_texture_and_world_are_the_right_way_round(tmp_path):
+    pictures, poses, intrinsics = read(
+        rendered(
+            tmp_path, textured_board(), settings=Settings(16, 64, (3.0, 3.0), (0.0, 20.0), 45.0, 0)
+        )
+    )
+    quarters = np.array([[-1, 0, 1], [1, 0, 1], [-1, 0, -1], [1, 0, -1]]) * 0.35  # z up, front -y
+    seen = 0
+    for picture, pose in zip(pictures, poses, strict=True):
+        if abs(pose[1, 3]) < 1.5:
+            continue  # the board is seen edge-on
+        columns, rows = pixels_of(quarters, pose, intrinsics).astype(int).T
+        colors = picture[rows, columns, :3].astype(float)
+        brightness = colors.max(1, keepdims=True)
+        np.testing.assert_allclose(colors / brightness, CORNERS.reshape(4, 3) / 255, atol=0.02)
+        seen += 1
+    assert seen >= 4  # from the front and, as the board has no back of its own, from behind
+
+
+def test_half_transparent_edges_keep_the_colour_of_the_surface(tmp_path):
+    board = trimesh.Trimesh([[-1, -1, 0], [1, -1, 0], [0, 1, 0]], [[0, 1, 2]], process=False)
+    board.visual = trimesh.visual.ColorVisuals(board, vertex_colors=[[255, 128, 0, 255]] * 3)
+    pictures, _, _ = read(rendered(tmp_path, board))
+    for picture in pictures:
+        inside, edge = picture[..., 3] == 255, (picture[..., 3] > 0) & (picture[..., 3] < 255)
+        assert edge.sum() > 5
+        # A plane under a light that depends on the normal alone has one colour; 1: rounding.
+        expected = np.median(picture[edge | inside, :3], axis=0)
+        np.testing.assert_allclose(picture[edge, :3], np.tile(expected, (edge.sum(), 1)), atol=1)
+        assert (picture[picture[..., 3] == 0] == 0).all()
+
+
+def test_a_cut_out_texture_lets_rays_through(tmp_path):
+    covered = {}
+    for mode in ("OPAQUE", "MASK"):
+        board = textured_board()
+        texture = np.full((8, 8, 4), 255, np.uint8)
+        texture[:, :4, 3] = 0
+        board.visual.material.baseColorTexture = Image.fromarray(texture)
+        board.visual.material.alphaMode = mode
+        path = save(tmp_path / f"{mode}.glb", board)
+        triangles = render_objects.load_triangles(path)
+        cameras = render_objects.choose_cameras(SETTINGS, "x")
+        pictures = render_objects.render_object(triangles, cameras, SETTINGS)
+        covered[mode] = np.array([picture[..., 3].sum() / 255 for picture in pictures])
+    # Half of the board is left; perspective makes the nearer half larger.
+    ratio = covered["MASK"] / covered["OPAQUE"]
+    assert ((0.3 < ratio) & (ratio < 0.7)).all()
+
+
+def test_bilinear_lookup_is_exact_on_texels_and_repeats():
+    texture = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    middle_of = lambda row, column: [(column + 0.5) / 3, 1 - (row + 0.5) / 2]  # noqa: E731
+    uv = np.array([middle_of(0, 0), middle_of(1, 2), middle_of(2, -1), [0.5, 0.5]], np.float32)
+    values = render_objects.sample_texture(texture, uv)
+    expected = [texture[0, 0], texture[1, 2], texture[0, 2], (texture[0, 1] + texture[1, 1]) / 2]
+    np.testing.assert_allclose(values, expected, rtol=1e-5)  # float32
+
+
+def test_cameras_depend_on_seed_and_uid_and_half_are_photo_like():
+    cameras = render_objects.choose_cameras(SETTINGS, "a")
+    np.testing.assert_array_equal(cameras.c2w, render_objects.choose_cameras(SETTINGS, "a").c2w)
+    assert np.abs(cameras.c2w - render_objects.choose_cameras(SETTINGS, "b").c2w).max() > 0.1
+    eye = cameras.c2w[:, :3, 3]
+    distance = np.linalg.norm(eye, axis=-1)
+    elevation = np.degrees(np.arcsin(eye[:, 2] / distance))
+    assert ((5 <= elevation[::2]) & (elevation[::2] <= 35)).all()
+    assert ((-30 <= elevation) & (elevation <= 75)).all()
+    assert ((2.6 <= distance) & (distance <= 3.4)).all()
+    sector = np.degrees(np.arctan2(eye[:, 1], eye[:, 0])) % 360 // 120
+    assert list(sector[::2]) == list(sector[1::2]) == [0, 1, 2]
+
+
+def small(*arguments) -> list[str]:
+    return [*map(str, arguments), "--views", "2", "--size", "16", "--workers", "1"]
+
+
+def test_bad_files_fail_alone_and_a_second_run_keeps_what_is_there(tmp_path, capsys):
+    source, out = tmp_path / "things", tmp_path / "out"
+    source.mkdir()
+    save(source / "good.glb", lopsided_scene())
+    (source / "truncated.glb").write_bytes((source / "good.glb").read_bytes()[:500])
+    save(source / "points.ply", trimesh.PointCloud(np.eye(3)))
+    with zipfile.ZipFile(source / "pack.zip", "w") as archive:
+        archive.writestr("sub/box.glb", trimesh.creation.box().export(file_type="glb"))
+        archive.writestr("__MACOSX/._box.glb", b"")
+    assert render_objects.main(small(source, out)) == 1
+    assert sorted(p.name for p in out.iterdir()) == [
+        "failures.json", "pack-sub-box", "render.json", "things-good",
+    ]  # fmt: skip
+    failures = json.loads((out / "failures.json").read_text())
+    assert failures["things-points"] == "no triangles" and "things-truncated" in failures
+    assert "no triangles: things-points" in capsys.readouterr().err
+    np.testing.assert_allclose(np.load(out / "things-good/intrinsics.npy")[1:], [[8, 8], [16, 16]])
+
+    before = (out / "things-good/rgba/000.png").stat().st_mtime_ns
+    for bad in ("truncated.glb", "points.ply"):
+        (source / bad).unlink()
+    assert render_objects.main(small(source, out)) == 0
+    assert (out / "things-good/rgba/000.png").stat().st_mtime_ns == before
+    assert render_objects.main(small(source, out) + ["--fov", "50"]) == 2
+    assert "other settings: fov 40.0 (now 50.0)" in capsys.readouterr().err
+
+
+def crash_on_b(uid: str, out: Path, settings) -> None:
+    (out / f".{uid}.unfinished").mkdir()
+    if uid == "b":
+        os._exit(11)
+    (out / f".{uid}.unfinished").rmdir()
+
+
+def test_a_file_that_kills_its_process_fails_alone(tmp_path):
+    objects = {uid: () for uid in "ab"}
+    results = dict(render_objects.run_in_processes(crash_on_b, objects, tmp_path, SETTINGS, 2))
+    assert {uid for uid, cause in results.items() if cause} == {"b"}
+    assert "crashed" in results["b"] and results["a"] is None
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--views", "0"], "--views 0: must be at least 1"),
+        (["--distance", "0.5", "3"], "needs 1 < LO <= HI"),
+        (["--elevation", "20", "10"], "-90 <= LO <= HI <= 90"),
+        (["--fov", "180"], "between 0 and 170"),
+    ],
+)
+def test_bad_arguments_end_with_2(arguments, words, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        render_objects.main([str(tmp_path), str(tmp_path / "out"), *arguments])
+    assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_no_input_is_one_line_and_writes_nothing(tmp_path, capsys):
+    (tmp_path / "broken.zip").write_bytes(b"PK")
+    for source in (tmp_path / "nowhere", tmp_path / "broken.zip", Path(__file__)):
+        assert render_objects.main([str(source), str(tmp_path / "out")]) == 2
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
