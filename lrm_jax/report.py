@@ -1,21 +1,21 @@
 """What a command tells and leaves behind: progress on stderr, timings, pictures, films, pages, and files written whole."""
 
+import base64
 import contextlib
-import json
+import html
 import os
-import struct
+import re
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import imageio_ffmpeg
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
-from trimesh.viewer.notebook import scene_to_html
 
 
 def write_file(path: str | Path, data: bytes) -> None:
@@ -81,7 +81,8 @@ class Stages:
 
 def progress(iterable: Iterable, total: int | None = None, label: str = "") -> Iterable:
     """The iterable, with a bar on stderr once it has run for two seconds; the bar goes when it is done."""
-    return tqdm(iterable, desc=label, total=total, delay=2, leave=False, file=sys.stderr)
+    quiet = {} if sys.stderr.isatty() else {"mininterval": 10}  # a log file wants few lines
+    return tqdm(iterable, label, total, delay=2, leave=False, file=sys.stderr, **quiet)
 
 
 def depth_pictures(depth: np.ndarray, alpha: np.ndarray) -> np.ndarray:
@@ -175,49 +176,38 @@ def turntable(frames: np.ndarray, frames_per_second: float = 24.0) -> bytes:
     )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "turntable.mp4"
-        writer = imageio_ffmpeg.write_frames(
-            str(path),
-            (frames.shape[2], frames.shape[1]),
-            fps=frames_per_second,
-            quality=8,
-            macro_block_size=2,
-            ffmpeg_log_level="error",
-            output_params=["-movflags", "+faststart"],
+        form = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{frames.shape[2]}x{frames.shape[1]}"]
+        coded = ["-c:v", "libx264", "-crf", "18", "-pix_fmt", "yuv420p", "-movflags", "+faststart"]
+        # Not imageio_ffmpeg.write_frames: it forks with a hook, which JAX warns about.
+        subprocess.run(
+            [imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", *form]
+            + ["-r", str(frames_per_second), "-i", "-", *coded, str(path)],
+            input=np.ascontiguousarray(frames).tobytes(),
+            check=True,
         )
-        writer.send(None)
-        for frame in frames:
-            writer.send(np.ascontiguousarray(frame))
-        writer.close()
         return path.read_bytes()
 
 
-def viewer_html(glb: bytes, distance: float, fov_y_deg: float = 40.0) -> bytes:
-    """One page that shows a `.glb` and needs no network: three.js and the surface are in it. Drag to turn, wheel to zoom.
+def viewer_html(glb: bytes, title: str, distance: float, fov_y_deg: float) -> bytes:
+    """One page that shows a `.glb` and needs no network: drag to turn, wheel to zoom.
 
-    The page is trimesh's (MIT, with three.js, MIT); it looks through the first camera of the file, which is added here,
-    in front of the object.
+    Our own page (assets/viewer.html) and not `trimesh.viewer.notebook.scene_to_html`: that one shows glTF's linear colours as
+    if they were sRGB, almost black, and carries 700 kB of three.js.
 
     Args:
-      distance: of the camera from the origin, along glTF's +z.
+      glb: one primitive with float POSITION, NORMAL, and COLOR_0 or TEXCOORD_0 and an image; uint32 indices.
+      title: plain text.
+      distance: of the camera from the origin when the page opens, in front of the object: at glTF's +z.
       fov_y_deg: its full vertical field of view.
     """
-    with_camera = _add_camera(glb, distance, fov_y_deg)
-    scene = SimpleNamespace(camera=None, export=lambda file_type: with_camera)
-    return scene_to_html(scene).replace("trimesh: threejs viewer", "lrm_jax").encode()
-
-
-def _add_camera(glb: bytes, distance: float, fov_y_deg: float) -> bytes:
-    """Adds a perspective camera to a glTF 2.0 binary file's first scene."""
-    (length,) = struct.unpack_from("<I", glb, 12)
-    document, rest = json.loads(glb[20 : 20 + length]), glb[20 + length :]
-    lens = {"yfov": float(np.radians(fov_y_deg)), "znear": distance / 100, "zfar": distance * 100}
-    document["cameras"] = [{"type": "perspective", "perspective": lens}]
-    document["nodes"].append({"camera": 0, "translation": [0.0, 0.0, float(distance)]})
-    document["scenes"][document.get("scene", 0)]["nodes"].append(len(document["nodes"]) - 1)
-    body = json.dumps(document).encode()
-    body += b" " * (-len(body) % 4)
-    total = 20 + len(body) + len(rest)
-    return struct.pack("<4sIIII", b"glTF", 2, total, len(body), 0x4E4F534A) + body + rest
+    values = {
+        "TITLE": html.escape(title),
+        "DISTANCE": repr(float(distance)),
+        "FOV_Y_DEG": repr(float(fov_y_deg)),
+        "GLB": base64.b64encode(glb).decode(),
+    }
+    page = (Path(__file__).parent / "assets" / "viewer.html").read_text(encoding="utf-8")
+    return re.sub(r"\$([A-Z_]+)", lambda match: values[match[1]], page).encode()
 
 
 def _to_uint8(picture: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 from PIL import Image, ImageOps
+from scipy import ndimage
 
 from lrm_jax.types import InputError
 
@@ -61,6 +62,32 @@ def load_image(path: str | Path) -> UInt8[np.ndarray, "H W 4"]:
 def has_alpha(rgba: UInt8[np.ndarray, "H W 4"]) -> bool:
     """Whether any pixel is not opaque: a picture with an alpha channel of 255 throughout has no foreground cut out."""
     return bool((rgba[..., 3] < 255).any())
+
+
+def key_out_background(
+    rgba: UInt8[np.ndarray, "H W 4"], tolerance: int = 16
+) -> UInt8[np.ndarray, "H W 4"] | None:
+    """Makes a background of one colour transparent: what has the border's colour and is connected to the border.
+
+    Args:
+      tolerance: levels of 255 by which a background pixel may differ, in any channel.
+
+    Returns:
+      None where more than 2% of the border differ from its median colour: then the background is not of one colour.
+    """
+    rgb = rgba[..., :3].astype(np.int16)
+    border = np.concatenate([rgb[0], rgb[-1], rgb[:, 0], rgb[:, -1]])
+    colour = np.median(border, axis=0)
+    background = (np.abs(rgb - colour) <= tolerance).all(-1)
+    on_border = np.zeros_like(background)
+    on_border[[0, -1]] = on_border[:, [0, -1]] = True
+    if background[on_border].mean() < 0.98:
+        return None
+    regions, _ = ndimage.label(background)
+    background &= np.isin(regions, regions[on_border])
+    return np.concatenate([rgba[..., :3], np.where(background, 0, 255)[..., None]], -1).astype(
+        np.uint8
+    )
 
 
 def recenter_foreground(

@@ -85,6 +85,22 @@ def test_has_alpha_needs_a_pixel_that_is_not_opaque(picture):
     assert images.has_alpha(picture)
 
 
+def test_a_background_of_one_colour_is_keyed_out_but_not_the_same_colour_inside():
+    rgba = np.full((20, 20, 4), 255, np.uint8)
+    rgba[..., :3] -= np.random.default_rng(2).integers(0, 8, (20, 20, 1), dtype=np.uint8)  # JPEG
+    rgba[5:15, 5:15, :3] = [200, 40, 40]
+    rgba[9:11, 9:11, :3] = 255
+    keyed = images.key_out_background(rgba)
+    expected = np.zeros((20, 20))
+    expected[5:15, 5:15] = 255
+    np.testing.assert_array_equal(keyed[..., 3], expected)
+    np.testing.assert_array_equal(keyed[..., :3], rgba[..., :3])
+
+
+def test_a_background_of_many_colours_is_not_keyed_out(picture):
+    assert images.key_out_background(picture) is None
+
+
 @pytest.mark.parametrize("suffix", ["png", "webp", "tiff"])
 def test_lossless_files_keep_every_pixel(tmp_path, picture, suffix):
     path = tmp_path / f"a.{suffix}"
