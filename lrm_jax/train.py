@@ -53,11 +53,11 @@ def main(argv: list[str]) -> int:
             f"data.batch_size={config.data.batch_size} does not divide over {sharding.num_batch_shards(device_mesh)} "
             "devices: make it a multiple, or set sharding.tensor"
         )
-    claim(workdir, config)
     train_data, val_data, source_background = open_data(**config.data)
     model = build(**config.model)
     schedule = optim.make_schedule(steps=config.train.steps, **config.schedule)
     optimizer = optim.make_optimizer(schedule, **config.optim)
+    claim(workdir, config)
     manager = checkpoints.open_folder(workdir, read_only=export is not None)
 
     with jax.set_mesh(device_mesh):
@@ -154,7 +154,7 @@ def train_step(
         lambda old, new: old + (1 - decay) * (new - old), state.ema_params, params
     )
     scalars = {f"train/{name}": value for name, value in scalars.items()}
-    scalars |= {"grad_norm": optax.global_norm(grads), "learning_rate": schedule(state.step)}
+    scalars |= {"grad_norm": optax.tree.norm(grads), "learning_rate": schedule(state.step)}
     state = state.replace(
         step=state.step + 1, params=params, ema_params=ema_params, opt_state=opt_state
     )
