@@ -52,11 +52,9 @@ def normalize_names(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def fields_from_torch(state: dict[str, np.ndarray]) -> dict:
     """What the names and shapes of an encoder's state dict tell of the fields of `vit.ViT`: all of them."""
-    return (
-        vit.hub_fields("", state)
-        if "patch_embed.proj.weight" in state
-        else vit.hf_fields("", state)
-    )
+    hub = "patch_embed.proj.weight" in state
+    fields = vit.hub_fields("", state) if hub else vit.hf_fields("", state)
+    return dict(num_registers=0, layer_scale=False) | fields
 
 
 def entries(model: vit.ViT) -> list[torch_layout.Entry]:

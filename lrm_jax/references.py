@@ -1,0 +1,340 @@
+"""The references' checkpoints: recognising whose they are, and converting both ways. Strict: every tensor is accounted for."""
+
+import contextlib
+import json
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+
+import jax
+import numpy as np
+import yaml
+from flax import linen as nn
+
+from lrm_jax import models, tensor_files
+from lrm_jax.models import encoders, torch_layout
+from lrm_jax.types import Cameras, InputError, Rays, Views
+
+# The names that the references give their files; weights in the order in which they are looked for.
+WEIGHTS_NAMES = ("model.safetensors", "model.ckpt", "model.pth", "pytorch_model.bin")
+CONFIG_NAMES = {"triposr": "config.yaml", "lrm": "config.json"}
+TITLES = {"triposr": "TripoSR", "lrm": "OpenLRM", "vit": "DINO"}
+# How a model is run, not what it is.
+RUN_FIELDS = ("dtype", "ray_chunk")
+# What a config says of the reference's classes and training, without effect on the result; trunc_exp is exp with another gradient.
+IGNORED_SETTINGS = re.compile(r".*_cls|.*model_name.*|encoder_freeze|density_activation")
+
+
+def family(name: str) -> ModuleType:
+    """The module of a model's family by `models.name_of`: as `models.family`, and "vit" for encoders alone."""
+    return encoders if name == "vit" else models.family(name)
+
+
+def _name(module):
+    return module.MODEL.__module__.rsplit(".", 1)[-1]
+
+
+# -- from a reference
+
+
+def from_reference(
+    state: Mapping[str, np.ndarray], config: Mapping | None = None
+) -> tuple[nn.Module, dict]:
+    """The model that a reference's state dict belongs to, and its parameters.
+
+    Sizes come from the tensors' shapes. What shapes cannot tell (heads, samples, picture size, radius) comes from `config`,
+    else from the published model of the same shapes.
+
+    Args:
+      state: NumPy arrays under the reference's names: TripoSR, OpenLRM 1.0 and 1.1, or a DINO v1 or DINOv2 encoder alone.
+        Wrappers of the names (`module.`, `_orig_mod.`, `backbone.`) are taken off, 16-bit numbers widened.
+      config: the reference's own: TripoSR's config.yaml, OpenLRM 1.1's config.json, 1.0's `kwargs["model"]`; with the key
+        `source_size` where OpenLRM's picture size is not that of the published model of the same shapes.
+
+    Raises:
+      InputError: an unknown family, something that neither shapes nor config tell, a config of another model, or tensors that
+        are missing, extra or mis-shaped.
+    """
+    model, state = recognise(state, config)
+    return model, family(models.name_of(model)).from_torch(state, model)
+
+
+def recognise(
+    state: Mapping[str, np.ndarray], config: Mapping | None = None
+) -> tuple[nn.Module, dict[str, np.ndarray]]:
+    """As `from_reference`, with the checked state dict, float32 and named as `from_torch` wants it, for the parameters."""
+    state = _unwrapped(state)
+    module = _family_of(state)
+    if module is encoders:
+        state, config = encoders.normalize_names(state), None
+    title = TITLES[_name(module)]
+    fields = _fields_from_shapes(module, state, title)
+    like, published = _published_like(module, fields)
+    told = {} if config is None else _fields_from_config(module, config, published | fields)
+    # Shapes do not depend on what they cannot tell, so the tensors are judged first, whatever else is missing.
+    model = module.MODEL(**{**like, **fields, **told})
+    try:
+        wanted = torch_shapes(model)
+    except (TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"no {title} has its sizes ({reason}): use an unchanged checkpoint with its own config"
+        ) from error
+    check_names({k: v.shape for k, v in state.items()}, wanted, title)
+    if missing := [k for k in like if k not in published | fields | told]:
+        raise InputError(
+            f"neither its shapes nor a config tell its {', '.join(missing)}, and no published {title} is of these sizes:"
+            f" put its {CONFIG_NAMES[_name(module)]} beside it"
+        )
+    if config is not None:
+        _check_config(config, module.config_to_torch(model))
+    return model, {k: np.asarray(v, np.float32) for k, v in state.items()}
+
+
+def from_checkpoint(content: object, folder: Path) -> tuple[nn.Module, dict]:
+    """As `from_reference`, of what a checkpoint file holds; its config is in it (OpenLRM 1.0) or beside it in `folder`."""
+    config = None
+    while isinstance(content, dict) and not any(
+        isinstance(v, np.ndarray) for v in content.values()
+    ):
+        wrappers = [
+            k
+            for k in ("weights", "state_dict", "model", "teacher")
+            if isinstance(content.get(k), dict)
+        ]
+        if not wrappers:
+            break
+        kwargs = content.get("kwargs")
+        if isinstance(kwargs, dict) and isinstance(kwargs.get("model"), dict):
+            config = {**kwargs["model"], **(kwargs.get("infer") or {})}
+        content = content[wrappers[0]]
+    if not isinstance(content, dict) or not content:
+        raise InputError(
+            f"it holds a {type(content).__name__} where a state dict was expected: save the model's state_dict()"
+        )
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, np.ndarray):
+            raise InputError(
+                f"its entry {name!r} is a {type(value).__name__}, not a tensor: save the model's state_dict() alone"
+            )
+    name = CONFIG_NAMES.get(_name(_family_of(_unwrapped(content))))
+    if config is None and name is not None and (folder / name).exists():
+        config = _read_config(folder / name)
+    return from_reference(content, config)
+
+
+def _read_config(path):
+    try:
+        config = yaml.safe_load(path.read_text())  # JSON is YAML
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(
+            f"{path.name} beside it cannot be read: {' '.join(str(error).split())}"
+        ) from error
+    if not isinstance(config, dict):
+        raise InputError(
+            f"{path.name} beside it is not a table of settings: put the checkpoint's own there"
+        )
+    return config
+
+
+def _unwrapped(state):
+    """Without the prefixes that torch.compile and data-parallel wrappers put before names."""
+    return {
+        re.sub(r"(^|\.)((_orig_mod|module)\.)+", r"\1", name): value
+        for name, value in state.items()
+    }
+
+
+def _family_of(state):
+    """Judged by many names, so that one that is missing or renamed is reported as such."""
+
+    def some(*prefixes):
+        return any(name.startswith(prefixes) for name in state)
+
+    if some("image_tokenizer.", "backbone.transformer_blocks."):
+        return family("triposr")
+    if some("transformer.layers.", "synthesizer.", "camera_embedder."):
+        return family("lrm")
+    if any(
+        re.match(r"((backbone|vit|dinov2)\.)?(embeddings\.patch_emb|patch_embed\.proj)", k)
+        for k in state
+    ):
+        return encoders
+    raise InputError(
+        f"its tensors ({', '.join(list(state)[:3])}, ...) are of no known family: TripoSR, OpenLRM, DINO and DINOv2 can be read"
+    )
+
+
+def _fields_from_shapes(module, state, title):
+    try:
+        fields = module.fields_from_torch(state)
+    except (KeyError, ValueError, IndexError) as error:
+
+        def pattern(name):
+            return re.sub(r"\.\d+\.", ".#.", name)
+
+        usual = torch_shapes(module.MODEL(**next(iter(module.VARIANTS.values()))))
+        extra = [name for name in state if pattern(name) not in {pattern(k) for k in usual}]
+        if isinstance(error, KeyError):
+            check_names(dict.fromkeys(extra), dict.fromkeys(error.args), title)
+        raise InputError(
+            f"not the tensors of {title}: one is of another rank ({error}): use an unchanged checkpoint"
+        ) from error
+    encoder = fields.get("encoder", fields)
+    if encoder["width"] % 64:
+        logging.warning(
+            "an encoder of width %d, not of heads of 64: %d taken",
+            encoder["width"],
+            encoder["num_heads"],
+        )
+    return fields
+
+
+def _published_like(module, fields):
+    """All fields of a published model, of the same shapes if there is one; and those of them that hold for `fields` too."""
+    defaults = {k: f.default for k, f in module.MODEL.__dataclass_fields__.items()}
+    published = [
+        {k: v for k, v in (defaults | variant).items() if k not in ("parent", "name", *RUN_FIELDS)}
+        for name, variant in module.VARIANTS.items()
+        if name not in ("nano", "tiny")
+    ]
+    for like in published:
+        if all(like[k] == v for k, v in fields.items()):
+            return like, like
+    like = published[0]
+    if module is encoders:
+        return like, {}
+    # At other sizes, what the reference's config tells is a checkpoint's choice; the rest is the same for all.
+    config = module.config_to_torch(module.MODEL(**like))
+    choices = {"image_size", *module.fields_from_config(config)}
+    return like, {k: v for k, v in like.items() if k not in choices}
+
+
+def _fields_from_config(module, config, fields):
+    """What `config` tells beyond `fields`."""
+    try:
+        told = module.fields_from_config(config)
+    except (KeyError, TypeError) as error:
+        raise InputError(
+            f"its config lacks {error}: put the checkpoint's own config beside it"
+        ) from error
+    if "source_size" in config:
+        told["image_size"] = config["source_size"]
+    elif "image_size" not in fields | told:
+        # OpenLRM 1.1's config.json does not tell it. At this size the encoder's positions are not resized.
+        told["image_size"] = fields["encoder"]["grid"] * fields["encoder"]["patch"]
+        logging.warning(
+            "its config tells no source_size: %d taken, its encoder's own", told["image_size"]
+        )
+    for name, value in told.items():
+        if not isinstance(value, int | float) or value <= 0:
+            raise InputError(
+                f"its config gives {value!r} for {name}: put the checkpoint's own config beside it"
+            )
+    if fields["width"] % told["num_heads"]:
+        raise InputError(
+            f"its config's {told['num_heads']} heads do not divide its width {fields['width']}: put its own config there"
+        )
+    return told
+
+
+# -- strictness
+
+
+def torch_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of the reference's tensors for `model`. Nothing is allocated."""
+    module, shapes = family(models.name_of(model)), param_shapes(model)
+    if module is encoders:
+        return torch_layout.torch_shapes(module.entries(model), {"encoder": shapes})
+    unused = module.pooler_shapes(model) if hasattr(module, "pooler_shapes") else {}
+    return torch_layout.torch_shapes(module.entries(model), shapes) | unused
+
+
+def param_shapes(model: nn.Module) -> dict:
+    """The parameter tree of `model`, as ShapeDtypeStructs."""
+
+    def array(*shape):
+        return jax.ShapeDtypeStruct(shape, np.float32)
+
+    if isinstance(model, encoders.MODEL):
+        side = model.grid * model.patch
+        inputs = (array(1, side, side, 3),)
+    else:
+        camera = Cameras(c2w=array(1, 1, 4, 4), fxfycxcy=array(1, 1, 4))
+        views = Views(rgb=array(1, 1, model.image_size, model.image_size, 3), cameras=camera)
+        inputs = (views, Rays(origins=array(1, 1, 1, 1, 3), dirs=array(1, 1, 1, 1, 3)))
+    return jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
+
+
+def check_names(found: Mapping[str, tuple], wanted: Mapping[str, tuple], title: str) -> None:
+    """Raises InputError, with the first few and their number, where names or shapes differ."""
+    missing = [name for name in wanted if name not in found]
+    extra = [name for name in found if name not in wanted]
+    misshaped = [
+        f"{name} {list(found[name])} not {list(shape)}"
+        for name, shape in wanted.items()
+        if name in found and tuple(found[name]) != tuple(shape)
+    ]
+    kinds = {"missing": missing, "extra": extra, "mis-shaped": misshaped}
+    if problems := [_listed(kind, names) for kind, names in kinds.items() if names]:
+        raise InputError(
+            f"not the tensors of {title}: {'; '.join(problems)}: use an unchanged checkpoint"
+        )
+
+
+def _listed(kind, names):
+    return f"{len(names)} {kind}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
+
+
+def _check_config(config, ours, at=""):
+    """Raises InputError where the checkpoint's config says other than its tensors do, or asks for what is not built."""
+    for key, value in ours.items():
+        theirs = config.get(key, value)
+        if IGNORED_SETTINGS.fullmatch(key):
+            continue
+        if isinstance(value, dict) and isinstance(theirs, Mapping):
+            _check_config(theirs, value, f"{at}{key}.")
+        elif theirs != value:
+            raise InputError(
+                f"its config says {at}{key}: {theirs}, but its tensors, or what is supported, {value}: put its own config there"
+            )
+
+
+# -- to a reference
+
+
+def write_reference(folder: Path, model: nn.Module, params: Mapping) -> list[Path]:
+    """Writes the files of a model as its reference reads them into `folder`, all or none of them. Returns their paths."""
+    name = models.name_of(model)
+    module = family(name)
+    state = module.to_torch(params, model)
+    if module is encoders:
+        path = folder / "pytorch_model.bin"
+        tensor_files.write_torch(path, state)
+        return [path]
+    config = module.config_to_torch(model)
+    text = (
+        yaml.safe_dump(config, sort_keys=False)
+        if name == "triposr"
+        else json.dumps(config, indent=2) + "\n"
+    )
+    with contextlib.ExitStack() as stack:
+        config_path = folder / CONFIG_NAMES[name]
+        stack.enter_context(tensor_files.replacing(config_path)).write_text(text)
+        if name == "triposr":
+            path = folder / "model.ckpt"
+            tensor_files.write_torch(path, state)
+        elif model.release == "1.0":
+            path = folder / "model.pth"
+            # The render size is only that of the reference's own videos.
+            kwargs = {
+                "model": config,
+                "infer": {"source_size": model.image_size, "render_size": 192},
+            }
+            tensor_files.write_torch(path, {"weights": state, "kwargs": kwargs})
+        else:
+            path = folder / "model.safetensors"
+            tensor_files.write_safetensors(path, state, {"format": "pt"})
+    return [path, config_path]
