@@ -40,9 +40,9 @@ def thin(shape, thickness):
         return thickness / 2 - jnp.min(jnp.stack(apart), 0)
 
     def gyroid(xyz):
-        s, c = jnp.sin(9 * xyz), jnp.cos(9 * xyz)
+        s, c = jnp.sin(6 * xyz), jnp.cos(6 * xyz)
         value = s[:, 0] * c[:, 1] + s[:, 1] * c[:, 2] + s[:, 2] * c[:, 0]
-        return thickness / 2 - jnp.abs(value) / 10
+        return thickness / 2 - jnp.abs(value) / 7
 
     inside = {"sheets": sheets, "rods": rods, "gyroid": gyroid}[shape]
     return lambda xyz: jnp.minimum(inside(xyz), 0.8 - jnp.max(jnp.abs(xyz), -1))
