@@ -44,6 +44,7 @@ def main(argv: list[str]) -> int:
     """Runs `lrm reconstruct`. Returns the exit code: 0, or 2 where some pictures failed; the others are done then."""
     args = parse(argv)
     stages, failures, done = report.Stages(), {}, {}
+    report.check_writable(args.out)
     pictures = read_pictures(find_pictures(args.images), args.remove_background, stages, failures)
     # A mistyped name is told at once, not after the model has been loaded.
     first = list(itertools.islice(pictures, 1))
@@ -265,9 +266,11 @@ def reconstruct(
             triangles = turned(triangles, -90 - orbit.azimuth_deg)
             with stages("files"):
                 own = {key: values[i] for key, values in frames.items()}
-                yield picture, files_of(picture, triangles, own, orbit, args)
+                files = files_of(picture, triangles, own, orbit, args)
         except InputError as error:
             fail(failures, picture[1], error)
+            continue
+        yield picture, files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,6 +310,10 @@ def render_orbit(
         view = jax.tree.map(lambda x, v=v: np.broadcast_to(x[v], (batch, 1, *x.shape[1:])), views)
         rendering, rays = jax.tree.map(np.asarray, render(scene, view))
         white = rendering.rgb + (1 - rendering.alpha[..., None])
+        if not np.isfinite(white).all():
+            raise InputError(
+                "what the model renders is not finite: its weights are damaged, take others"
+            )
         kept["frames"].append(surface.to_bytes(white))
         if v % step == 0:
             kept["alpha"].append(rendering.alpha)

@@ -17,6 +17,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+from lrm_jax.types import InputError
+
 
 def write_file(path: str | Path, data: bytes) -> None:
     """Writes a file whole or not at all: under a temporary name in its folder, which is made if missing, then renamed."""
@@ -45,6 +47,20 @@ def write_files(folder: str | Path, files: dict[str, bytes]) -> None:
     finally:
         for path in temporary.values():
             path.unlink(missing_ok=True)
+
+
+def check_writable(folder: str | Path) -> None:
+    """Finds out before an hour's work that its result cannot be written.
+
+    Raises:
+      InputError: the folder, or the one in which it would be made, is not a folder or is read-only.
+    """
+    folder = Path(folder)
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise InputError(f"{existing} is a file: choose another folder for the results")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"{existing} is read-only: choose another folder for the results")
 
 
 class Stages:
