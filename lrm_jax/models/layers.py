@@ -92,16 +92,17 @@ class MLP(nn.Module):
         return nn.Dense(width, dtype=self.dtype, name="fc2")(nn.gelu(x_BLF, approximate=False))
 
 
-def stack(block: type[nn.Module], depth: int, num_context: int = 1, **fields) -> nn.Module:
-    """`depth` blocks with stacked parameters, scanned and rematerialised: called as (x, *context) -> (x, None).
+def stack(block: type[nn.Module], depth: int, remat: bool = True, **fields) -> nn.Module:
+    """`depth` blocks with stacked parameters in a scan: called as (x, *context) -> (x, None).
 
-    A block's `__call__(x, *context)` returns (x, None); the `num_context` further arguments are the same for every block.
+    A block's `__call__(x, *context)` returns (x, None); the further arguments are the same for every block. `remat`: the
+    backward pass computes each block again, so that only the blocks' inputs are kept.
     """
     scanned = nn.scan(
-        nn.remat(block, prevent_cse=False),
+        nn.remat(block, prevent_cse=False) if remat else block,
         variable_axes={"params": 0},
         split_rngs={"params": True},
-        in_axes=nn.broadcast if num_context else 0,
+        in_axes=nn.broadcast,
         length=depth,
     )
     return scanned(**fields)

@@ -83,17 +83,18 @@ class LRM(nn.Module):
     release: str = (
         "1.1"  # which OpenLRM release's parameter names `to_torch` writes: "1.0" or "1.1"
     )
-    ray_chunk: int = 1024
+    ray_chunk: int = 256
+    remat: bool = True  # False: a small model, whose activations fit
     dtype: str = "float32"
 
     def setup(self):
-        self.image_encoder = vit.ViT(**self.encoder, dtype=self.dtype)
+        self.image_encoder = vit.ViT(**self.encoder, remat=self.remat, dtype=self.dtype)
         num_tokens = 3 * self.plane_tokens**2
         self.plane_queries = self.param(
             "plane_queries", nn.initializers.normal(self.width**-0.5), (1, num_tokens, self.width)
         )
         self.camera_embedder = CameraEmbedder(self.camera_width, self.dtype)
-        self.transformer = Transformer(self.depth, self.num_heads, self.dtype)
+        self.transformer = Transformer(self.depth, self.num_heads, self.remat, self.dtype)
         self.upsampler = triplane.Upsample(self.plane_channels, dtype=self.dtype)
         self.decoder = triplane.Decoder(
             3 * self.plane_channels, self.decoder_width, self.decoder_layers
@@ -245,12 +246,13 @@ class Transformer(nn.Module):
 
     depth: int
     num_heads: int
+    remat: bool
     dtype: str
 
     @nn.compact
     def __call__(self, x_BLD, context_BMD, camera_BD):
         blocks = stack(
-            Block, self.depth, 2, num_heads=self.num_heads, dtype=self.dtype, name="blocks"
+            Block, self.depth, self.remat, num_heads=self.num_heads, dtype=self.dtype, name="blocks"
         )
         x_BLD, _ = blocks(x_BLD, context_BMD, camera_BD)
         return layer_norm(1e-6, "norm")(x_BLD).astype(self.dtype)

@@ -29,9 +29,9 @@ VARIANTS = {
     # The bundled model: configs/nano.py.
     "nano": dict(
         image_size=128,
-        encoder=dict(patch=8, width=256, depth=4, num_heads=4, grid=16, resize="dino", norm_epsilon=1e-6),
-        width=256, depth=6, num_heads=4, plane_tokens=10, upsample=4, plane_channels=24, decoder_width=32, decoder_layers=4,
-        radius=1.0, num_samples=48, surface_level=10.0, source_distance=3.0, source_fov=40.0,
+        encoder=dict(patch=16, width=256, depth=6, num_heads=4, grid=8, resize="dino", norm_epsilon=1e-6),
+        width=256, depth=6, num_heads=4, plane_tokens=8, upsample=4, plane_channels=24, decoder_width=32, decoder_layers=4,
+        radius=1.0, num_samples=40, surface_level=10.0, source_distance=3.0, source_fov=40.0, remat=False,
     ),
     "tiny": dict(
         image_size=32, encoder=vit.VARIANTS["tiny"], width=32, depth=2, num_heads=2, plane_tokens=4, plane_channels=8,
@@ -62,16 +62,19 @@ class TripoSR(nn.Module):
     norm_groups: int = 32
     foreground_ratio: float = 0.85
     background: float = 0.5
-    ray_chunk: int = 1024
+    ray_chunk: int = 256
+    remat: bool = True  # False: a small model, whose activations fit
     dtype: str = "float32"
 
     def setup(self):
-        self.image_tokenizer = vit.ViT(**self.encoder, dtype=self.dtype)
+        self.image_tokenizer = vit.ViT(**self.encoder, remat=self.remat, dtype=self.dtype)
         side, width = self.plane_tokens, self.width
         self.plane_queries = self.param(
             "plane_queries", nn.initializers.normal(width**-0.5), (3, side, side, width)
         )
-        self.backbone = Backbone(self.depth, self.num_heads, self.norm_groups, self.dtype)
+        self.backbone = Backbone(
+            self.depth, self.num_heads, self.norm_groups, self.remat, self.dtype
+        )
         self.upsampler = triplane.Upsample(self.plane_channels, self.upsample, self.dtype)
         self.decoder = triplane.Decoder(
             3 * self.plane_channels, self.decoder_width, self.decoder_layers
@@ -154,6 +157,7 @@ class Backbone(nn.Module):
     depth: int
     num_heads: int
     norm_groups: int
+    remat: bool
     dtype: str
 
     @nn.compact
@@ -165,7 +169,7 @@ class Backbone(nn.Module):
         )
         x_BLD = nn.Dense(width, dtype=self.dtype, name="proj_in")(norm(queries_BLD))
         x_BLD, _ = stack(
-            Block, self.depth, num_heads=self.num_heads, dtype=self.dtype, name="blocks"
+            Block, self.depth, self.remat, num_heads=self.num_heads, dtype=self.dtype, name="blocks"
         )(x_BLD, context_BMD)
         return nn.Dense(width, dtype=self.dtype, name="proj_out")(x_BLD) + queries_BLD.astype(
             x_BLD.dtype

@@ -46,6 +46,7 @@ class ViT(nn.Module):
     norm_epsilon: float
     num_registers: int = 0
     layer_scale: bool = False
+    remat: bool = True
     dtype: str = "float32"
 
     @nn.compact
@@ -83,7 +84,7 @@ class ViT(nn.Module):
             )
         x_BLD = jnp.concatenate(tokens, axis=1)
         x_BLD, _ = stack(
-            _Block, self.depth, num_heads=self.num_heads, norm_epsilon=self.norm_epsilon,
+            _Block, self.depth, self.remat, num_heads=self.num_heads, norm_epsilon=self.norm_epsilon,
             layer_scale=self.layer_scale, dtype=self.dtype, name="blocks",
         )(x_BLD, None)  # fmt: skip
         x_BLD = layer_norm(self.norm_epsilon, "norm")(x_BLD).astype(self.dtype)
