@@ -122,7 +122,11 @@ def load_weights(weights: str | None = None) -> tuple[nn.Module, dict, dict]:
         raise InputError(
             f"{weights}: an image encoder alone: give a whole model, as hf:stabilityai/TripoSR"
         )
-    return model, jax.tree.map(jnp.asarray, params), info
+    flat = flatten_dict(params)
+    del (
+        params
+    )  # each array is freed once it is on the device: twice a full-size model is a laptop's memory
+    return model, unflatten_dict({k: jax.device_put(flat.pop(k)) for k in list(flat)}), info
 
 
 def read_weights(weights: str | None) -> tuple[nn.Module, dict, dict]:

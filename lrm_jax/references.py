@@ -1,6 +1,7 @@
 """The references' checkpoints: recognising whose they are, and converting both ways. Strict: every tensor is accounted for."""
 
 import contextlib
+import dataclasses
 import json
 import logging
 import re
@@ -21,8 +22,13 @@ from lrm_jax.types import Cameras, InputError, Rays, Views
 WEIGHTS_NAMES = ("model.safetensors", "model.ckpt", "model.pth", "pytorch_model.bin")
 CONFIG_NAMES = {"triposr": "config.yaml", "lrm": "config.json"}
 TITLES = {"triposr": "TripoSR", "lrm": "OpenLRM", "vit": "DINO"}
+# What the references' code does not let a config choose, beside the encoders.
+FIXED = {
+    "triposr": {"upsample": 2},
+    "lrm": {"camera_numbers": 16, "decoder_layers": 4, "decoder_width": 64},
+}
 # How a model is run, not what it is.
-RUN_FIELDS = ("dtype", "ray_chunk")
+RUN_FIELDS = ("dtype", "ray_chunk", "remat")
 # What a config says of the reference's classes and training, without effect on the result; trunc_exp is exp with another gradient.
 IGNORED_SETTINGS = re.compile(r".*_cls|.*model_name.*|encoder_freeze|density_activation")
 
@@ -83,7 +89,10 @@ def recognise(
             f"no {title} has its sizes ({reason}): use an unchanged checkpoint with its own config"
         ) from error
     check_names({k: v.shape for k, v in state.items()}, wanted, title)
-    if missing := [k for k in like if k not in published | fields | told]:
+    needed = [
+        k for k in like if module.MODEL.__dataclass_fields__[k].default is dataclasses.MISSING
+    ]
+    if missing := [k for k in needed if k not in published | fields | told]:
         raise InputError(
             f"neither its shapes nor a config tell its {', '.join(missing)}, and no published {title} is of these sizes:"
             f" put its {CONFIG_NAMES[_name(module)]} beside it"
@@ -314,6 +323,10 @@ def write_reference(folder: Path, model: nn.Module, params: Mapping) -> list[Pat
         path = folder / "pytorch_model.bin"
         tensor_files.write_torch(path, state)
         return [path]
+    if odd := _fixed_otherwise(model, name):
+        logging.warning(
+            "%s cannot load what is written: it has no such %s", TITLES[name], ", ".join(odd)
+        )
     config = module.config_to_torch(model)
     text = (
         yaml.safe_dump(config, sort_keys=False)
@@ -338,3 +351,10 @@ def write_reference(folder: Path, model: nn.Module, params: Mapping) -> list[Pat
             path = folder / "model.safetensors"
             tensor_files.write_safetensors(path, state, {"format": "pt"})
     return [path, config_path]
+
+
+def _fixed_otherwise(model, name):
+    """The fields of `model` that its reference has written into its code, with other values."""
+    named = [fields for variant, fields in encoders.VARIANTS.items() if variant != "tiny"]
+    odd = [] if dict(model.encoder) in named else ["encoder"]
+    return odd + [field for field, value in FIXED[name].items() if getattr(model, field) != value]
