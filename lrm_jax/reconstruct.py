@@ -23,12 +23,11 @@ from pathlib import Path
 
 import flax
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import lrm_jax
 from lrm_jax import convert, report
-from lrm_jax.ops import cameras, images, surface
+from lrm_jax.ops import cameras, images, surface, texture
 from lrm_jax.types import Cameras, InputError
 
 EXAMPLES = Path(__file__).parent / "assets" / "examples"
@@ -45,7 +44,9 @@ def main(argv: list[str]) -> int:
     args = parse(argv)
     stages, failures, done = report.Stages(), {}, {}
     report.check_writable(args.out)
-    pictures = read_pictures(find_pictures(args.images), args.remove_background, stages, failures)
+    paths = find_pictures(args.images)
+    args.batch = min(args.batch, len(paths))
+    pictures = read_pictures(paths, args.remove_background, stages, failures)
     # A mistyped name is told at once, not after the model has been loaded.
     first = list(itertools.islice(pictures, 1))
     if not first:
@@ -236,10 +237,14 @@ def compiled(model, params) -> dict[str, Callable]:
         rays = cameras.pixel_rays(view, SIZE, SIZE)
         return model.apply(variables, scene, rays, method="render"), rays
 
+    def query(variables, scene, xyz):
+        field, rgb = model.apply(variables, scene, xyz[None], method="query")
+        return field[0], rgb[0]
+
     methods = {
         "encode": functools.partial(model.apply, method="encode"),
         "render": render,
-        "query": functools.partial(model.apply, method="query"),
+        "query": query,
     }
     return {name: functools.partial(jax.jit(method), variables) for name, method in methods.items()}
 
@@ -327,10 +332,10 @@ def surface_of(model, query: Callable, scene, args) -> surface.Surface:
     """The coloured surface of one scene [1 ...], in the world of the model."""
 
     def field(xyz):
-        return query(scene, jnp.asarray(xyz, jnp.float32)[None])[0][0]
+        return query(scene, xyz)[0]
 
     def color(xyz):
-        return query(scene, jnp.asarray(xyz, jnp.float32)[None])[1][0]
+        return query(scene, xyz)[1]
 
     vertices, faces = surface.extract(
         field,
@@ -340,7 +345,10 @@ def surface_of(model, query: Callable, scene, args) -> surface.Surface:
         dense=args.dense,
         progress=report.progress,
     )
-    return surface.paint(vertices, faces, color, progress=report.progress)
+    triangles = surface.paint(vertices, faces, color, progress=report.progress)
+    if args.texture:
+        return texture.bake_texture(triangles, color, args.texture, progress=report.progress)
+    return triangles
 
 
 def turned(triangles: surface.Surface, degrees: float) -> surface.Surface:

@@ -141,6 +141,16 @@ def check_files(folder: Path) -> None:
     assert b"<title>b</title>" in (folder / "viewer.html").read_bytes()
 
 
+def test_a_texture_is_baked_into_every_format_that_has_one(lrm, weights):
+    save("a.png", ball())
+    argv = ["a.png", "--weights", weights, "--resolution", "16", "--views", "1", "--texture", "64"]
+    code, _, stderr = lrm("reconstruct", *argv, "--formats", "glb,obj")
+    assert (code, errors(stderr)) == (0, [])
+    loaded = trimesh.load("out/a/surface.glb", force="mesh")
+    assert loaded.visual.material.baseColorTexture.size == (64, 64)
+    assert {"surface.obj", "surface.mtl", "surface.png"} < {p.name for p in Path("out/a").iterdir()}
+
+
 def test_a_full_disk_is_one_line_and_leaves_nothing(lrm, weights, monkeypatch):
     save("a.png", ball())
 
