@@ -1,6 +1,5 @@
 """The pictures agree with the poses that are written beside them; bad files fail alone."""
 
-import io
 import json
 import os
 import sys
