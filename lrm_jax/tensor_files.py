@@ -54,7 +54,7 @@ def read(path: str | os.PathLike) -> tuple[object, dict[str, str]]:
     Returns:
       What the file holds, and its metadata (empty for a torch file). A safetensors file holds a dict of arrays, a torch
       file whatever was saved: dicts, lists and plain values with NumPy arrays for the tensors. The arrays of a torch file
-      are read-only views of the mapped file: it is not read before they are used.
+      are read-only views of the mapped file, not copies; its checksums are verified.
 
     Raises:
       InputError: no such file, not a file of tensors, truncated, damaged, or a pickle with other things than tensors.
