@@ -29,9 +29,9 @@ VARIANTS = {
     # The bundled model: configs/nano.py.
     "nano": dict(
         image_size=128,
-        encoder=dict(patch=16, width=256, depth=6, num_heads=4, grid=8, resize="dino", norm_epsilon=1e-6),
-        width=256, depth=6, num_heads=4, plane_tokens=8, upsample=4, plane_channels=24, decoder_width=32, decoder_layers=4,
-        radius=1.0, num_samples=40, surface_level=10.0, source_distance=3.0, source_fov=40.0, remat=False,
+        encoder=dict(patch=16, width=192, depth=6, num_heads=3, grid=8, resize="dino", norm_epsilon=1e-6),
+        width=192, depth=6, num_heads=3, plane_tokens=8, upsample=4, plane_channels=24, decoder_width=32, decoder_layers=4,
+        radius=1.0, num_samples=32, surface_level=10.0, source_distance=3.0, source_fov=40.0, remat=False,
     ),
     "tiny": dict(
         image_size=32, encoder=vit.VARIANTS["tiny"], width=32, depth=2, num_heads=2, plane_tokens=4, plane_channels=8,
