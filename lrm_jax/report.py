@@ -14,7 +14,7 @@ from pathlib import Path
 
 import imageio_ffmpeg
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 from lrm_jax.types import InputError
@@ -44,6 +44,10 @@ def write_files(folder: str | Path, files: dict[str, bytes]) -> None:
                 os.fsync(file.fileno())
         for name in files:
             os.replace(temporary[name], folder / name)
+    except OSError as error:
+        # A full disk is reported without a name.
+        error.filename = error.filename or str(folder)
+        raise
     finally:
         for path in temporary.values():
             path.unlink(missing_ok=True)
@@ -163,8 +167,7 @@ def contact_sheet(
         "white",
     )
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=14)
-    fitted = Image.fromarray(source)
-    fitted.thumbnail((width, height))
+    fitted = ImageOps.contain(Image.fromarray(source), (width, height))
     sheet.paste(fitted, (margin + (width - fitted.width) // 2, 2 * text))
     draw.text((margin, text), title[: width // 8], fill="black", font=font)
     for j, label in enumerate(columns):
@@ -186,7 +189,11 @@ def png(picture: np.ndarray) -> bytes:
 
 
 def turntable(frames: np.ndarray, frames_per_second: float = 24.0) -> bytes:
-    """An H.264 `.mp4` of uint8 [V H W 3], that every browser plays: even sides (the last row or column is repeated), yuv420p."""
+    """An H.264 `.mp4` of uint8 [V H W 3], that every browser plays: even sides (the last row or column is repeated), yuv420p.
+
+    Raises:
+      InputError: ffmpeg failed, as on a full temporary folder.
+    """
     frames = np.pad(
         frames, [(0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)], "edge"
     )
@@ -195,12 +202,17 @@ def turntable(frames: np.ndarray, frames_per_second: float = 24.0) -> bytes:
         form = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{frames.shape[2]}x{frames.shape[1]}"]
         coded = ["-c:v", "libx264", "-crf", "18", "-pix_fmt", "yuv420p", "-movflags", "+faststart"]
         # Not imageio_ffmpeg.write_frames: it forks with a hook, which JAX warns about.
-        subprocess.run(
+        run = subprocess.run(
             [imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", *form]
             + ["-r", str(frames_per_second), "-i", "-", *coded, str(path)],
             input=np.ascontiguousarray(frames).tobytes(),
-            check=True,
+            stderr=subprocess.PIPE,
         )
+        if run.returncode:
+            cause = " ".join(run.stderr.decode(errors="replace").split())[-200:]
+            raise InputError(
+                f"ffmpeg could not make the film ({cause}): free some space in {tempfile.gettempdir()}, or leave --video out"
+            )
         return path.read_bytes()
 
 

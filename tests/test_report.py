@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from lrm_jax import report
+from lrm_jax.types import InputError
 
 
 def test_write_file_makes_the_folder_and_leaves_only_the_file(tmp_path):
@@ -113,6 +114,15 @@ def test_turntable_plays_with_even_sides(tmp_path, size):
     assert next(reader)["size"] == (48, 32 if size[0] == 32 else 34)
     means = [np.frombuffer(frame, np.uint8).mean() for frame in reader]
     assert len(means) == 6 and max(means[:3]) < 30 and min(means[3:]) > 225  # lossy
+
+
+def test_a_film_that_ffmpeg_cannot_write_is_an_error(monkeypatch, tmp_path):
+    failing = tmp_path / "ffmpeg"
+    failing.write_text("#!/bin/sh\necho No space left on device >&2\nexit 1\n")
+    failing.chmod(0o755)
+    monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", lambda: str(failing))
+    with pytest.raises(InputError, match="No space left on device.*: free some space in"):
+        report.turntable(np.zeros((2, 8, 8, 3), np.uint8))
 
 
 def test_viewer_has_the_surface_and_asks_for_nothing_else():
