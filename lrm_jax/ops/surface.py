@@ -1,4 +1,4 @@
-"""From a field to a surface: coarse-to-fine sampling, marching cubes, vertex colours, and the files that hold them.
+"""Coloured surfaces, and the files that hold them. `extract` finds their triangles in a field.
 
 Vertices live in the world of `types.py`: right-handed, z up. The files are written so that common programs show z as up:
 
@@ -13,25 +13,27 @@ import dataclasses
 import io
 import json
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32, Int, Int32, UInt8
+from jaxtyping import Float, Float32, Int, Int32, UInt8
 from PIL import Image
-from skimage.measure import marching_cubes
 
-from lrm_jax.types import InputError
+from lrm_jax.ops.isosurface import extract, in_chunks
 
-BRICK = 4  # points along a brick of stored samples
-GROUP = 2**16  # blocks whose indices are held in memory at once
-ALWAYS_DENSE = 64  # points along an axis: a fifth of a second, and objects of few cells are found
-SLAB = 2**22  # lattice points of the dense grid held in memory at once
-CORNERS = np.stack(np.indices((2, 2, 2)), -1).reshape(8, 3)  # of a cell
-# The coarse lattice is face-centred cubic: half the points of the cubic lattice of stride 2, with gaps hardly wider (2 cells from
-# its points at most, instead of 1.7), and no gap at all along an axis.
-COARSE = np.array(
-    [[0, 0, 0], [0, 2, 2], [2, 0, 2], [2, 2, 0]]
-)  # its points in a brick: a corner and three face centres
+__all__ = [
+    "Surface",
+    "extract",
+    "paint",
+    "sample",
+    "to_bytes",
+    "to_glb",
+    "to_obj",
+    "to_ply",
+    "vertex_normals",
+]
+
+LINES = 2**16  # lines of text that are formatted at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,339 +44,8 @@ class Surface:
     faces: np.ndarray  # int32 [M 3]
     colors: np.ndarray  # uint8 [N 3] sRGB
     normals: np.ndarray  # float32 [N 3] outward, unit length
-    uv: np.ndarray | None = (
-        None  # float32 [N 2] in [0, 1]: right and down from the texture's top left, as in glTF
-    )
+    uv: np.ndarray | None = None  # float32 [N 2] in [0, 1], glTF's: v down from the top left
     texture: np.ndarray | None = None  # uint8 [T T 3] sRGB
-
-
-def extract(
-    field: Callable,
-    resolution: int,
-    radius: float,
-    level: float,
-    *,
-    dense: bool = False,
-    chunk: int = 2**15,
-    progress: Callable | None = None,
-) -> tuple[Float32[np.ndarray, "N 3"], Int32[np.ndarray, "M 3"]]:
-    """The triangles where `field` equals `level`, by marching cubes (https://doi.org/10.1145/37401.37422).
-
-    The lattice has `resolution` points along each axis of the cube [-radius, radius]^3, both ends included. Vertices lie on its
-    edges, at the linear interpolation of the field. The surface is closed, except where it leaves the cube.
-
-    By default only the neighbourhood of the surface is evaluated. First, one lattice point in sixteen; then, in the 4x4x4 cells
-    where the level is no further from a point's value than the values are from each other, every second point along each axis;
-    and there, by the same rule, every point. The rule measures densities (nowhere negative, level above zero) by their logarithm,
-    as they span orders of magnitude. Last, the surface is followed: wherever it leaves what was evaluated, its continuation is
-    evaluated too. At 256^3 a compact object costs about a tenth of the dense lattice; up to 64^3 the lattice is always dense.
-
-    Guaranteed: each connected piece of the dense surface is returned whole or not at all, and it is returned if it separates
-    points of the first lattice. No point of space is further than two cells from one of these. Not guaranteed: a piece that they
-    all miss, such as a speck under four cells wide, if the field does not change around it either.
-
-    Memory grows with the area of the surface, and by (resolution / 2)^3 bytes. `dense` evaluates every lattice point, in slabs.
-
-    Args:
-      field: xyz[Q 3] -> [Q], larger inside. Always called with Q = `chunk`: jitted by the caller, it is compiled once.
-      resolution: lattice points along an axis, at least 2.
-      chunk: points in one call of the field. The default suits the caches of a CPU.
-      progress: wraps the loops over chunks, `progress(iterable, total, label)`, to show how far they are.
-
-    Returns:
-      Vertices in the unit of `radius`, and faces of non-zero area, counter-clockwise seen from outside.
-
-    Raises:
-      InputError: the field is NaN somewhere, or nowhere crosses the level.
-    """
-    if resolution < 2:
-        raise InputError(
-            f"a lattice of {resolution} points along an axis has no cells: the resolution must be 2 or more"
-        )
-    lattice = Lattice(field, resolution, radius, level, chunk, progress)
-    dense = dense or resolution <= ALWAYS_DENSE
-    pieces = list(_march_slabs(lattice) if dense else _march_blocks(lattice))
-    if not pieces:
-        raise InputError(
-            f"the surface is empty: the field lies in [{lattice.low:.4g}, {lattice.high:.4g}] and does not cross the level "
-            f"{level:g}: choose a level in that range{'' if dense else ', or a dense grid if the object is tiny'}"
-        )
-    keys, first, merged = np.unique(
-        np.concatenate([keys for keys, _, _ in pieces]), return_index=True, return_inverse=True
-    )
-    fractions = np.concatenate([fractions for _, fractions, _ in pieces])[first]
-    starts = np.cumsum([0] + [len(keys) for keys, _, _ in pieces])
-    faces = np.concatenate(
-        [faces + start for (_, _, faces), start in zip(pieces, starts, strict=False)]
-    )
-    index = np.stack(np.unravel_index(keys // 3, (resolution,) * 3), -1).astype(np.float64)
-    index[np.arange(len(index)), keys % 3] += fractions
-    return lattice.to_world(index), merged[faces].astype(np.int32)
-
-
-class Lattice:
-    """The lattice of `extract`, and the samples of the field that are known on it, in bricks of 4x4x4 points.
-
-    It is padded to whole bricks of cells. The padding repeats the last point: no surface crosses it, and no piece is taken from it.
-    """
-
-    def __init__(self, field, resolution, radius, level, chunk, progress):
-        self.field, self.resolution, self.radius, self.level = field, resolution, radius, level
-        self.chunk, self.progress = chunk, progress
-        self.low, self.high = np.inf, -np.inf  # of the field, where it was evaluated
-        self.num_bricks = -(-(resolution - 1) // BRICK)  # along an axis
-        # Where a brick is in the two arrays below. A last layer holds the points that end the lattice.
-        self.slots = np.full((self.num_bricks + 1,) * 3, -1, np.int32)
-        self.corners = np.zeros((0, 3), np.int32)
-        self.values = np.zeros((0, BRICK**3), np.float32)  # field - level; NaN: not evaluated
-
-    def to_world(
-        self, index: Int[np.ndarray, "Q 3"] | Float[np.ndarray, "Q 3"]
-    ) -> Float32[np.ndarray, "Q 3"]:
-        index = np.minimum(index, self.resolution - 1)
-        return ((index / (self.resolution - 1) * 2 - 1) * self.radius).astype(np.float32)
-
-    def evaluate(self, count: int, index_of: Callable, label: str) -> Float32[np.ndarray, " Q"]:
-        """field - level at `count` points; `index_of(rows)` gives the lattice indices of a slice of them."""
-        if count == 0:
-            return np.zeros(0, np.float32)
-        values = _in_chunks(
-            self.field,
-            count,
-            lambda rows: self.to_world(index_of(rows)),
-            self.chunk,
-            self.progress,
-            label,
-        )
-        if (nans := np.isnan(values)).any():
-            row = int(np.argmax(nans))
-            x, y, z = self.to_world(index_of(slice(row, row + 1)))[0]
-            raise InputError(
-                f"the field is NaN at {nans.sum()} of {count} points, first at ({x:.3f}, {y:.3f}, {z:.3f}), so it has no surface: "
-                "check the weights and the picture that it comes from"
-            )
-        self.low, self.high = min(self.low, values.min()), max(self.high, values.max())
-        # Densities overflow to infinity: still inside, but not a number that can be interpolated.
-        return np.nan_to_num(values) - np.float32(self.level)
-
-    def coarse(self) -> Float32[np.ndarray, "X Y Z 4"]:
-        """field - level at the COARSE points of every brick."""
-        shape = (*self.slots.shape, len(COARSE))
-
-        def index_of(rows):
-            *brick, point = np.unravel_index(np.arange(rows.start, rows.stop), shape)
-            return np.stack(brick, -1) * BRICK + COARSE[point]
-
-        return self.evaluate(4 * self.slots.size, index_of, "surface, coarse").reshape(shape)
-
-    def blocks(
-        self, corners: Int[np.ndarray, "K 3"], stride: int, label: str = ""
-    ) -> Iterator[tuple[Int[np.ndarray, "k 3"], Float32[np.ndarray, "k 3 3 3"]]]:
-        """Evaluates what is not yet known of the blocks of 3x3x3 points, `stride` apart, and yields them in groups."""
-        groups = [corners[start : start + GROUP] for start in range(0, len(corners), GROUP)]
-        touched = np.zeros(self.slots.shape, bool)
-        for group in groups:
-            for end in CORNERS * 2 * stride:
-                touched[tuple((group + end).T // BRICK)] = True
-        new = np.argwhere(touched & (self.slots < 0))
-        self.slots[tuple(new.T)] = len(self.corners) + np.arange(len(new))
-        self.corners = np.concatenate([self.corners, new.astype(np.int32) * BRICK])
-        self.values = np.concatenate(
-            [self.values, np.full((len(new), BRICK**3), np.nan, np.float32)]
-        )
-
-        wanted = np.zeros(self.values.shape, bool)
-        for group in groups:
-            wanted.ravel()[self._addresses(group, stride)] = True
-        missing = np.flatnonzero(wanted & np.isnan(self.values))
-
-        def index_of(rows):
-            slot, local = np.divmod(missing[rows], BRICK**3)
-            return self.corners[slot] + np.stack(np.unravel_index(local, (BRICK,) * 3), -1)
-
-        self.values.ravel()[missing] = self.evaluate(len(missing), index_of, label)
-        for group in groups:
-            yield group, self.values.ravel()[self._addresses(group, stride)]
-
-    def _addresses(
-        self, corners: Int[np.ndarray, "K 3"], stride: int
-    ) -> Int[np.ndarray, "K 3 3 3"]:
-        """Where the points of blocks are in `values`, flattened."""
-        axes = (
-            corners[:, None, :] + stride * np.arange(3)[None, :, None]
-        )  # x, y and z of a block's layers
-        x, y, z = axes[:, :, None, None, 0], axes[:, None, :, None, 1], axes[:, None, None, :, 2]
-        slot = self.slots[x // BRICK, y // BRICK, z // BRICK].astype(np.int64)
-        return slot * BRICK**3 + (x % BRICK * BRICK + y % BRICK) * BRICK + z % BRICK
-
-
-def _march_blocks(lattice: Lattice) -> Iterator[tuple]:
-    """Marching cubes where the surface may be, and wherever it goes from there."""
-    coarse = lattice.coarse()
-    contrast = _contrast_of(lattice)
-    bricks = np.argwhere(_near_level(contrast(coarse)))
-    finest = [np.zeros((0, 3), np.int64)]
-    for corners, values in lattice.blocks(bricks * BRICK, 2, "surface, refine"):
-        children = np.argwhere(_near_level_in_blocks(contrast(values)))
-        finest.append(corners[children[:, 0]] + 2 * children[:, 1:])
-
-    seen = np.zeros((2 * lattice.num_bricks,) * 3, bool)
-    frontier, label = np.concatenate(finest), "surface, fine"
-    frontier = frontier[(frontier < lattice.resolution - 1).all(-1)]
-    while len(frontier):
-        seen[tuple(frontier.T // 2)] = True
-        exits = []
-        for corners, values in lattice.blocks(frontier, 1, label):
-            inside = values > 0
-            crossed = inside.any((1, 2, 3)) & ~inside.all((1, 2, 3))
-            corners, values, inside = corners[crossed], values[crossed], inside[crossed]
-            if len(corners):
-                yield _march_packed(lattice, corners, values)
-            for axis in range(3):
-                for side in range(2):
-                    face = inside.take(2 * side, axis + 1)
-                    leaves = face.any((1, 2)) & ~face.all((1, 2))
-                    exits.append(corners[leaves] + (4 * side - 2) * np.eye(3, dtype=int)[axis])
-        frontier = _unseen(np.concatenate(exits), seen, lattice.resolution)
-        label = "surface, follow"
-
-
-def _unseen(
-    exits: Int[np.ndarray, "K 3"], seen: Bool[np.ndarray, "X Y Z"], resolution: int
-) -> Int[np.ndarray, "k 3"]:
-    """The blocks, not seen yet, of the bricks that the surface enters: the whole brick, to follow it in fewer rounds."""
-
-    def new(corners):
-        corners = corners[((corners >= 0) & (corners < resolution - 1)).all(-1)]
-        return corners[~seen[tuple(corners.T // 2)]]
-
-    bricks = np.zeros(tuple(size // 2 for size in seen.shape), bool)
-    bricks[tuple(new(exits).T // BRICK)] = True
-    return new((np.argwhere(bricks)[:, None, :] * BRICK + 2 * CORNERS[None]).reshape(-1, 3))
-
-
-def _contrast_of(lattice: Lattice) -> Callable:
-    """A scale of field - level on which the field changes evenly: logarithmic for densities."""
-    if lattice.low >= 0 and lattice.level > 0:
-        # Below a millionth of the level, a density is as good as zero: its logarithm is noise.
-        return lambda values: np.log1p(np.maximum(values / np.float32(lattice.level), 1e-6 - 1))
-    return lambda values: values
-
-
-def _near_level(contrast: Float[np.ndarray, "X Y Z 4"]) -> Bool[np.ndarray, "X-1 Y-1 Z-1"]:
-    """The bricks where the level is nearer to a coarse point than the field changes within the brick."""
-
-    def over_brick(reduce, values):
-        result = _over_corners(reduce, values[..., 0], 0)
-        for axis in range(3):
-            first = np.moveaxis(values[..., 1 + axis], axis, 0)
-            both = np.moveaxis(reduce(first[:-1], first[1:]), 0, axis)
-            result = reduce(result, both[tuple(slice(size) for size in result.shape)])
-        return result
-
-    change = over_brick(np.maximum, contrast) - over_brick(np.minimum, contrast)
-    return over_brick(np.minimum, np.abs(contrast)) <= change
-
-
-def _near_level_in_blocks(contrast: Float[np.ndarray, "K 3 3 3"]) -> Bool[np.ndarray, "K 2 2 2"]:
-    """The cells of blocks where the level is nearer than the greatest change between neighbours in the block."""
-    slope = np.max([np.abs(np.diff(contrast, axis=axis)).max((1, 2, 3)) for axis in (1, 2, 3)], 0)
-    return _over_corners(np.minimum, np.abs(contrast), 1) <= slope[:, None, None, None]
-
-
-def _over_corners(
-    reduce: np.ufunc, values: Float[np.ndarray, "..."], batch_axes: int
-) -> Float[np.ndarray, "..."]:
-    """Reduces points to cells, over the eight corners of each."""
-    for axis in range(batch_axes, batch_axes + 3):
-        before = (slice(None),) * axis
-        values = reduce(values[(*before, slice(0, -1))], values[(*before, slice(1, None))])
-    return values
-
-
-def _march_slabs(lattice: Lattice) -> Iterator[tuple]:
-    """Marching cubes in every cell, a slab of layers at a time."""
-    size = lattice.resolution
-    layers = max(1, SLAB // size**2)
-    values = np.zeros((0, size, size), np.float32)
-    starts = range(-1, size - 1, layers)
-    for start in (
-        lattice.progress(starts, len(starts), "surface, dense") if lattice.progress else starts
-    ):
-        first, stop = start + 1, min(start + 1 + layers, size)
-
-        def index_of(rows, first=first, stop=stop):
-            flat = np.arange(rows.start, rows.stop) + first * size**2
-            return np.stack(np.unravel_index(flat, (size,) * 3), -1)
-
-        new = lattice.evaluate((stop - first) * size**2, index_of, "")
-        values = np.concatenate([values[-1:], new.reshape(-1, size, size)])
-        if len(values) > 1 and values.max() > 0 >= values.min():
-            low, axis, fraction, faces = _march(values, None)
-            low[:, 0] += stop - len(values)
-            yield _keys(low, axis, size), fraction, faces
-
-
-def _march_packed(
-    lattice: Lattice, corners: Int[np.ndarray, "K 3"], values: Float32[np.ndarray, "K 3 3 3"]
-) -> tuple:
-    """Marching cubes in blocks, stacked along the first axis. The cells between one block and the next are masked."""
-    # scikit-image's mask is read at a cell's upper corner.
-    upper = corners[:, None, :] + np.arange(3)[None, :, None] < lattice.resolution
-    mask = upper[:, :, None, None, 0] & upper[:, None, :, None, 1] & upper[:, None, None, :, 2]
-    mask[:, 0] = False
-    low, axis, fraction, faces = _march(values.reshape(-1, 3, 3), mask.reshape(-1, 3, 3))
-    block, low[:, 0] = np.divmod(low[:, 0], 3)
-    return _keys(low + corners[block], axis, lattice.resolution), fraction, faces
-
-
-def _march(values: Float32[np.ndarray, "X Y Z"], mask: Bool[np.ndarray, "X Y Z"] | None) -> tuple:
-    """Marching cubes: the lattice edges that carry the vertices (lower end, axis), where on them, and the faces.
-
-    scikit-image sees the signs only, so that its vertices are midpoints, which name their edges without rounding; positions are
-    interpolated here. So blocks that share an edge agree on its vertex to the bit, wherever they are in the array. Its `lorensen`
-    table is closed for every pattern of signs (each edge is shared by two faces: tested); `lewiner` is not.
-    """
-    signs = np.where(values > 0, np.float32(1), np.float32(-1))
-    midpoints, faces, _, _ = marching_cubes(
-        signs, 0.0, method="lorensen", gradient_direction="ascent", mask=mask
-    )
-    doubled = np.rint(midpoints * 2).astype(np.int64)
-    axis = np.argmax(doubled & 1, -1)
-    low = doubled >> 1
-    high = low + np.eye(3, dtype=np.int64)[axis]
-    start, end = values[tuple(low.T)].astype(np.float64), values[tuple(high.T)].astype(np.float64)
-    # Off the lattice points by a thousandth of a cell: vertices on different edges stay apart, and no face is degenerate.
-    return low, axis, np.clip(start / (start - end), 1e-3, 1 - 1e-3), faces
-
-
-def _keys(
-    low: Int[np.ndarray, "N 3"], axis: Int[np.ndarray, " N"], size: int
-) -> Int[np.ndarray, " N"]:
-    """One number for each lattice edge."""
-    return np.ravel_multi_index(tuple(low.T), (size,) * 3) * 3 + axis
-
-
-def _in_chunks(
-    function: Callable,
-    count: int,
-    xyz_of: Callable,
-    chunk: int,
-    progress: Callable | None,
-    label: str,
-) -> Float32[np.ndarray, "Q ..."]:
-    """function(xyz_of(rows)) for all rows below `count`, `chunk` at a time, one call ahead of the copies to the host."""
-    starts, calls = range(0, count, chunk), []
-    for start in progress(starts, len(starts), label) if progress and label else starts:
-        xyz = xyz_of(slice(start, min(start + chunk, count)))
-        padded = np.zeros((chunk, 3), np.float32)
-        padded[: len(xyz)] = xyz
-        calls.append(function(padded))
-        if len(calls) > 1:
-            calls[-2] = np.asarray(calls[-2], np.float32)
-    return np.concatenate(
-        [np.asarray(call, np.float32) for call in calls] or [np.zeros(0, np.float32)]
-    )[:count]
 
 
 def sample(
@@ -386,7 +57,7 @@ def sample(
     label: str = "colors",
 ) -> Float32[np.ndarray, "Q ..."]:
     """Evaluates `function`: xyz[chunk 3] -> [chunk ...] at any number of points, in calls of one fixed shape."""
-    return _in_chunks(function, len(xyz), lambda rows: xyz[rows], chunk, progress, label)
+    return in_chunks(function, len(xyz), lambda rows: xyz[rows], chunk, progress, label)
 
 
 def to_bytes(rgb: Float[np.ndarray, "*B 3"]) -> UInt8[np.ndarray, "*B 3"]:
@@ -437,79 +108,62 @@ def to_glb(surface: Surface) -> bytes:
     as linear, and linear bytes lose the dark tones of sRGB bytes.
     """
     attributes = {"POSITION": _y_up(surface.vertices), "NORMAL": _y_up(surface.normals)}
-    material = {
-        "pbrMetallicRoughness": {"metallicFactor": 0.0, "roughnessFactor": 1.0},
-        "doubleSided": True,
+    shading = {"metallicFactor": 0.0, "roughnessFactor": 1.0}
+    tree = {
+        "asset": {"version": "2.0", "generator": "lrm_jax"},
+        "scene": 0,
+        "scenes": [{"nodes": [0]}],
+        "nodes": [{"mesh": 0, "name": "surface"}],
+        "materials": [{"pbrMetallicRoughness": shading, "doubleSided": True}],
     }
     images = []
     if surface.texture is None:
         attributes["COLOR_0"] = _linear(surface.colors)
     else:
         attributes["TEXCOORD_0"] = surface.uv
-        material["pbrMetallicRoughness"]["baseColorTexture"] = {"index": 0}
         images = [_png(surface.texture)]
+        shading["baseColorTexture"] = {"index": 0}
+        tree["textures"] = [{"source": 0, "sampler": 0}]
+        tree["samplers"] = [{"magFilter": 9729, "minFilter": 9987, "wrapS": 33071, "wrapT": 33071}]
+        tree["images"] = [{"bufferView": len(attributes) + 1, "mimeType": "image/png"}]
 
-    buffers = [np.ascontiguousarray(values, "<f4").tobytes() for values in attributes.values()]
-    buffers += [surface.faces.astype("<u4").tobytes(), *images]
-    padded = [data + b"\0" * (-len(data) % 4) for data in buffers]
-    offsets = np.cumsum([0] + [len(data) for data in padded])
-    accessors = [
+    last = len(attributes)  # of accessors and buffers: the faces' corners
+    primitive = {
+        "attributes": {name: i for i, name in enumerate(attributes)},
+        "indices": last,
+        "material": 0,
+    }
+    tree["meshes"] = [{"primitives": [primitive]}]
+    tree["accessors"] = [
         {
-            "bufferView": view,
+            "bufferView": i,
             "componentType": 5126,
             "count": len(values),
             "type": f"VEC{values.shape[1]}",
         }
-        for view, values in enumerate(attributes.values())
+        for i, values in enumerate(attributes.values())
     ]
-    accessors[0] |= {
-        "min": attributes["POSITION"].min(0).tolist(),
-        "max": attributes["POSITION"].max(0).tolist(),
-    }
-    indices = len(accessors)
-    accessors.append(
-        {
-            "bufferView": indices,
-            "componentType": 5125,
-            "count": surface.faces.size,
-            "type": "SCALAR",
-        }
+    low, high = attributes["POSITION"].min(0), attributes["POSITION"].max(0)
+    tree["accessors"][0] |= {"min": low.tolist(), "max": high.tolist()}
+    tree["accessors"].append(
+        {"bufferView": last, "componentType": 5125, "count": surface.faces.size, "type": "SCALAR"}
     )
-    tree = {
-        "asset": {"version": "2.0", "generator": "lrm_jax"},
-        "scene": 0,
-        "scenes": [{"nodes": [0]}],
-        "nodes": [{"mesh": 0, "name": "surface"}],
-        "meshes": [
-            {
-                "primitives": [
-                    {
-                        "attributes": {name: i for i, name in enumerate(attributes)},
-                        "indices": indices,
-                        "material": 0,
-                    }
-                ]
-            }
-        ],
-        "materials": [material],
-        "accessors": accessors,
-        "bufferViews": [
-            {"buffer": 0, "byteOffset": int(offset), "byteLength": len(data)}
-            for offset, data in zip(offsets, buffers, strict=False)
-        ],
-        "buffers": [{"byteLength": int(offsets[-1])}],
-    }
-    for view in range(indices):
-        tree["bufferViews"][view]["target"] = 34962  # vertex data
-    tree["bufferViews"][indices]["target"] = 34963  # indices
-    if images:
-        tree["images"] = [{"bufferView": indices + 1, "mimeType": "image/png"}]
-        tree["samplers"] = [{"magFilter": 9729, "minFilter": 9987, "wrapS": 33071, "wrapT": 33071}]
-        tree["textures"] = [{"source": 0, "sampler": 0}]
+    buffers = [np.asarray(values, "<f4").tobytes() for values in attributes.values()]
+    return _pack_glb(tree, [*buffers, surface.faces.astype("<u4").tobytes(), *images])
+
+
+def _pack_glb(tree: dict, buffers: list[bytes]) -> bytes:
+    """The container: the JSON tree, with a view for each buffer, and the buffers, each padded to four bytes."""
+    body = b""
+    tree["bufferViews"] = []
+    for data in buffers:
+        tree["bufferViews"].append({"buffer": 0, "byteOffset": len(body), "byteLength": len(data)})
+        body += data + b"\0" * (-len(data) % 4)
+    tree["buffers"] = [{"byteLength": len(body)}]
     text = json.dumps(tree, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 4)
     chunks = struct.pack("<I4s", len(text), b"JSON") + text
-    chunks += struct.pack("<I4s", offsets[-1], b"BIN\0") + b"".join(padded)
+    chunks += struct.pack("<I4s", len(body), b"BIN\0") + body
     return struct.pack("<4sII", b"glTF", 2, 12 + len(chunks)) + chunks
 
 
@@ -518,26 +172,21 @@ def to_obj(surface: Surface, name: str = "surface") -> dict[str, bytes]:
 
     Without a texture, sRGB colours follow the positions: most programs read them there, though the format's manual has none.
     """
-    numbers = [_y_up(surface.vertices), _y_up(surface.normals)]
-    faces = surface.faces + 1
+    positions, normals = _y_up(surface.vertices), _y_up(surface.normals)
+    corners = surface.faces + 1
     if surface.texture is None:
-        header = ""
-        numbers[0] = np.concatenate([numbers[0], surface.colors / 255], -1)
-        body = _lines("v %.6f %.6f %.6f %.4f %.4f %.4f\n", numbers[0]) + _lines(
-            "vn %.4f %.4f %.4f\n", numbers[1]
-        )
-        body += _lines("f %d//%d %d//%d %d//%d\n", faces.repeat(2, -1))
-        return {f"{name}.obj": (header + body).encode()}
-    header = f"mtllib {name}.mtl\nusemtl {name}\n"
-    body = _lines("v %.6f %.6f %.6f\n", numbers[0]) + _lines("vn %.4f %.4f %.4f\n", numbers[1])
+        colored = np.concatenate([positions, surface.colors / 255], -1)
+        body = _lines("v %.6f %.6f %.6f %.4f %.4f %.4f\n", colored)
+        body += _lines("vn %.4f %.4f %.4f\n", normals)
+        body += _lines("f %d//%d %d//%d %d//%d\n", corners.repeat(2, -1))
+        return {f"{name}.obj": body.encode()}
+    body = f"mtllib {name}.mtl\nusemtl {name}\n"
+    body += _lines("v %.6f %.6f %.6f\n", positions) + _lines("vn %.4f %.4f %.4f\n", normals)
     body += _lines("vt %.6f %.6f\n", surface.uv * [[1, -1]] + [[0, 1]])
-    body += _lines("f %d/%d/%d %d/%d/%d %d/%d/%d\n", faces.repeat(3, -1))
+    body += _lines("f %d/%d/%d %d/%d/%d %d/%d/%d\n", corners.repeat(3, -1))
     material = f"newmtl {name}\nKa 0 0 0\nKd 1 1 1\nKs 0 0 0\nmap_Kd {name}.png\n"
-    return {
-        f"{name}.obj": (header + body).encode(),
-        f"{name}.mtl": material.encode(),
-        f"{name}.png": _png(surface.texture),
-    }
+    files = {f"{name}.obj": body.encode(), f"{name}.mtl": material.encode()}
+    return files | {f"{name}.png": _png(surface.texture)}
 
 
 def to_ply(surface: Surface) -> bytes:
@@ -586,5 +235,6 @@ def _png(rgb: UInt8[np.ndarray, "H W 3"]) -> bytes:
 
 
 def _lines(form: str, rows: Float[np.ndarray, "N C"] | Int[np.ndarray, "N C"]) -> str:
-    """`form` % row for each row: ten times as fast in one go as row by row."""
-    return form * len(rows) % tuple(rows.ravel().tolist())
+    """`form` % row for each row, many rows at a time, as one by one is slow."""
+    groups = [rows[start : start + LINES] for start in range(0, len(rows), LINES)]
+    return "".join(form * len(group) % tuple(group.ravel().tolist()) for group in groups)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import trimesh
 
-from lrm_jax.ops import surface
+from lrm_jax.ops import isosurface, surface
 from lrm_jax.types import InputError
 
 RADIUS = 0.87
@@ -164,7 +164,7 @@ def test_memory_stays_far_below_the_dense_grid():
 def test_slabs_of_the_dense_grid_merge_to_the_bit(monkeypatch, resolution):
     whole = surface.extract(jax.jit(blob), resolution, RADIUS, 0.0, dense=True)
     for layers in (1, 3):
-        monkeypatch.setattr(surface, "SLAB", layers * resolution**2)
+        monkeypatch.setattr(isosurface, "SLAB", layers * resolution**2)
         parts = surface.extract(jax.jit(blob), resolution, RADIUS, 0.0, dense=True)
         np.testing.assert_array_equal(parts[0], whole[0])
         assert trimesh.Trimesh(*parts, process=False).is_watertight
