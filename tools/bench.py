@@ -1,0 +1,257 @@
+"""Times the full-size families on this machine: python tools/bench.py [FAMILY:VARIANT ...] [--json FILE]
+
+For each: encoding one picture, a 128 x 128 view of 128 samples a ray forward, the same forward and backward, and a 256^3
+surface. Weights are random, which costs what trained ones cost; the surface is of a smooth blob that goes through the model's
+own decoder at the same cost, as random weights have no surface. Beside each time: the floating-point operations of its matrix
+products (counted in the jaxpr, twice the multiplications, rematerialised ones included), their rate as a fraction of the plain
+matrix-product rate measured in the same run, and the peak memory of the process.
+
+Times are the best of a few runs after one that compiles: machines are shared and noisy, so compare ratios within one run.
+"""
+
+import argparse
+import json
+import math
+import platform
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lrm_jax import models
+from lrm_jax.ops import cameras, isosurface
+
+DEFAULT = (
+    "triposr:triposr",
+    "lrm:lrm",
+    "lrm:openlrm-small-1.1",
+    "lrm:openlrm-base-1.1",
+    "lrm:openlrm-large-1.1",
+)
+STAGES = ("encode", "view", "gradient", "surface")
+
+
+def main() -> int:
+    """Runs each family in a process of its own, so that its peak memory is its own, and prints a table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "families", nargs="*", default=DEFAULT, help=f"default: {' '.join(DEFAULT)}"
+    )
+    parser.add_argument(
+        "--stages", default=",".join(STAGES), help=f"of {', '.join(STAGES)}; default: all"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="runs after the first; the best counts (default: 3)"
+    )
+    parser.add_argument(
+        "--dtype", default="float32", choices=["float32", "bfloat16"], help="of the computation"
+    )
+    parser.add_argument(
+        "--json", type=Path, help="also write the rows here, with machine and versions"
+    )
+    parser.add_argument(
+        "--one", action="store_true", help=argparse.SUPPRESS
+    )  # a child: one family, rows as JSON lines
+    args = parser.parse_args()
+    if args.one:
+        for row in measure(args.families[0], args.stages.split(","), args.repeats, args.dtype):
+            print(json.dumps(row), flush=True)
+        return 0
+    print(
+        f"{'family':28s} {'stage':9s} {'seconds':>8s} {'TFLOP':>7s} {'of rate':>8s} {'GB':>6s}   {machine()}"
+    )
+    rows = []
+    for family in args.families:
+        command = [
+            sys.executable,
+            __file__,
+            "--one",
+            family,
+            "--stages",
+            args.stages,
+            "--dtype",
+            args.dtype,
+        ]
+        command += ["--repeats", str(args.repeats)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+            for line in child.stdout:
+                rows.append(json.loads(line))
+                print_row(rows[-1])
+        if child.returncode:
+            return child.returncode
+    if args.json:
+        report = {"machine": machine(), "commit": commit(), "dtype": args.dtype, "rows": rows}
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        print(f"wrote {args.json}")
+    return 0
+
+
+def measure(name: str, stages: list[str], repeats: int, dtype: str):
+    """Yields a row for each stage of one family."""
+    family, variant = name.split(":")
+    fields = models.family(family).VARIANTS[variant]
+    importance = fields.get("num_importance", 0) > 0
+    samples = dict(num_samples=64, num_importance=64) if importance else dict(num_samples=128)
+    model = models.build(family, variant, dtype=dtype, **samples)
+    source = model.prepare([picture()])
+    camera = cameras.orbit(1, model.source_distance, 20.0, 40.0)
+    rays = jax.tree.map(lambda x: x[None], cameras.pixel_rays(camera, 128, 128))
+    few = jax.tree.map(lambda x: x[:, :, :2, :2], rays)
+    params = jax.jit(model.init)(jax.random.key(0), source, few)["params"]
+    rate = matmul_rate(dtype)
+    decoder = {"decoder": params["decoder"], "plane_queries": params["plane_queries"]}
+    side = model.plane_tokens * getattr(model, "upsample", 2)
+    scene = {
+        "triplane": jax.random.normal(jax.random.key(1), (1, 3, side, side, model.plane_channels))
+    }
+
+    def encode(params, source):
+        return model.apply({"params": params}, source, method="encode")
+
+    def view(params, scene, rays):
+        return model.apply({"params": params}, scene, rays, method="render").rgb
+
+    def gradient(params, scene, rays):
+        return jax.grad(lambda p, s: jnp.mean(view(p, s, rays) ** 2), argnums=(0, 1))(params, scene)
+
+    calls = {
+        "encode": (encode, params, source),
+        "view": (view, decoder, scene, rays),
+        "gradient": (gradient, decoder, scene, rays),
+    }
+    for stage in stages:
+        reset_peak()
+        if stage == "surface":
+            seconds, flops = surface(model, decoder, scene)
+        else:
+            function, *arguments = calls[stage]
+            flops = count_flops(jax.make_jaxpr(function)(*arguments).jaxpr)
+            seconds = best_time(jax.jit(function), arguments, repeats)
+        yield {
+            "family": name, "stage": stage, "seconds": round(seconds, 3), "tflop": round(flops / 1e12, 4),
+            "of_rate": round(flops / seconds / rate, 3), "rate_gflops": round(rate / 1e9, 1), "peak_gb": round(peak_gb(), 2),
+        }  # fmt: skip
+
+
+def surface(model, decoder: dict, scene: dict) -> tuple[float, float]:
+    """Seconds and operations of a 256^3 surface, coarse to fine, compiled before."""
+    evaluated = 0
+
+    @jax.jit
+    def query(xyz):
+        field, _ = model.apply({"params": decoder}, scene, xyz[None], method="query")
+        # Radius and ripples of an object; the model's own value is computed, and too small to matter.
+        blob = 0.6 * model.radius - jnp.linalg.norm(xyz, axis=-1) + 0.05 * jnp.sin(12 * xyz).sum(-1)
+        return model.surface_level * jnp.exp(8 * blob) + 1e-30 * field[0]
+
+    def field(xyz):
+        nonlocal evaluated
+        evaluated += xyz.shape[0]
+        return query(xyz)
+
+    isosurface.extract(field, 64, model.radius, model.surface_level)  # compiles
+    evaluated, start = 0, time.perf_counter()
+    vertices, faces = isosurface.extract(field, 256, model.radius, model.surface_level)
+    seconds = time.perf_counter() - start
+    assert len(faces) > 10_000
+    per_point = count_flops(jax.make_jaxpr(query)(jnp.zeros((1024, 3))).jaxpr) / 1024
+    return seconds, per_point * evaluated
+
+
+def picture() -> np.ndarray:
+    """A disc on transparent ground."""
+    y, x = np.mgrid[:256, :256] - 127.5
+    alpha = np.where(x**2 + y**2 < 100**2, 255, 0)
+    return np.stack([x + 128, y + 128, 255 - x / 2 - 128, alpha], axis=-1).astype(np.uint8)
+
+
+def matmul_rate(dtype: str) -> float:
+    """Operations a second of a plain 4096^2 product (2048^2 on a CPU): the best of ten."""
+    side = 2048 if jax.default_backend() == "cpu" else 8192
+    a = jnp.ones((side, side), dtype)
+    return 2 * side**3 / best_time(jax.jit(jnp.dot), (a, a), 10)
+
+
+def best_time(function, arguments, repeats: int) -> float:
+    """The shortest of `repeats` runs after one that compiles, seconds."""
+    jax.block_until_ready(function(*arguments))
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(function(*arguments))
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def count_flops(jaxpr) -> float:
+    """Operations of the matrix products in a jaxpr: 2 a multiplication, bodies of scans times their length.
+
+    Of alternatives (the kernels of each platform), the costliest counts.
+    """
+    total = 0.0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracting, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            total += (
+                2
+                * math.prod(equation.outvars[0].aval.shape)
+                * math.prod(left[i] for i in contracting)
+            )
+        inner = [count_flops(sub) for sub in jax.core.jaxprs_in_params(equation.params)]
+        if equation.primitive.name == "cond":
+            total += max(inner)
+        else:
+            total += sum(inner) * equation.params.get("length", 1)
+    return total
+
+
+def reset_peak() -> None:
+    """Starts the peak of resident memory anew, where Linux lets us."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass
+
+
+def peak_gb() -> float:
+    """Peak of the accelerator's memory, or of this process's resident memory since `reset_peak`."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"] / 1e9
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024 / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def machine() -> str:
+    """Device, cores and versions."""
+    device = jax.devices()[0]
+    return f"{device.device_kind}, {jax.device_count()} device(s), jax {jax.__version__}, Python {platform.python_version()}"
+
+
+def commit() -> str:
+    """The commit that was measured."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+
+def print_row(row: dict) -> None:
+    """One line of the table."""
+    print(
+        f"{row['family']:28s} {row['stage']:9s} {row['seconds']:8.2f} {row['tflop']:7.3f} {row['of_rate']:8.0%} "
+        f"{row['peak_gb']:6.2f}   rate {row['rate_gflops']:.0f} GFLOP/s",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
