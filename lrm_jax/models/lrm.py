@@ -143,13 +143,8 @@ class LRM(nn.Module):
 
     def prepare(self, rgba: list[np.ndarray]) -> Views:
         """Pictures as the reference prepares them: on white, resized without antialiasing; padded to a square first."""
-        pictures = [images.composite(_pad_to_square(x), self.background) for x in rgba]
-        rgb = jnp.stack(
-            [
-                images.resize_bicubic(jnp.asarray(x, jnp.float32) / 255, self.image_size)
-                for x in pictures
-            ]
-        )
+        pictures = [images.blend(_pad_to_square(x), self.background) for x in rgba]
+        rgb = jnp.stack([images.resize_bicubic(jnp.asarray(x), self.image_size) for x in pictures])
         camera = cameras.look_at(
             jnp.array([0.0, -self.source_distance, 0.0]), jnp.zeros(3), jnp.array([0.0, 0.0, 1.0])
         )
