@@ -13,7 +13,7 @@ def base() -> ConfigDict:
         seed=0,
         batch_size=8,
         num_source=1,
-        num_target=4,
+        num_target=4,  # views besides the source, which is supervised too
         source_size=512,
         target_size=512,
         source_background=0.5,  # the grey that sources are composited on

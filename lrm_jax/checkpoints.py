@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from lrm_jax.types import InputError
+
 
 def open_folder(
     workdir: str | Path, *, keep: int = 2, read_only: bool = False
@@ -24,10 +26,21 @@ def save(manager: ocp.CheckpointManager, step: int, state: Any) -> None:
 
 
 def restore(manager: ocp.CheckpointManager, abstract_state: Any) -> Any | None:
-    """The latest state, placed as `abstract_state` says (ShapeDtypeStructs with shardings); None if there is none."""
-    if manager.latest_step() is None:
+    """The latest state, placed as `abstract_state` says (ShapeDtypeStructs with shardings); None if there is none.
+
+    Raises:
+      InputError: the checkpoint is damaged, or its names or shapes are others.
+    """
+    step = manager.latest_step()
+    if step is None:
         return None
-    return manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(abstract_state))
+    try:
+        return manager.restore(step, args=ocp.args.StandardRestore(abstract_state))
+    except (ValueError, KeyError, OSError) as error:
+        raise InputError(
+            f"{manager.directory / str(step)}: damaged, or of another model ({str(error).splitlines()[0][:120]}): "
+            "choose another --workdir, or delete this folder to go on from the one before"
+        ) from error
 
 
 def abstract(tree: Any, shardings: Any) -> Any:

@@ -15,6 +15,7 @@ import importlib
 import io
 import json
 import math
+import re
 import signal
 import sys
 import threading
@@ -46,6 +47,9 @@ INTERRUPTED = (
 
 def main(argv: list[str]) -> int:
     """Runs `lrm train`. Returns the exit code: 0, or 143 where SIGTERM ended the run after saving it."""
+    if {"-h", "--help"} & set(argv):
+        print(__doc__)
+        return 0
     config, workdir, export = parse(argv)
     device_mesh = sharding.make_device_mesh(**config.sharding)
     if config.data.batch_size % sharding.num_batch_shards(device_mesh):
@@ -53,8 +57,11 @@ def main(argv: list[str]) -> int:
             f"data.batch_size={config.data.batch_size} does not divide over {sharding.num_batch_shards(device_mesh)} "
             "devices: make it a multiple, or set sharding.tensor"
         )
+    try:
+        model = build(**config.model)
+    except ValueError as error:
+        raise InputError(f"config.model: {error}") from None
     train_data, val_data, source_background = open_data(**config.data)
-    model = build(**config.model)
     schedule = optim.make_schedule(steps=config.train.steps, **config.schedule)
     optimizer = optim.make_optimizer(schedule, **config.optim)
     claim(workdir, config)
@@ -376,10 +383,14 @@ def parse(argv: list[str]) -> tuple[ConfigDict, Path, Path | None]:
     Raises:
       InputError: an unknown flag or config key, or a value of the wrong type.
     """
-    for arg in argv:  # a config starts from its siblings, as `configs.common`
+    for arg in argv:
         path = Path(arg.split("=", 1)[-1].split(":")[0])
         if path.suffix == ".py":
-            sys.path.insert(0, str(path.absolute().parents[1]))
+            if not path.is_file():
+                raise InputError(f"{path}: no such config: check the path")
+            sys.path.insert(
+                0, str(path.absolute().parents[1])
+            )  # a config starts from its siblings: `configs.common`
     values = flags.FlagValues()
     argv = ["lrm train", *argv]
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
@@ -391,9 +402,13 @@ def parse(argv: list[str]) -> tuple[ConfigDict, Path, Path | None]:
     )
     try:
         rest = values(argv)[1:]
-        config = values.config
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        if near := re.search(r'Did you mean "(\w+)" instead of "(\w+)"', str(error)):
+            raise InputError(
+                f"the config has no key {near[2]!r}: did you mean {near[1]!r}?"
+            ) from None
         raise InputError(f"lrm train: {' '.join(str(error).split())}") from None
+    config = values.config
     if rest or config is None or values.workdir is None:
         raise InputError(
             "lrm train needs --config FILE --workdir FOLDER, and single keys as --config.train.steps=100"

@@ -1,11 +1,14 @@
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lrm_jax import checkpoints, sharding
-from lrm_jax.types import TrainState
+from lrm_jax.types import InputError, TrainState
 
 
 def state_at(step, device_mesh, spec):
@@ -49,3 +52,26 @@ def test_an_unfinished_save_is_not_there(tmp_path):
 def test_an_empty_folder_restores_nothing(tmp_path):
     with checkpoints.open_folder(tmp_path) as manager:
         assert checkpoints.restore(manager, {}) is None
+
+
+@pytest.mark.parametrize("fault", ["another shape", "another name", "cut short"])
+def test_a_checkpoint_that_does_not_fit_is_one_line_with_its_folder(tmp_path, fault):
+    state = {"kernel": jnp.ones((4, 4))}
+    with checkpoints.open_folder(tmp_path) as manager:
+        checkpoints.save(manager, 7, state)
+    if fault == "cut short":
+        for path in (tmp_path / "checkpoints" / "7" / "default" / "d").iterdir():
+            os.truncate(path, 10)
+    wanted = {
+        "another shape": {"kernel": jnp.ones((5, 4))},
+        "another name": {"weight": jnp.ones((4, 4))},
+    }
+    wanted = wanted.get(fault, state)
+    with checkpoints.open_folder(tmp_path, read_only=True) as manager:
+        with pytest.raises(
+            InputError, match="checkpoints/7: damaged, or of another model"
+        ) as error:
+            checkpoints.restore(
+                manager, checkpoints.abstract(wanted, jax.tree.map(lambda x: x.sharding, wanted))
+            )
+    assert "\n" not in str(error.value)

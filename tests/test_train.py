@@ -62,7 +62,7 @@ class Balls:
 
 @pytest.fixture
 def balls(monkeypatch):
-    def make(root, *, split, seed, batch_size, num_source, num_target, source_size, target_size):
+    def make(root, *, split, seed, batch_size, num_target, source_size, target_size, **unused):
         return Balls(seed + (split == "val"), batch_size, num_target, source_size, target_size)
 
     module = types.ModuleType("lrm_jax.data.balls")
@@ -220,13 +220,17 @@ def test_sources_are_composited_on_the_grey_of_the_config():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config.train.setps=3"], "setps"),
+        (["--config.train.setps=3"], "^the config has no key 'setps': did you mean 'steps'"),
+        (
+            ["--config.model.variant=huge"],
+            "triposr has no variant 'huge'; it has triposr, nano, tiny",
+        ),
         (["--config.train.steps=many"], "steps"),
         (["--config.data.batch_size=6"], "data.batch_size=6 does not divide over 8"),
         (["--config.sharding.tensor=3"], "does not arrange 8 devices"),
         (["--steps=3"], "steps"),
         (["stray"], "lrm train needs --config"),
-        (["--config=configs/absent.py"], "absent.py"),
+        (["--config=configs/absent.py"], "^configs/absent.py: no such config"),
         (["--config.schedule.warmup_steps=9"], "warmup_steps=9 must be less than train.steps=4"),
     ],
 )
