@@ -40,9 +40,7 @@ from lrm_jax.ops import cameras as ops_cameras
 from lrm_jax.report import write_file
 from lrm_jax.types import Batch, InputError, Rays, Rendering, TrainState, Views
 
-INTERRUPTED = (
-    143  # exit code after SIGTERM, 128 + 15: the state is saved, and the same command goes on
-)
+INTERRUPTED = 143  # exit code after SIGTERM, 128 + 15: saved, and the same command goes on
 
 
 def main(argv: list[str]) -> int:
@@ -51,34 +49,26 @@ def main(argv: list[str]) -> int:
         print(__doc__)
         return 0
     config, workdir, export = parse(argv)
+    if export is not None:
+        model, params, info = convert.load_weights(str(workdir))
+        return save_model(export, model, params, info["training"])
+
     device_mesh = sharding.make_device_mesh(**config.sharding)
-    if config.data.batch_size % sharding.num_batch_shards(device_mesh):
-        raise InputError(
-            f"data.batch_size={config.data.batch_size} does not divide over {sharding.num_batch_shards(device_mesh)} "
-            "devices: make it a multiple, or set sharding.tensor"
-        )
-    try:
-        model = build(**config.model)
-    except ValueError as error:
-        raise InputError(f"config.model: {error}") from None
+    check_batch_size(config.data.batch_size, device_mesh)
+    model = build_model(**config.model)
     train_data, val_data, source_background = open_data(**config.data)
     schedule = optim.make_schedule(steps=config.train.steps, **config.schedule)
     optimizer = optim.make_optimizer(schedule, **config.optim)
     claim(workdir, config)
-    manager = checkpoints.open_folder(workdir, read_only=export is not None)
 
-    with jax.set_mesh(device_mesh):
+    with jax.set_mesh(device_mesh), checkpoints.open_folder(workdir) as manager:
+        source, seed = train_data.batch(0).source, config.train.seed
         init = functools.partial(
-            init_state,
-            model=model,
-            optimizer=optimizer,
-            seed=config.train.seed,
-            source=train_data.batch(0).source,
+            init_state, model=model, optimizer=optimizer, seed=seed, source=source
         )
-        shardings = sharding.infer(jax.eval_shape(init), device_mesh)
-        state = checkpoints.restore(manager, checkpoints.abstract(jax.eval_shape(init), shardings))
-        if export is not None:
-            return save_model(export, model, state, config)
+        shapes = jax.eval_shape(init)
+        shardings = sharding.infer(shapes, device_mesh)
+        state = checkpoints.restore(manager, checkpoints.abstract(shapes, shardings))
         if state is None:
             state = jax.jit(init, out_shardings=shardings)()
         step_fn = jax.jit(
@@ -103,10 +93,12 @@ def main(argv: list[str]) -> int:
             workdir,
             config.train,
         )
-        manager.close()
-        if int(state.step) < config.train.steps:
-            return INTERRUPTED
-        return save_model(workdir / "model.safetensors", model, state, config)
+    if int(state.step) < config.train.steps:
+        return INTERRUPTED
+    training = {"steps": int(state.step), "config": config.to_dict()}
+    return save_model(
+        workdir / "model.safetensors", model, jax.device_get(state.ema_params), training
+    )
 
 
 # -- the step
@@ -367,13 +359,27 @@ def open_data(*, name: str, source_background: float, **fields):
     return make(split="train", **fields), make(split="val", **fields), source_background
 
 
-def save_model(path: Path, model: nn.Module, state: TrainState | None, config: ConfigDict) -> int:
+def build_model(name: str, variant: str, **fields) -> nn.Module:
+    """`models.build`, with its errors as a person should see them."""
+    try:
+        return build(name, variant, **fields)
+    except ValueError as error:
+        raise InputError(f"config.model: {error}") from None
+
+
+def check_batch_size(batch_size: int, device_mesh: Mesh) -> None:
+    """Raises InputError where the batch axes of the device mesh do not divide the batch."""
+    shards = sharding.num_batch_shards(device_mesh)
+    if batch_size % shards:
+        raise InputError(
+            f"data.batch_size={batch_size} does not divide over {shards} devices: make it a multiple, or set sharding.tensor"
+        )
+
+
+def save_model(path: Path, model: nn.Module, params, training: dict) -> int:
     """Writes the model file: the running mean of the parameters, and how they were trained."""
-    if state is None:
-        raise InputError("the workdir has no checkpoint yet: train first")
-    training = {"steps": int(state.step), "config": config.to_dict()}
-    convert.save_model(path, model, jax.device_get(state.ema_params), training=training)
-    print(f"wrote {path} (step {int(state.step)})", file=sys.stderr)
+    convert.save_model(path, model, params, training)
+    print(f"wrote {path} (step {training['steps']})", file=sys.stderr)
     return 0
 
 
@@ -407,7 +413,8 @@ def parse(argv: list[str]) -> tuple[ConfigDict, Path, Path | None]:
             raise InputError(
                 f"the config has no key {near[2]!r}: did you mean {near[1]!r}?"
             ) from None
-        raise InputError(f"lrm train: {' '.join(str(error).split())}") from None
+        message = " ".join(str(error).split()).strip('"')
+        raise InputError(f"lrm train: {message}: check it against the config file") from None
     config = values.config
     if rest or config is None or values.workdir is None:
         raise InputError(
