@@ -3,7 +3,9 @@
 import os
 from pathlib import Path
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax  # noqa: E402
@@ -11,7 +13,10 @@ import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_compilation_cache_dir", os.environ.get("LRM_JAX_CACHE", str(Path(__file__).parents[1] / ".jax_cache")))
+jax.config.update(
+    "jax_compilation_cache_dir",
+    os.environ.get("LRM_JAX_CACHE", str(Path(__file__).parents[1] / ".jax_cache")),
+)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 install_import_hook(["lrm_jax.ops", "lrm_jax.models"], "beartype.beartype")
 

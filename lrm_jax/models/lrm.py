@@ -83,7 +83,7 @@ class LRM(nn.Module):
     release: str = (
         "1.1"  # which OpenLRM release's parameter names `to_torch` writes: "1.0" or "1.1"
     )
-    ray_chunk: int = 256
+    ray_chunk: int | None = None  # rays rendered at a time; None: as suits the device
     remat: bool = True  # False: a small model, whose activations fit
     dtype: str = "float32"
 

@@ -82,12 +82,30 @@ def evaluate(
 ) -> tuple[Float[Array, "Q"], Float[Array, "Q 3"]]:
     """Raw density and raw colour of the field at points in [-1, 1]^3, in float32."""
     (_, bias_F), *rest = layers
-    features_PQF = grids.sample_triplane(projected_PhwF, xyz, axes)
-    x_QF = jnp.sum(features_PQF, axis=0) + bias_F.astype(projected_PhwF.dtype)[None]
+    x_QF = grids.sample_triplane(projected_PhwF, xyz, axes)
+    x_QF = x_QF + bias_F.astype(x_QF.dtype)[None]
     for kernel, bias in rest:
-        x_QF = activation(x_QF) @ kernel.astype(x_QF.dtype) + bias.astype(x_QF.dtype)[None]
+        x_QF = _matmul(activation(x_QF), kernel.astype(x_QF.dtype)) + bias.astype(x_QF.dtype)[None]
     x_Q4 = x_QF.astype(jnp.float32)
     return x_Q4[:, 0], x_Q4[:, 1:]
+
+
+@jax.custom_vjp
+def _matmul(x_QF, kernel_FG):
+    """A product whose gradients are written as XLA's CPU back end runs them fast: JAX's own transposes a Q x F array a layer."""
+    return x_QF @ kernel_FG
+
+
+def _matmul_forward(x_QF, kernel_FG):
+    return x_QF @ kernel_FG, (x_QF, kernel_FG)
+
+
+def _matmul_backward(residuals, grad_QG):
+    x_QF, kernel_FG = residuals
+    return grad_QG @ kernel_FG.T, (grad_QG.T @ x_QF).T
+
+
+_matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 def render(
@@ -97,7 +115,7 @@ def render(
     dtype: str,
     rays: Rays,
     key: jax.Array | None,
-    chunk: int,
+    chunk: int | None,
 ) -> Rendering:
     """Renders rays [B V H W] of B scenes: `march(projected_PhwF, rays[R], key)`, mapped over scenes and chunks of rays."""
 
@@ -125,7 +143,7 @@ def render_in_chunks(
     march: Callable[[Rays, jax.Array | None], Rendering],
     rays: Rays,
     key: jax.Array | None,
-    chunk: int,
+    chunk: int | None,
 ) -> Rendering:
     """Applies `march` to chunks of rays in a rematerialised scan, so that memory does not grow with the number of rays.
 
@@ -134,9 +152,12 @@ def render_in_chunks(
 
     Args:
       march: renders rays [R] with a key for this chunk.
-      rays: any batch shape; their number is padded to a multiple of `chunk`.
+      rays: any batch shape; their number is padded to a multiple of the chunk.
+      chunk: rays a call of `march`; None chooses by the device.
       key: None makes every chunk deterministic.
     """
+    # The activations of 128 rays fit a CPU's cache; an accelerator needs enough of them to be busy.
+    chunk = chunk or (128 if jax.default_backend() == "cpu" else 4096)
     shape = rays.origins.shape[:-1]
     flat = jax.tree.map(lambda x: x.reshape(-1, 3), rays)
     num_rays = flat.origins.shape[0]

@@ -62,7 +62,7 @@ class TripoSR(nn.Module):
     norm_groups: int = 32
     foreground_ratio: float = 0.85
     background: float = 0.5
-    ray_chunk: int = 256
+    ray_chunk: int | None = None  # rays rendered at a time; None: as suits the device
     remat: bool = True  # False: a small model, whose activations fit
     dtype: str = "float32"
 

@@ -1,5 +1,6 @@
 """Interpolated lookup in feature grids."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -31,11 +32,14 @@ def sample_plane(plane: Float[Array, "h w C"], xy: Float[Array, "Q 2"]) -> Float
 
 def sample_triplane(
     triplane: Float[Array, "3 h w C"], xyz: Float[Array, "Q 3"], axes: tuple[tuple[int, int], ...]
-) -> Float[Array, "3 Q C"]:
-    """Lookup of points in three planes; `axes[p]` are the coordinates that run along plane p's width and height."""
-    return jnp.stack(
-        [
-            sample_plane(plane, xyz[:, a])
-            for plane, a in zip(triplane, map(jnp.array, axes), strict=True)
-        ]
-    )
+) -> Float[Array, "Q C"]:
+    """The sum of the lookups of points in three planes; `axes[p]` are the coordinates along plane p's width and height."""
+
+    # A loop, so that the sum is stored: XLA would fuse the lookups into each of its consumers, and do them once for each.
+    def add(total, plane_and_xy):
+        return total + sample_plane(*plane_and_xy), None
+
+    xy_PQ2 = xyz[:, jnp.array(axes)].transpose(1, 0, 2)
+    return jax.lax.scan(
+        add, jnp.zeros((xyz.shape[0], triplane.shape[-1]), triplane.dtype), (triplane, xy_PQ2)
+    )[0]

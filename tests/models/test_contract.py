@@ -1,0 +1,147 @@
+"""What every family promises (lrm_jax/models/__init__.py), for every family and variant."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lrm_jax import models
+from lrm_jax.ops import cameras
+
+VARIANTS = [(name, variant) for name in models.FAMILIES for variant in models.family(name).VARIANTS]
+
+
+def picture(size=40):
+    y, x = np.mgrid[:size, :size] - size / 2
+    alpha = np.where(x**2 + y**2 < (size / 3) ** 2, 255, 0)
+    return (
+        np.stack([128 + 3 * x, 128 + 3 * y, 0 * x + 60, alpha], axis=-1)
+        .clip(0, 255)
+        .astype(np.uint8)
+    )
+
+
+def tiny(name, **overrides):
+    model = models.build(name, "tiny", **overrides)
+    source = model.prepare([picture(), picture(32)])
+    views = cameras.orbit(3, model.source_distance, 15.0, 40.0)
+    rays = cameras.pixel_rays(views, 6, 5)
+    rays = jax.tree.map(lambda x: jnp.broadcast_to(x, (2, *x.shape)), rays)
+    return model, jax.jit(model.init)(jax.random.key(0), source, rays)["params"], source, rays
+
+
+def apply(model, params, *args, method):
+    return jax.jit(functools.partial(model.apply, method=method))({"params": params}, *args)
+
+
+@pytest.mark.parametrize(("name", "variant"), VARIANTS)
+def test_every_variant_has_the_contract_s_shapes(name, variant):
+    model = models.build(name, variant)
+    shape = (1, 1, model.image_size, model.image_size, 3)
+    source = jax.eval_shape(lambda: model.prepare([picture()]))
+    assert source.rgb.shape == shape and source.cameras.c2w.shape == (1, 1, 4, 4)
+    rays = jax.eval_shape(lambda: cameras.pixel_rays(cameras.orbit(2, 2.0, 0.0, 40.0), 4, 3))
+    rays = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), rays)
+    params = jax.eval_shape(model.init, jax.random.key(0), source, rays)["params"]
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
+    scene = jax.eval_shape(lambda p, s: apply(model, p, s, method="encode"), params, source)
+    rendering = jax.eval_shape(
+        lambda p, s, r: apply(model, p, s, r, method="render"), params, scene, rays
+    )
+    assert rendering.rgb.shape == (1, 2, 4, 3, 3) and rendering.rgb.dtype == jnp.float32
+    assert rendering.alpha.shape == rendering.depth.shape == (1, 2, 4, 3)
+    points = jax.ShapeDtypeStruct((1, 7, 3), jnp.float32)
+    field, rgb = jax.eval_shape(
+        lambda p, s, x: apply(model, p, s, x, method="query"), params, scene, points
+    )
+    assert field.shape == (1, 7) and rgb.shape == (1, 7, 3)
+
+
+@pytest.mark.parametrize("name", models.FAMILIES)
+def test_rendering_split_by_views_scenes_or_chunks_equals_rendering_all(name):
+    model, params, source, rays = tiny(name)
+    scene = apply(model, params, source, method="encode")
+    whole = apply(model, params, scene, rays, method="render")
+    by_view = [
+        apply(
+            model,
+            params,
+            scene,
+            jax.tree.map(lambda x, v=v: x[:, v : v + 1], rays),
+            method="render",
+        )
+        for v in range(3)
+    ]
+    by_scene = [
+        apply(model, params, *jax.tree.map(lambda x, b=b: x[b : b + 1], (scene, rays)), method="render") for b in range(2)
+    ]  # fmt: skip
+    chunked = apply(model.clone(ray_chunk=7), params, scene, rays, method="render")
+    for field in ("rgb", "alpha", "depth"):
+        expected = getattr(whole, field)
+        # Same operations on each ray; products of other shapes may sum in another order.
+        np.testing.assert_allclose(
+            jnp.concatenate([getattr(r, field) for r in by_view], axis=1), expected, atol=1e-5
+        )
+        np.testing.assert_allclose(
+            jnp.concatenate([getattr(r, field) for r in by_scene]), expected, atol=1e-5
+        )
+        np.testing.assert_allclose(getattr(chunked, field), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", models.FAMILIES)
+def test_rendering_is_deterministic_without_a_key_and_random_with_one(name):
+    model, params, source, rays = tiny(name)
+    scene = apply(model, params, source, method="encode")
+    first, second = (apply(model, params, scene, rays, method="render") for _ in range(2))
+    np.testing.assert_array_equal(first.rgb, second.rgb)
+    one, two = (
+        apply(model, params, scene, rays, jax.random.key(k), method="render") for k in range(2)
+    )
+    assert np.abs(one.rgb - two.rgb).max() > 1e-6
+    np.testing.assert_allclose(
+        one.rgb, first.rgb, atol=0.3
+    )  # jitter moves samples within their interval only
+
+
+@pytest.mark.parametrize("name", models.FAMILIES)
+def test_bfloat16_is_finite_and_near_float32(name):
+    model, params, source, rays = tiny(name)
+    full = apply(model, params, source, rays, method="__call__")
+    half = apply(model.clone(dtype="bfloat16"), params, source, rays, method="__call__")
+    assert half.rgb.dtype == jnp.float32
+    np.testing.assert_allclose(
+        half.rgb, full.rgb, atol=0.05
+    )  # 8 bits of mantissa through a tiny network
+
+
+@pytest.mark.parametrize("name", models.FAMILIES)
+def test_gradients_reach_every_parameter_and_are_finite(name):
+    model, params, source, rays = tiny(name)
+
+    def loss(params):
+        rendering = apply(model, params, source, rays, jax.random.key(1), method="__call__")
+        return jnp.sum(rendering.rgb) + jnp.sum(rendering.alpha)
+
+    grads = jax.jit(jax.grad(loss))(params)
+    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+        assert np.isfinite(grad).all(), path
+        assert np.abs(grad).max() > 0, path
+
+
+@pytest.mark.parametrize("name", models.FAMILIES)
+def test_a_scene_does_not_depend_on_the_rest_of_the_batch(name):
+    model, params, source, _ = tiny(name)
+    both = apply(model, params, source, method="encode")
+    alone = apply(model, params, jax.tree.map(lambda x: x[1:], source), method="encode")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a[1:], b, atol=1e-5), both, alone)
+
+
+def test_unknown_names_are_told_with_the_known_ones():
+    with pytest.raises(ValueError, match="no model family 'nerf'; there are lrm, triposr"):
+        models.build("nerf", "tiny")
+    with pytest.raises(ValueError, match="triposr has no variant 'huge'; it has triposr"):
+        models.build("triposr", "huge")
+    with pytest.raises(ValueError, match="triposr has no field widht"):
+        models.build("triposr", "tiny", widht=3)

@@ -1,0 +1,100 @@
+"""Planes and attention: the fast forms equal the plain ones."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from lrm_jax.models import layers, triplane
+from lrm_jax.ops import grids
+from lrm_jax.types import Rays, Rendering
+
+AXES = ((0, 1), (0, 2), (1, 2))
+
+
+def random(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def decoder(channels, width, num_layers):
+    sizes = [3 * channels] + [width] * (num_layers - 1) + [4]
+    return [
+        (random(i, a, b) / a**0.5, random(50 + i, b))
+        for i, (a, b) in enumerate(zip(sizes, sizes[1:], strict=False))
+    ]
+
+
+def test_projecting_planes_before_the_lookup_is_exact():
+    planes, decoder_layers = random(0, 3, 9, 11, 5), decoder(5, 16, 4)
+    xyz = jax.random.uniform(jax.random.key(1), (500, 3), minval=-1.2, maxval=1.2)
+    x = jnp.concatenate(
+        [grids.sample_plane(planes[p], xyz[:, jnp.array(AXES[p])]) for p in range(3)], axis=-1
+    )
+    for i, (kernel, bias) in enumerate(decoder_layers):
+        x = (nn.silu(x) if i else x) @ kernel + bias[None]
+    projected = triplane.project_planes(planes, decoder_layers, "float32")
+    density, rgb = triplane.evaluate(projected, decoder_layers, xyz, AXES, nn.silu)
+    np.testing.assert_allclose(density, x[:, 0], atol=2e-5)  # float32 sums in another order
+    np.testing.assert_allclose(rgb, x[:, 1:], atol=2e-5)
+
+
+def test_upsample_is_torch_s_transposed_convolution():
+    tokens = random(0, 2, 3, 4, 5, 6)
+    module = triplane.Upsample(channels=7)
+    params = module.init(jax.random.key(1), tokens)["params"]
+    params["bias"] = random(2, 7)
+    planes = module.apply({"params": params}, tokens)
+    assert planes.shape == (2, 3, 8, 10, 7)
+    for i, j in [
+        (0, 0),
+        (3, 4),
+        (7, 9),
+        (2, 5),
+    ]:  # pixel (i, j) is token (i // 2, j // 2) through kernel (i % 2, j % 2)
+        expected = (
+            tokens[:, :, i // 2, j // 2] @ params["kernel"][:, i % 2, j % 2]
+            + params["bias"][None, None]
+        )
+        np.testing.assert_allclose(planes[:, :, i, j], expected, atol=1e-5)
+
+
+def test_rays_that_do_not_fill_the_last_chunk_come_back_in_order():
+    rays = Rays(
+        origins=jnp.arange(3 * 7 * 3, dtype=jnp.float32).reshape(3, 7, 3), dirs=jnp.ones((3, 7, 3))
+    )
+
+    def march(rays, key):
+        return Rendering(rgb=2 * rays.origins, alpha=rays.origins[:, 0], depth=rays.dirs[:, 0])
+
+    for chunk in (1, 4, 5, 20, 21, 100):
+        rendering = triplane.render_in_chunks(march, rays, None, chunk)
+        np.testing.assert_array_equal(rendering.rgb, 2 * rays.origins)
+        np.testing.assert_array_equal(rendering.alpha, rays.origins[..., 0])
+
+
+@pytest.mark.parametrize("lengths", [(12, 12), (12, 5)])
+def test_attention_by_head_equals_jax_s(lengths):
+    num_queries, num_keys = lengths
+    q, k, v = (
+        random(0, 2, num_queries, 3, 8),
+        random(1, 2, num_keys, 3, 8),
+        random(2, 2, num_keys, 3, 8),
+    )
+    expected = jax.nn.dot_product_attention(q, k, v)
+    np.testing.assert_allclose(layers.attention(q, k, v), expected, atol=1e-6)  # float32
+
+    def total(attention):
+        return jax.grad(lambda q, k, v: jnp.sum(attention(q, k, v) ** 2), argnums=(0, 1, 2))(
+            q, k, v
+        )
+
+    for actual, wanted in zip(
+        total(layers.attention), total(jax.nn.dot_product_attention), strict=True
+    ):
+        np.testing.assert_allclose(actual, wanted, atol=1e-5)
+
+
+def test_attention_survives_large_scores():
+    q, k, v = 1e3 * random(0, 1, 4, 1, 8), 1e3 * random(1, 1, 6, 1, 8), random(2, 1, 6, 1, 8)
+    assert np.isfinite(layers.attention(q, k, v)).all()

@@ -1,0 +1,74 @@
+"""Imports point one way (DESIGN): a module may import only from the layers below it."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "lrm_jax"
+COMMANDS = {"train", "reconstruct", "convert", "evaluate"}
+LOW = {"types"}
+ALLOWED = {
+    "types": set(),
+    "sharding": LOW,
+    "ops": LOW | {"ops"},
+    "models": LOW | {"ops", "models"},
+    "losses": LOW,
+    "metrics": LOW,
+    "data": LOW | {"ops", "data"},
+    "optim": LOW,
+    "checkpoints": LOW,
+    "report": LOW,
+    "tensor_files": LOW,
+    "references": LOW | {"models", "tensor_files"},
+    "__main__": LOW | COMMANDS | {"lrm_jax"},
+    "__init__": set(),
+}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def layer(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> set[str]:
+    """The layers of lrm_jax that a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [
+                f"{node.module}.{alias.name}" if node.module == "lrm_jax" else node.module
+                for alias in node.names
+            ]
+        else:
+            continue
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "lrm_jax":
+                found.add(parts[1] if len(parts) > 1 else "lrm_jax")
+            assert parts[0] not in ("tests", "tools", "configs"), f"{path} imports {name}"
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_one_way(path):
+    if layer(path) in COMMANDS:
+        return_allowed = set(ALLOWED) | COMMANDS | {"lrm_jax"}
+        assert imported(path) <= return_allowed
+    else:
+        assert imported(path) <= ALLOWED[layer(path)]
+
+
+def test_a_family_never_imports_another_family():
+    families = ("lrm", "triposr")
+    for name in families:
+        for node in ast.walk(ast.parse((PACKAGE / "models" / f"{name}.py").read_text())):
+            if (
+                isinstance(node, ast.ImportFrom)
+                and node.module
+                and node.module.startswith("lrm_jax.models")
+            ):
+                taken = {node.module.rsplit(".", 1)[-1], *(alias.name for alias in node.names)}
+                assert not taken & (set(families) - {name})
