@@ -37,9 +37,11 @@ setup(
         "imageio-ffmpeg>=0.6",
         "huggingface-hub>=0.30",
         "tqdm>=4.67",
+        "jaxtyping>=0.3",
+        "absl-py>=2.1",
     ],
     extras_require={
-        "test": ["pytest>=8.3", "pytest-xdist>=3.6", "jaxtyping>=0.3", "beartype>=0.20", "ruff>=0.9"],
+        "test": ["pytest>=8.3", "pytest-xdist>=3.6", "beartype>=0.20", "ruff>=0.9"],
         "background": ["rembg[cpu]>=2.0"],
         "torch": ["torch>=2.6"],
     },

@@ -20,6 +20,7 @@ def get_config(size: str = ""):
     config.data.update(
         root="data/kaykit", batch_size=8, num_target=2, source_size=128, target_size=48, mirror=True
     )
-    config.schedule.update(learning_rate=6e-4, warmup_steps=200)
+    config.losses.update(mask=0.2)
+    config.schedule.update(learning_rate=8e-4, warmup_steps=100)
     config.train.update(steps=6000, patch=24, ema_decay=0.998, save_every=250, eval_every=500)
     return shrink(config) if size == "tiny" else config

@@ -24,7 +24,9 @@ class Cameras:
     """Pinhole cameras."""
 
     c2w: jax.Array  # [*B 4 4] camera to world, OpenCV axes, world units
-    fxfycxcy: jax.Array  # [*B 4] focal lengths and principal point as fractions of width, height, width, height
+    fxfycxcy: (
+        jax.Array
+    )  # [*B 4] focal lengths and principal point as fractions of width, height, width, height
 
 
 @flax.struct.dataclass
@@ -41,7 +43,9 @@ class Views:
 
     rgb: jax.Array  # [B V H W 3] sRGB in [0, 1]; straight (not premultiplied) where alpha is given
     cameras: Cameras  # [B V]
-    alpha: jax.Array | None = None  # [B V H W] in [0, 1]; None: the picture has its background already
+    alpha: jax.Array | None = (
+        None  # [B V H W] in [0, 1]; None: the picture has its background already
+    )
 
 
 @flax.struct.dataclass
@@ -56,9 +60,13 @@ class Batch:
 class Rendering:
     """What a ray sees."""
 
-    rgb: jax.Array  # [*B 3] sRGB, premultiplied: composite on a background with rgb + (1 - alpha) * background
+    rgb: (
+        jax.Array
+    )  # [*B 3] sRGB, premultiplied: composite on a background with rgb + (1 - alpha) * background
     alpha: jax.Array | None = None  # [*B] in [0, 1]; None: the family draws the background itself
-    depth: jax.Array | None = None  # [*B] expected distance along the ray, world units; undefined where alpha is 0
+    depth: jax.Array | None = (
+        None  # [*B] expected distance along the ray, world units; undefined where alpha is 0
+    )
 
 
 @flax.struct.dataclass

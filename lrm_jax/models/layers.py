@@ -1,5 +1,7 @@
 """Transformer parts that the families share. Parameters are float32, compute is in `dtype`, norms and softmax in float32."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -17,7 +19,9 @@ def attention(
 
     One kernel a platform: cuDNN's fused one for 16-bit inputs on a GPU, per-head matrix products on a CPU, XLA's elsewhere.
     """
-    if jax.default_backend() == "gpu" and q_BLNK.dtype in (jnp.bfloat16, jnp.float16):
+    # cuDNN's backward pass takes even lengths only.
+    even = q_BLNK.shape[1] % 2 == k_BMNK.shape[1] % 2 == 0
+    if jax.default_backend() == "gpu" and q_BLNK.dtype in (jnp.bfloat16, jnp.float16) and even:
         return jax.nn.dot_product_attention(q_BLNK, k_BMNK, v_BMNK, implementation="cudnn")
     return jax.lax.platform_dependent(
         q_BLNK, k_BMNK, v_BMNK, cpu=_attention_by_head, default=jax.nn.dot_product_attention
@@ -61,6 +65,7 @@ class Attention(nn.Module):
     qkv_bias: bool
     out_bias: bool
     dtype: str = "float32"
+    qk_init: Callable = nn.initializers.lecun_normal()
 
     @nn.compact
     def __call__(self, x_BLD, context_BMD=None):
@@ -68,7 +73,10 @@ class Attention(nn.Module):
         width = x_BLD.shape[-1]
 
         def project(name, y_BMD):
-            y = nn.Dense(width, use_bias=self.qkv_bias, dtype=self.dtype, name=name)(y_BMD)
+            init = nn.initializers.lecun_normal() if name == "v" else self.qk_init
+            y = nn.Dense(
+                width, use_bias=self.qkv_bias, kernel_init=init, dtype=self.dtype, name=name
+            )(y_BMD)
             return y.reshape(*y.shape[:-1], self.num_heads, width // self.num_heads)
 
         out_BLNK = attention(
@@ -90,6 +98,24 @@ class MLP(nn.Module):
         width = x_BLD.shape[-1]
         x_BLF = nn.Dense(width * self.expansion, dtype=self.dtype, name="fc1")(x_BLD)
         return nn.Dense(width, dtype=self.dtype, name="fc2")(nn.gelu(x_BLF, approximate=False))
+
+
+def sincos_code(length: int, channels: int) -> Float[Array, "length channels"]:
+    """Sine-cosine codes of places along an axis (https://arxiv.org/abs/1706.03762, section 3.5), channels even.
+
+    Wavelengths run from 2 to 200 sixteenths of the axis, so that grids of different lengths have equal codes for equal places.
+    """
+    frequency = jnp.pi * 10.0 ** -jnp.linspace(0.0, 2.0, channels // 2)[None]
+    angle = (jnp.arange(length) + 0.5)[:, None] * (16 / length) * frequency
+    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+
+
+def sincos_grid(rows: Float[Array, "h C"], columns: Float[Array, "w C"]) -> Float[Array, "h w 2*C"]:
+    """The codes of a grid: the row's, then the column's."""
+    shape = (rows.shape[0], columns.shape[0], rows.shape[1])
+    return jnp.concatenate(
+        [jnp.broadcast_to(rows[:, None], shape), jnp.broadcast_to(columns[None], shape)], axis=-1
+    )
 
 
 def stack(block: type[nn.Module], depth: int, remat: bool = True, **fields) -> nn.Module:

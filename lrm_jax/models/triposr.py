@@ -13,7 +13,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from lrm_jax.models import torch_layout, triplane, vit
-from lrm_jax.models.layers import Attention, layer_norm, stack
+from lrm_jax.models.layers import Attention, layer_norm, sincos_code, sincos_grid, stack
 from lrm_jax.ops import cameras, images, sampling, volrend
 from lrm_jax.types import Rays, Rendering, Views
 
@@ -29,8 +29,8 @@ VARIANTS = {
     # The bundled model: configs/nano.py.
     "nano": dict(
         image_size=128,
-        encoder=dict(patch=16, width=192, depth=6, num_heads=3, grid=8, resize="dino", norm_epsilon=1e-6),
-        width=192, depth=6, num_heads=3, plane_tokens=8, upsample=4, plane_channels=24, decoder_width=32, decoder_layers=4,
+        encoder=dict(patch=16, width=192, depth=3, num_heads=3, grid=8, resize="dino", norm_epsilon=1e-6),
+        width=192, depth=4, num_heads=3, plane_tokens=8, upsample=4, plane_channels=24, decoder_width=32, decoder_layers=4,
         radius=1.0, num_samples=32, surface_level=10.0, source_distance=3.0, source_fov=40.0, remat=False,
     ),
     "tiny": dict(
@@ -69,9 +69,7 @@ class TripoSR(nn.Module):
     def setup(self):
         self.image_tokenizer = vit.ViT(**self.encoder, remat=self.remat, dtype=self.dtype)
         side, width = self.plane_tokens, self.width
-        self.plane_queries = self.param(
-            "plane_queries", nn.initializers.normal(width**-0.5), (3, side, side, width)
-        )
+        self.plane_queries = self.param("plane_queries", _init_queries, (3, side, side, width))
         self.backbone = Backbone(
             self.depth, self.num_heads, self.norm_groups, self.remat, self.dtype
         )
@@ -151,6 +149,34 @@ class TripoSR(nn.Module):
         return rendering.replace(depth=near + length * rendering.depth)
 
 
+# Initial values for training from scratch. The planes' tokens start with the code of the place in the picture that they project
+# to, in the encoder's own code of places, and cross-attention with equal q and k: so from the first step each token looks there.
+
+
+def _init_queries(key, shape):
+    """The source camera looks along -x with y to the right and z up: rows of the picture are -z, its columns y."""
+    _, side, _, width = shape
+    code = sincos_code(side, width // 2)
+    nowhere = jnp.zeros_like(code)
+    along_x = (
+        jax.random.normal(key, (width // 2, width)) * width**-0.5
+    )  # tells places along x apart
+    planes = [
+        sincos_grid(nowhere, code).swapaxes(0, 1) + (code @ along_x)[None],  # y, x
+        sincos_grid(code[::-1], nowhere) + (code @ along_x)[None],  # z, x
+        sincos_grid(code[::-1], code),  # z, y
+    ]
+    return width**-0.5 * jnp.stack(planes)
+
+
+def _init_identity(key, shape, dtype=jnp.float32):
+    return jnp.eye(*shape, dtype=dtype)
+
+
+def _init_same(key, shape, dtype=jnp.float32):
+    return nn.initializers.lecun_normal()(jax.random.key(0), shape, dtype)
+
+
 class Backbone(nn.Module):
     """Group norm, linear in, transformer blocks, linear out, residual."""
 
@@ -167,7 +193,9 @@ class Backbone(nn.Module):
         norm = nn.GroupNorm(
             self.norm_groups, epsilon=1e-6, use_fast_variance=False, dtype=jnp.float32, name="norm"
         )
-        x_BLD = nn.Dense(width, dtype=self.dtype, name="proj_in")(norm(queries_BLD))
+        x_BLD = nn.Dense(width, kernel_init=_init_identity, dtype=self.dtype, name="proj_in")(
+            norm(queries_BLD)
+        )
         x_BLD, _ = stack(
             Block, self.depth, self.remat, num_heads=self.num_heads, dtype=self.dtype, name="blocks"
         )(x_BLD, context_BMD)
@@ -189,7 +217,12 @@ class Block(nn.Module):
             self.num_heads, qkv_bias=False, out_bias=True, dtype=self.dtype, name="self_attn"
         )
         cross_attn = Attention(
-            self.num_heads, qkv_bias=False, out_bias=True, dtype=self.dtype, name="cross_attn"
+            self.num_heads,
+            qkv_bias=False,
+            out_bias=True,
+            dtype=self.dtype,
+            name="cross_attn",
+            qk_init=_init_same,
         )
         x_BLD = x_BLD + self_attn(layer_norm(1e-5, "norm1")(x_BLD))
         x_BLD = x_BLD + cross_attn(layer_norm(1e-5, "norm2")(x_BLD), context_BMD)

@@ -9,7 +9,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from lrm_jax.models import torch_layout
-from lrm_jax.models.layers import MLP, Attention, layer_norm, stack
+from lrm_jax.models.layers import MLP, Attention, layer_norm, sincos_code, sincos_grid, stack
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -60,9 +60,7 @@ class ViT(nn.Module):
         )
         bias = self.param("patch_bias", nn.initializers.zeros, (width,))
         cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, width))
-        positions = self.param(
-            "positions", nn.initializers.normal(0.02), (1, 1 + self.grid**2, width)
-        )
+        positions = self.param("positions", _init_positions, (1, 1 + self.grid**2, width))
 
         B, H, W, _ = rgb_BHW3.shape
         h, w = H // patch, W // patch
@@ -112,6 +110,14 @@ class _Block(nn.Module):
         mlp = MLP(expansion=4, dtype=self.dtype, name="mlp")
         x_BLD = x_BLD + scaled("scale2", mlp(layer_norm(self.norm_epsilon, "norm2")(x_BLD)))
         return x_BLD, None
+
+
+def _init_positions(key, shape):
+    """Zero for CLS, sine-cosine codes for the grid."""
+    side = math.isqrt(shape[1] - 1)
+    code = sincos_code(side, shape[2] // 2)
+    codes = sincos_grid(code, code).reshape(1, side**2, -1)
+    return jnp.concatenate([jnp.zeros((1, 1, shape[2])), codes], axis=1)
 
 
 def _resize_positions(positions_LD, grid, h, w, resize):

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -128,6 +129,20 @@ def test_gradients_reach_every_parameter_and_are_finite(name):
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
         assert np.isfinite(grad).all(), path
         assert np.abs(grad).max() > 0, path
+
+
+@pytest.mark.parametrize("name", models.FAMILIES)
+def test_the_model_and_its_gradient_lower_for_gpu_and_tpu(name):
+    model, params, source, rays = tiny(name, dtype="bfloat16")
+
+    def loss(params, source, rays):
+        return jnp.mean(model.apply({"params": params}, source, rays).rgb)
+
+    exported = jax.export.export(jax.jit(jax.grad(loss)), platforms=("cuda", "tpu"))(
+        params, source, rays
+    )
+    assert exported.platforms == ("cuda", "tpu")
+    assert len(exported.out_avals) == len(jax.tree.leaves(params))
 
 
 @pytest.mark.parametrize("name", models.FAMILIES)
