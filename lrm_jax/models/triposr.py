@@ -31,7 +31,8 @@ VARIANTS = {
         image_size=128,
         encoder=dict(patch=16, width=192, depth=3, num_heads=3, grid=8, resize="dino", norm_epsilon=1e-6),
         width=192, depth=4, num_heads=3, plane_tokens=8, upsample=4, plane_channels=24, decoder_width=32, decoder_layers=4,
-        radius=1.0, num_samples=32, surface_level=10.0, source_distance=3.0, source_fov=40.0, remat=False,
+        radius=1.0, num_samples=32, surface_level=10.0, source_distance=3.0, source_fov=40.0,
+        source_elevation=20.0, remat=False,
     ),
     "tiny": dict(
         image_size=32, encoder=vit.VARIANTS["tiny"], width=32, depth=2, num_heads=2, plane_tokens=4, plane_channels=8,
@@ -58,6 +59,7 @@ class TripoSR(nn.Module):
     surface_level: float  # density, for chords of unit length: see `march`
     source_distance: float
     source_fov: float  # degrees, vertical
+    source_elevation: float = 0.0  # degrees
     upsample: int = 2
     norm_groups: int = 32
     foreground_ratio: float = 0.85
@@ -122,7 +124,7 @@ class TripoSR(nn.Module):
         return Views(rgb=rgb[:, None], cameras=self._source_cameras(len(rgba)))
 
     def _source_cameras(self, batch: int):
-        camera = cameras.orbit(1, self.source_distance, 0.0, self.source_fov, azimuth_deg=0.0)
+        camera = cameras.orbit(1, self.source_distance, self.source_elevation, self.source_fov)
         return jax.tree.map(lambda x: jnp.broadcast_to(x[None], (batch, *x.shape)), camera)
 
     def _field(self, projected, layers, xyz_Q3):

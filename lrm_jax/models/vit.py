@@ -204,7 +204,8 @@ def hub_entries(
 
 
 def hf_fields(prefix: str, state: dict) -> dict:
-    """A DINO v1 ViT's fields from the shapes of its HF names; heads are 64 wide, as in every published ViT."""
+    """A DINO v1 ViT's fields from the shapes of its HF names; heads are 64 wide, as in every published ViT (4
+    heads where the width is no multiple of 64: nobody published one)."""
     kernel = state[prefix + "embeddings.patch_embeddings.projection.weight"].shape
     return _fields(
         kernel, state[prefix + "embeddings.position_embeddings"].shape,
@@ -230,5 +231,10 @@ def _fields(kernel_shape, positions_shape, depth, **more):
     width, _, patch, _ = kernel_shape
     grid = math.isqrt(positions_shape[1] - 1)
     return dict(
-        patch=patch, width=width, depth=depth, num_heads=max(1, width // 64), grid=grid, **more
+        patch=patch,
+        width=width,
+        depth=depth,
+        num_heads=4 if width % 64 else width // 64,
+        grid=grid,
+        **more,
     )
