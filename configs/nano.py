@@ -21,6 +21,8 @@ def get_config(size: str = ""):
         root="data/kaykit", batch_size=8, num_target=2, source_size=128, target_size=48, mirror=True
     )
     config.losses.update(mask=0.2)
-    config.schedule.update(learning_rate=8e-4, warmup_steps=100)
-    config.train.update(steps=6000, patch=24, ema_decay=0.998, save_every=250, eval_every=500)
+    config.schedule.update(learning_rate=1e-3, warmup_steps=100)
+    config.train.update(
+        steps=2300, patch=24, ema_decay=0.998, log_every=25, save_every=200, eval_every=100
+    )
     return shrink(config) if size == "tiny" else config

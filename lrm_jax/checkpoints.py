@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from lrm_jax.types import InputError
@@ -41,6 +42,17 @@ def restore(manager: ocp.CheckpointManager, abstract_state: Any) -> Any | None:
             f"{manager.directory / str(step)}: damaged, or of another model ({str(error).splitlines()[0][:120]}): "
             "choose another --workdir, or delete this folder to go on from the one before"
         ) from error
+
+
+def restore_part(manager: ocp.CheckpointManager, shapes: dict) -> dict:
+    """The named parts of the latest state as NumPy arrays, whatever devices it was saved on.
+
+    Raises:
+      ValueError, KeyError, OSError: there is no checkpoint, it is damaged, or it has other names or shapes.
+    """
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+    args = ocp.args.PyTreeRestore(shapes, restore_args=as_numpy, partial_restore=True)
+    return manager.restore(manager.latest_step(), args=args)
 
 
 def abstract(tree: Any, shardings: Any) -> Any:

@@ -224,17 +224,16 @@ def _read_workdir(workdir):
             raise InputError(
                 f"{workdir}: the run has not saved a checkpoint yet: wait for its first"
             )
-        restore = checkpoints.ocp.args.PyTreeRestore(
-            {"ema_params": param_shapes(model)}, partial_restore=True
-        )
         try:
-            params = manager.restore(step, args=restore)["ema_params"]
+            params = checkpoints.restore_part(manager, {"ema_params": param_shapes(model)})[
+                "ema_params"
+            ]
         except (ValueError, KeyError, OSError) as error:
             reason = str(error).strip().splitlines()[0]
             raise InputError(
                 f"{workdir}: checkpoint {step} does not fit config.json ({reason}): give a model file"
             ) from error
-    return model, jax.tree.map(np.asarray, params), {"steps": step, "config": config}
+    return model, params, {"steps": step, "config": config}
 
 
 def _is_finite(array):

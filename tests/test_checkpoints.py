@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -75,3 +77,28 @@ def test_a_checkpoint_that_does_not_fit_is_one_line_with_its_folder(tmp_path, fa
                 manager, checkpoints.abstract(wanted, jax.tree.map(lambda x: x.sharding, wanted))
             )
     assert "\n" not in str(error.value)
+
+
+READ_ALONE = """
+import sys, jax, numpy as np
+from lrm_jax import checkpoints
+assert jax.device_count() == 1
+shapes = {"ema_params": {"w": jax.ShapeDtypeStruct((8, 2), np.float32)}}
+with checkpoints.open_folder(sys.argv[1], read_only=True) as manager:
+    w = checkpoints.restore_part(manager, shapes)["ema_params"]["w"]
+assert isinstance(w, np.ndarray)
+np.testing.assert_array_equal(w, np.arange(16.0).reshape(8, 2))
+"""
+
+
+def test_what_eight_devices_saved_is_read_on_one(tmp_path):
+    device_mesh = jax.make_mesh((8,), ("data",))
+    sharded = NamedSharding(device_mesh, P("data"))
+    w = jax.device_put(np.arange(16.0, dtype=np.float32).reshape(8, 2), sharded)
+    with checkpoints.open_folder(tmp_path) as manager:
+        checkpoints.save(manager, 3, {"ema_params": {"w": w}, "step": np.int32(3)})
+        manager.wait_until_finished()
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    command = [sys.executable, "-c", READ_ALONE, str(tmp_path)]
+    result = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

@@ -6,12 +6,16 @@ own decoder at the same cost, as random weights have no surface. Beside each tim
 products (counted in the jaxpr, twice the multiplications, rematerialised ones included), their rate as a fraction of the plain
 matrix-product rate measured in the same run, and the peak memory of the process.
 
+Children run with GLIBC_TUNABLES=glibc.malloc.hugetlb=1 unless you set that variable: large arrays then come in huge pages, without
+which page faults take up to a fifth of the time on a CPU.
+
 Times are the best of a few runs after one that compiles: machines are shared and noisy, so compare ratios within one run.
 """
 
 import argparse
 import json
 import math
+import os
 import platform
 import resource
 import subprocess
@@ -67,6 +71,7 @@ def main() -> int:
     print(
         f"{'family':28s} {'stage':9s} {'seconds':>8s} {'TFLOP':>7s} {'of rate':>8s} {'GB':>6s}   {machine()}"
     )
+    environment = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", **os.environ}
     rows = []
     for family in args.families:
         command = [
@@ -80,7 +85,7 @@ def main() -> int:
             args.dtype,
         ]
         command += ["--repeats", str(args.repeats)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as child:
             for line in child.stdout:
                 rows.append(json.loads(line))
                 print_row(rows[-1])
