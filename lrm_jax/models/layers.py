@@ -31,17 +31,29 @@ def attention(
 def _attention_by_head(q_BLNK, k_BMNK, v_BMNK):
     """Plain 2-D products, head after head: XLA's CPU back end runs them at full rate, unlike a batched product.
 
-    The division by the softmax's sum comes after the second product: L*K divisions instead of L*M.
+    The division by the softmax's sum comes after the second product: L*K divisions instead of L*M. The largest score is
+    only looked for where exp could overflow without it, by the bound |q| |k|.
     """
     num_heads, width = q_BLNK.shape[2:]
 
     @jax.checkpoint  # the L x M scores of all heads would not fit a training step
     def head(qkv):
         q_LK, k_MK, v_MK = qkv
-        scores_LM = (q_LK * width**-0.5 @ k_MK.T).astype(jnp.float32)
-        weights_LM = jnp.exp(scores_LM - jnp.max(scores_LM, axis=-1, keepdims=True))
-        total_L1 = jnp.sum(weights_LM, axis=-1, keepdims=True)
-        return ((weights_LM.astype(v_MK.dtype) @ v_MK) / total_L1).astype(v_MK.dtype)
+        q_LK = q_LK * width**-0.5
+
+        def attend(shift):
+            scores_LM = (q_LK @ k_MK.T).astype(jnp.float32)
+            if shift:
+                scores_LM = scores_LM - jnp.max(scores_LM, axis=-1, keepdims=True)
+            weights_LM = jnp.exp(scores_LM)
+            total_L1 = jnp.sum(weights_LM, axis=-1, keepdims=True)
+            return ((weights_LM.astype(v_MK.dtype) @ v_MK) / total_L1).astype(v_MK.dtype)
+
+        longest = [jnp.max(jnp.linalg.norm(x.astype(jnp.float32), axis=-1)) for x in (q_LK, k_MK)]
+        # exp(60) of 2^30 keys is still finite in float32, and exp(-60) is no denormal.
+        return jax.lax.cond(
+            longest[0] * longest[1] < 60, lambda: attend(False), lambda: attend(True)
+        )
 
     def heads_first(x_BLNK):
         return x_BLNK.transpose(0, 2, 1, 3).reshape(-1, *x_BLNK.shape[1::2])
