@@ -1,13 +1,13 @@
-"""The bundled model: a TripoSR (https://arxiv.org/abs/2403.02151) small enough to train on two CPU cores in about an hour.
+"""The bundled model: a TripoSR (https://arxiv.org/abs/2403.02151) small enough to train on two CPU cores in about half an hour.
 
-    python tools/render_objects.py ../shared/data/kaykit data/kaykit --views 32 --size 256
+    python tools/render_objects.py kaykit/ data/kaykit --views 32 --size 256
     GLIBC_TUNABLES=glibc.malloc.hugetlb=1 XLA_FLAGS=--xla_force_host_platform_device_count=2 \\
         lrm train --config configs/nano.py --workdir runs/nano
 
-The two variables are for CPUs: huge pages take away page faults that cost 15 to 20 % of a step, and a device a core is better
-than a device on two.
+The two variables are for CPUs: huge pages take page faults away, and two devices keep both cores busy (7 to 10 samples/s; 4 with one).
 
-Expected: not yet trained. `--config configs/nano.py:tiny` is a few steps of a tiny model, for trying things out.
+Expected: 15.8 dB on side views of held-out objects and a foreground IoU of 0.64 after 2300 steps (35 minutes on two shared cores of an
+AMD EPYC). `--config configs/nano.py:tiny` is a few steps of a tiny model, for trying things out.
 """
 
 from configs.common import base, shrink
