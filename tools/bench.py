@@ -151,7 +151,7 @@ def surface(model, decoder: dict, scene: dict) -> tuple[float, float]:
     evaluated = 0
 
     @jax.jit
-    def query(xyz):
+    def query(decoder, scene, xyz):
         field, _ = model.apply({"params": decoder}, scene, xyz[None], method="query")
         # Radius and ripples of an object; the model's own value is computed, and too small to matter.
         blob = 0.6 * model.radius - jnp.linalg.norm(xyz, axis=-1) + 0.05 * jnp.sin(12 * xyz).sum(-1)
@@ -160,14 +160,16 @@ def surface(model, decoder: dict, scene: dict) -> tuple[float, float]:
     def field(xyz):
         nonlocal evaluated
         evaluated += xyz.shape[0]
-        return query(xyz)
+        return query(decoder, scene, xyz)
 
     isosurface.extract(field, 64, model.radius, model.surface_level)  # compiles
     evaluated, start = 0, time.perf_counter()
     vertices, faces = isosurface.extract(field, 256, model.radius, model.surface_level)
     seconds = time.perf_counter() - start
     assert len(faces) > 10_000
-    per_point = count_flops(jax.make_jaxpr(query)(jnp.zeros((1024, 3))).jaxpr) / 1024
+    per_point = (
+        count_flops(jax.make_jaxpr(query)(decoder, scene, jnp.zeros((2**15, 3))).jaxpr) / 2**15
+    )
     return seconds, per_point * evaluated
 
 
