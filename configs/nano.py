@@ -4,7 +4,7 @@
     GLIBC_TUNABLES=glibc.malloc.hugetlb=1 XLA_FLAGS=--xla_force_host_platform_device_count=2 \\
         lrm train --config configs/nano.py --workdir runs/nano
 
-The two variables are for CPUs: huge pages take page faults away, and two devices keep both cores busy (7 to 10 samples/s; 4 with one).
+The two variables are for CPUs: huge pages take page faults away, and two devices keep both cores busy (7 to 10 samples/s).
 
 Expected: 15.8 dB on side views of held-out objects and a foreground IoU of 0.64 after 2300 steps (35 minutes on two shared cores of an
 AMD EPYC). `--config configs/nano.py:tiny` is a few steps of a tiny model, for trying things out.
