@@ -2,6 +2,8 @@
 opposite directions, so they are exact inverses."""
 
 import dataclasses
+import functools
+import operator
 
 import numpy as np
 
@@ -76,9 +78,7 @@ def to_torch(entries: list[Entry], params: dict) -> dict[str, np.ndarray]:
     for entry in entries:
         parts = []
         for path in entry.ours:
-            node = params
-            for name in path.split("."):
-                node = node[name]
+            node = functools.reduce(operator.getitem, path.split("."), params)
             parts.append(np.asarray(node) if entry.layer is None else np.asarray(node[entry.layer]))
         value = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
         if entry.axes is not None:
@@ -93,9 +93,7 @@ def torch_shapes(entries: list[Entry], params: dict) -> dict[str, tuple[int, ...
     for entry in entries:
         parts = []
         for path in entry.ours:
-            node = params
-            for name in path.split("."):
-                node = node[name]
+            node = functools.reduce(operator.getitem, path.split("."), params)
             parts.append(tuple(node.shape) if entry.layer is None else tuple(node.shape[1:]))
         shape = (*parts[0][:-1], sum(part[-1] for part in parts))
         shapes[entry.torch] = (
