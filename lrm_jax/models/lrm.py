@@ -120,26 +120,20 @@ class LRM(nn.Module):
 
     def render(self, scene: dict, rays: Rays, key: jax.Array | None = None) -> Rendering:
         """Marches rays [B V H W] through the field; with a key, both passes are jittered."""
-        layers = self.decoder()
-
-        def march(projected, rays, key):
-            return self._march(projected, layers, rays, key)
-
         return triplane.render(
-            march, scene["triplane"], layers, self.dtype, rays, key, self.ray_chunk
+            self._march, scene["triplane"], self.decoder(), self.dtype, rays, key, self.ray_chunk
         )
 
     def query(
         self, scene: dict, xyz: Float[Array, "B Q 3"]
     ) -> tuple[Float[Array, "B Q"], Float[Array, "B Q 3"]]:
         """Density and sRGB colour of the field at points."""
-        layers = self.decoder()
 
-        def field(projected, xyz_Q3):
+        def field(projected, layers, xyz_Q3):
             raw_density, rgb = self._raw_field(projected, layers, xyz_Q3)
             return nn.softplus(raw_density - 1.0), rgb
 
-        return triplane.query(field, scene["triplane"], layers, self.dtype, xyz)
+        return triplane.query(field, scene["triplane"], self.decoder(), self.dtype, xyz)
 
     def prepare(self, rgba: list[np.ndarray]) -> Views:
         """Pictures as the reference prepares them: on white, resized without antialiasing; padded to a square first."""

@@ -117,11 +117,11 @@ def render(
     key: jax.Array | None,
     chunk: int | None,
 ) -> Rendering:
-    """Renders rays [B V H W] of B scenes: `march(projected_PhwF, rays[R], key)`, mapped over scenes and chunks of rays."""
+    """Renders rays [B V H W] of B scenes: `march(projected_PhwF, layers, rays[R], key)`, mapped over scenes and chunks of rays."""
 
     def one_scene(triplane_PhwC, rays, key):
         projected = project_planes(triplane_PhwC, layers, dtype)
-        return render_in_chunks(functools.partial(march, projected), rays, key, chunk)
+        return render_in_chunks(functools.partial(march, projected, layers), rays, key, chunk)
 
     if key is None:
         return jax.vmap(lambda t, r: one_scene(t, r, None))(triplane_BPhwC, rays)
@@ -135,8 +135,12 @@ def query(
     dtype: str,
     xyz: Float[Array, "B Q 3"],
 ) -> tuple[Float[Array, "B Q"], Float[Array, "B Q 3"]]:
-    """Evaluates `field(projected_PhwF, xyz[Q 3])` of B scenes."""
-    return jax.vmap(lambda t, x: field(project_planes(t, layers, dtype), x))(triplane_BPhwC, xyz)
+    """Evaluates `field(projected_PhwF, layers, xyz[Q 3])` of B scenes."""
+
+    def one_scene(triplane_PhwC, xyz_Q3):
+        return field(project_planes(triplane_PhwC, layers, dtype), layers, xyz_Q3)
+
+    return jax.vmap(one_scene)(triplane_BPhwC, xyz)
 
 
 def render_in_chunks(

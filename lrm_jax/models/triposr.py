@@ -96,25 +96,15 @@ class TripoSR(nn.Module):
 
     def render(self, scene: dict, rays: Rays, key: jax.Array | None = None) -> Rendering:
         """Marches rays [B V H W] through the field; with a key, samples are jittered within their interval."""
-        layers = self.decoder()
-
-        def march(projected, rays, key):
-            return self._march(projected, layers, rays, key)
-
         return triplane.render(
-            march, scene["triplane"], layers, self.dtype, rays, key, self.ray_chunk
+            self._march, scene["triplane"], self.decoder(), self.dtype, rays, key, self.ray_chunk
         )
 
     def query(
         self, scene: dict, xyz: Float[Array, "B Q 3"]
     ) -> tuple[Float[Array, "B Q"], Float[Array, "B Q 3"]]:
         """Density and sRGB colour of the field at points."""
-        layers = self.decoder()
-
-        def field(projected, xyz_Q3):
-            return self._field(projected, layers, xyz_Q3)
-
-        return triplane.query(field, scene["triplane"], layers, self.dtype, xyz)
+        return triplane.query(self._field, scene["triplane"], self.decoder(), self.dtype, xyz)
 
     def prepare(self, rgba: list[np.ndarray]) -> Views:
         """Pictures as the reference prepares them: foreground centred at 85% of a square, on grey, 8 bits, antialiased resize."""

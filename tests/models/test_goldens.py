@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from lrm_jax.models import lrm, torch_layout, triposr
+from lrm_jax.models import lrm, torch_layout, triposr, vit
 from lrm_jax.models.lrm import LRM
 from lrm_jax.models.triposr import TripoSR
 from lrm_jax.ops import cameras
@@ -105,8 +105,6 @@ def test_openlrm_features_and_planes(goldens, name):
     rgb = source.rgb[:, 0]
 
     def features(module, rgb):
-        from lrm_jax.models import vit
-
         return module.image_encoder(vit.normalize(rgb) if module.normalize_image else rgb)
 
     close(model.apply({"params": params}, rgb, method=features), golden["out"]["image_feats"], 1e-4)
