@@ -24,7 +24,6 @@ from lrm_jax.references import (
     CONFIG_NAMES,
     RUN_FIELDS,
     WEIGHTS_NAMES,
-    check_names,
     family,
     from_checkpoint,
     from_reference,
@@ -299,7 +298,7 @@ def _from_model_file(tensors, metadata):
         raise InputError(
             f"its description is damaged or of a later lrm_jax ({str(error).splitlines()[0]}): update lrm_jax, or convert it again"
         ) from error
-    check_names(
+    tensor_files.check_names(
         {name: x.shape for name, x in tensors.items()},
         wanted,
         f"{metadata['family']} with its fields",

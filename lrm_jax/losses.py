@@ -1,12 +1,82 @@
 """Loss terms by name: each a small pure function of the rendered and the target views, in float32.
 
-A config names the terms that it wants and their weights: `losses = {"mse": 1.0, "mask": 0.05}`.
+A config names the terms that it wants and their weights: `losses = {"mse": 1.0, "mask": 0.05}`. Two of them look through a
+frozen network, whose file the config names too: `networks = {"lpips": "lpips_vgg16.safetensors"}`.
 """
+
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
-from lrm_jax.types import Rendering
+from lrm_jax import lpips, perceptual
+from lrm_jax.types import InputError, Rendering
+
+NETWORKS = {"lpips": lpips, "perceptual": perceptual}  # the term's name is the network's too
+TERMS = ("mse", "mask", "mask_mse", "depth", "tv", *NETWORKS)
+
+
+def terms(
+    rendering: Rendering,
+    target: Rendering,
+    weights: Mapping[str, float],
+    *,
+    scene=None,
+    networks: Mapping[str, Mapping] | None = None,
+) -> dict[str, jax.Array]:
+    """Every term whose weight is not 0, unweighted; the others are not computed.
+
+    Args:
+      rendering: [B V H W], opaque colour: composited on the background of the target.
+      target: what a perfect model would render.
+      weights: by term.
+      scene: what `encode` returned, for "tv".
+      networks: parameters by term, for "lpips" and "perceptual": arguments of the step, not constants in it.
+
+    Raises:
+      InputError: a term that does not exist, or that lacks what it needs; the message names the config's key.
+    """
+    networks = networks or {}
+    check(weights, networks)
+    compute = {
+        "mse": lambda: mse(rendering, target),
+        "mask": lambda: mask(rendering, target),
+        "mask_mse": lambda: mask_mse(rendering, target),
+        "depth": lambda: depth(rendering, target),
+        "tv": lambda: tv(scene),
+        "lpips": lambda: lpips.distance(networks["lpips"], rendering.rgb, target.rgb).mean(),
+        "perceptual": lambda: perceptual.distance(
+            networks["perceptual"], rendering.rgb, target.rgb
+        ).mean(),
+    }
+    return {name: compute[name]() for name, weight in weights.items() if weight}
+
+
+def check(weights: Mapping[str, float], networks: Mapping[str, object]) -> None:
+    """Raises InputError for a term that does not exist, and for one whose network is not in `networks` (files or parameters)."""
+    if unknown := sorted(set(weights) - set(TERMS)):
+        raise InputError(f"no loss term {', '.join(unknown)}: there are {', '.join(TERMS)}")
+    for name, module in NETWORKS.items():
+        if weights.get(name) and not networks.get(name):
+            raise InputError(
+                f"config.losses.{name}={weights[name]} needs the file of a network: {module.REMEDY}; then set"
+                f" config.networks.{name}=FILE, or config.losses.{name}=0"
+            )
+
+
+def load_networks(weights: Mapping[str, float], files: Mapping[str, str]) -> dict[str, dict]:
+    """The networks that the terms of non-zero weight need, from their files: `terms`'s `networks`, as NumPy arrays.
+
+    Raises:
+      InputError: as `check`, and for a file that is missing or holds something else.
+    """
+    check(weights, files)
+    if unknown := sorted(set(files) - set(NETWORKS)):
+        raise InputError(f"no network {', '.join(unknown)}: there are {', '.join(NETWORKS)}")
+    return {name: NETWORKS[name].load(files[name]) for name in NETWORKS if weights.get(name)}
+
+
+# -- the terms
 
 
 def mse(rendering: Rendering, target: Rendering) -> jax.Array:
@@ -19,27 +89,53 @@ def mask(rendering: Rendering, target: Rendering) -> jax.Array:
 
     The prediction is squeezed into [0.001, 0.999]: finite where a ray saturates, and, unlike clipping, with a gradient there.
     """
-    alpha = 1e-3 + (1 - 2e-3) * rendering.alpha.astype(jnp.float32)
+    alpha = 1e-3 + (1 - 2e-3) * _alpha(rendering, "mask")
     label = target.alpha.astype(jnp.float32)
     return -(label * jnp.log(alpha) + (1 - label) * jnp.log1p(-alpha)).mean()
 
 
 def mask_mse(rendering: Rendering, target: Rendering) -> jax.Array:
     """Mean squared error of alpha, the milder form (InstantMesh, src/model.py:243-257)."""
-    return jnp.square(rendering.alpha.astype(jnp.float32) - target.alpha.astype(jnp.float32)).mean()
+    return jnp.square(_alpha(rendering, "mask_mse") - target.alpha.astype(jnp.float32)).mean()
 
 
-TERMS = {"mse": mse, "mask": mask, "mask_mse": mask_mse}
+def depth(rendering: Rendering, target: Rendering) -> jax.Array:
+    """Mean absolute error of depth over the pixels that the object fills (alpha 1), world units along the ray.
 
-
-def terms(
-    rendering: Rendering, target: Rendering, weights: dict[str, float]
-) -> dict[str, jax.Array]:
-    """Every term that has a weight, unweighted.
-
-    Raises:
-      ValueError: a term that does not exist.
+    After InstantMesh, src/model_mesh.py:243-277, which weights it by 0.5. It is 0 where no pixel is filled.
     """
-    if unknown := sorted(set(weights) - set(TERMS)):
-        raise ValueError(f"no loss term {', '.join(unknown)}; there are {', '.join(TERMS)}")
-    return {name: TERMS[name](rendering, target) for name in weights}
+    if rendering.depth is None:
+        raise InputError(
+            "config.losses.depth: this model family renders no depth: set config.losses.depth=0"
+        )
+    if target.depth is None:
+        raise InputError(
+            "config.losses.depth: the data has no depth: render it, or set config.losses.depth=0"
+        )
+    filled = target.alpha >= 1
+    # Inside the difference: depth outside of the object may be anything, also not a number.
+    truth = jnp.where(filled, target.depth, 0.0).astype(jnp.float32)
+    error = jnp.abs(jnp.where(filled, rendering.depth, 0.0).astype(jnp.float32) - truth)
+    return error.sum() / jnp.maximum(filled.sum(), 1)
+
+
+def tv(scene) -> jax.Array:
+    """Total variation of the planes: the mean squared difference of neighbours in a column, plus that of neighbours in a row.
+
+    OpenLRM, openlrm/losses/tvloss.py, which weights it by 5e-4; each mean is over scenes, planes, channels and pairs.
+    """
+    if not isinstance(scene, Mapping) or "triplane" not in scene:
+        raise InputError(
+            "config.losses.tv: the scenes of this model family have no planes: set config.losses.tv=0"
+        )
+    planes_BPhwC = scene["triplane"].astype(jnp.float32)
+    columns, rows = (jnp.square(jnp.diff(planes_BPhwC, axis=axis)).mean() for axis in (2, 3))
+    return columns + rows
+
+
+def _alpha(rendering, name):
+    if rendering.alpha is None:
+        raise InputError(
+            f"config.losses.{name}: this model family renders no alpha: set config.losses.{name}=0"
+        )
+    return rendering.alpha.astype(jnp.float32)

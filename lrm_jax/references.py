@@ -88,7 +88,7 @@ def recognise(
         raise InputError(
             f"no {title} has its sizes ({reason}): use an unchanged checkpoint with its own config"
         ) from error
-    check_names({k: v.shape for k, v in state.items()}, wanted, title)
+    tensor_files.check_names({k: v.shape for k, v in state.items()}, wanted, title)
     needed = [
         k for k in like if module.MODEL.__dataclass_fields__[k].default is dataclasses.MISSING
     ]
@@ -187,7 +187,7 @@ def _fields_from_shapes(module, state, title):
         usual = torch_shapes(module.MODEL(**next(iter(module.VARIANTS.values()))))
         extra = [name for name in state if pattern(name) not in {pattern(k) for k in usual}]
         if isinstance(error, KeyError):
-            check_names(dict.fromkeys(extra), dict.fromkeys(error.args), title)
+            tensor_files.check_names(dict.fromkeys(extra), dict.fromkeys(error.args), title)
         raise InputError(
             f"not the tensors of {title}: one is of another rank ({error}): use an unchanged checkpoint"
         ) from error
@@ -275,26 +275,6 @@ def param_shapes(model: nn.Module) -> dict:
         views = Views(rgb=array(1, 1, model.image_size, model.image_size, 3), cameras=camera)
         inputs = (views, Rays(origins=array(1, 1, 1, 1, 3), dirs=array(1, 1, 1, 1, 3)))
     return jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
-
-
-def check_names(found: Mapping[str, tuple], wanted: Mapping[str, tuple], title: str) -> None:
-    """Raises InputError, with the first few and their number, where names or shapes differ."""
-    missing = [name for name in wanted if name not in found]
-    extra = [name for name in found if name not in wanted]
-    misshaped = [
-        f"{name} {list(found[name])} not {list(shape)}"
-        for name, shape in wanted.items()
-        if name in found and tuple(found[name]) != tuple(shape)
-    ]
-    kinds = {"missing": missing, "extra": extra, "mis-shaped": misshaped}
-    if problems := [_listed(kind, names) for kind, names in kinds.items() if names]:
-        raise InputError(
-            f"not the tensors of {title}: {'; '.join(problems)}: use an unchanged checkpoint"
-        )
-
-
-def _listed(kind, names):
-    return f"{len(names)} {kind}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
 
 
 def _check_config(config, ours, at=""):

@@ -17,7 +17,7 @@ import struct
 import zipfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import ml_dtypes
@@ -134,6 +134,26 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_names(found: Mapping[str, tuple], wanted: Mapping[str, tuple], title: str) -> None:
+    """Raises InputError, with the first few and their number, where names or shapes differ."""
+    missing = [name for name in wanted if name not in found]
+    extra = [name for name in found if name not in wanted]
+    misshaped = [
+        f"{name} {list(found[name])} not {list(shape)}"
+        for name, shape in wanted.items()
+        if name in found and tuple(found[name]) != tuple(shape)
+    ]
+    kinds = {"missing": missing, "extra": extra, "mis-shaped": misshaped}
+    if problems := [_listed(kind, names) for kind, names in kinds.items() if names]:
+        raise InputError(
+            f"not the tensors of {title}: {'; '.join(problems)}: use an unchanged checkpoint"
+        )
+
+
+def _listed(kind, names):
+    return f"{len(names)} {kind}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
 
 
 def _read_safetensors(path):

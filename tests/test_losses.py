@@ -2,9 +2,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
-from lrm_jax import losses, metrics
-from lrm_jax.types import Rendering
+from lrm_jax import losses
+from lrm_jax.types import InputError, Rendering
 
 
 def rendering(rgb, alpha):
@@ -31,20 +32,94 @@ def test_a_saturated_mask_is_finite_and_has_a_gradient(alpha, label):
 
 
 def test_losses_are_computed_in_float32():
-    low = rendering(jnp.bfloat16(0.5), jnp.bfloat16(0.5))
-    assert all(
-        x.dtype == jnp.float32
-        for x in losses.terms(low, low, dict.fromkeys(losses.TERMS, 1.0)).values()
-    )
+    low = rendering(jnp.bfloat16(0.5), jnp.bfloat16(1.0))
+    low = low.replace(depth=low.alpha)
+    weights = dict.fromkeys(("mse", "mask", "mask_mse", "depth", "tv"), 1.0)
+    scene = {"triplane": jnp.ones((1, 3, 4, 4, 2), jnp.bfloat16)}
+    values = losses.terms(low, low, weights, scene=scene)
+    assert {name: x.dtype for name, x in values.items()} == dict.fromkeys(weights, jnp.float32)
 
 
-def test_only_the_named_terms_are_computed_and_an_unknown_one_is_an_error():
-    assert set(losses.terms(rendering(0.1, 0.5), rendering(0.0, 1.0), {"mse": 1.0})) == {"mse"}
-    with pytest.raises(ValueError, match="no loss term mes; there are mse, mask"):
-        losses.terms(rendering(0.1, 0.5), rendering(0.0, 1.0), {"mes": 1.0})
+def test_tv_is_openlrms(goldens):
+    golden = load_file(goldens / "openlrm_dino_tiny.safetensors")
+    planes_BPhwC = jnp.asarray(golden["out.planes"].transpose(0, 1, 3, 4, 2))
+    value = losses.tv({"triplane": planes_BPhwC})
+    np.testing.assert_allclose(value, golden["out.loss_tv"][0], rtol=1e-5)  # float32
 
 
-def test_psnr_of_an_error_of_a_tenth_is_twenty_decibels():
-    value = metrics.psnr(jnp.full((2, 3, 4, 4, 3), 0.6), jnp.full((2, 3, 4, 4, 3), 0.5))
-    assert value.shape == (2, 3)
-    np.testing.assert_allclose(value, 20.0, rtol=1e-5)  # float32
+def test_tv_counts_each_direction_by_its_own_pairs():
+    rows, columns = jnp.arange(3.0), jnp.arange(5.0)
+    plane = 2 * rows[:, None] + 3 * columns[None]
+    planes_BPhwC = jnp.broadcast_to(plane[None, None, :, :, None], (2, 3, 3, 5, 4))
+    np.testing.assert_allclose(losses.tv({"triplane": planes_BPhwC}), 4 + 9, rtol=1e-6)  # float32
+
+
+def test_depth_is_the_mean_error_inside_the_object_whatever_is_outside():
+    alpha = jnp.array([[1.0, 1.0], [0.5, 0.0]])[None, None]
+    truth = jnp.array([[2.0, 3.0], [7.0, jnp.nan]])[None, None]
+    target = Rendering(rgb=jnp.zeros((1, 1, 2, 2, 3)), alpha=alpha, depth=truth)
+
+    def loss(depth):
+        return losses.depth(target.replace(depth=depth), target)
+
+    value, grad = jax.value_and_grad(loss)(jnp.array([[2.5, 2.0], [jnp.nan, 9.0]])[None, None])
+    np.testing.assert_allclose(value, (0.5 + 1.0) / 2, rtol=1e-6)  # float32
+    np.testing.assert_allclose(grad[0, 0], [[0.5, -0.5], [0, 0]])
+    empty = target.replace(alpha=0 * alpha)
+    assert losses.depth(empty, empty) == 0
+
+
+@pytest.mark.parametrize("name", ["lpips", "perceptual"])
+def test_networks_compare_every_view_and_their_parameters_are_arguments(monkeypatch, name):
+    def distance(params, x, y):
+        assert x.shape == y.shape == (1, 2, 4, 4, 3)
+        return params["scale"] * jnp.abs(x - y).mean((-3, -2, -1)) * jnp.array([[1.0, 3.0]])
+
+    monkeypatch.setattr(losses.NETWORKS[name], "distance", distance)
+
+    @jax.jit
+    def terms(networks):
+        pair = rendering(0.5, 1.0), rendering(0.25, 1.0)
+        return losses.terms(*pair, {name: 2.0}, networks=networks)
+
+    for scale in (1.0, 10.0):
+        value = terms({name: {"scale": jnp.float32(scale)}})[name]
+        np.testing.assert_allclose(value, 0.25 * scale * 2, rtol=1e-6)  # unweighted; float32
+
+
+def test_only_terms_with_a_weight_are_computed():
+    bare = rendering(0.1, 0.5).replace(alpha=None)
+    weights = {"mse": 1.0} | dict.fromkeys(set(losses.TERMS) - {"mse"}, 0.0)
+    assert set(losses.terms(bare, bare, weights)) == {"mse"}
+    losses.check(weights, {})
+    assert losses.load_networks(weights, {"lpips": "", "perceptual": ""}) == {}
+
+
+OPAQUE = Rendering(rgb=jnp.ones((1, 1, 2, 2, 3)), alpha=jnp.ones((1, 1, 2, 2)))
+
+
+@pytest.mark.parametrize(
+    ("name", "rendered", "message"),
+    [
+        ("mes", OPAQUE, "no loss term mes: there are mse, mask"),
+        ("lpips", OPAQUE, "config.losses.lpips=0.5 needs .*lrm convert vgg16.*--linear.*config.networks.lpips=FILE"),
+        ("perceptual", OPAQUE, "losses.perceptual=0.5 needs .*lrm convert imagenet-vgg.*config.networks.perceptual=FILE"),
+        ("tv", OPAQUE, "no planes: set config.losses.tv=0"),
+        ("mask", OPAQUE.replace(alpha=None), "no alpha: set config.losses.mask=0"),
+        ("mask_mse", OPAQUE.replace(alpha=None), "no alpha: set config.losses.mask_mse=0"),
+        ("depth", OPAQUE, "family renders no depth: set config.losses.depth=0"),
+        ("depth", OPAQUE.replace(depth=OPAQUE.alpha), "the data has no depth"),
+    ],
+)  # fmt: skip
+def test_a_term_without_what_it_needs_is_named(name, rendered, message):
+    scene = {"tokens": jnp.ones((1, 4, 8))}
+    with pytest.raises(InputError, match=message) as error:
+        losses.terms(rendered, OPAQUE, {"mse": 1.0, name: 0.5}, scene=scene)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_and_misnamed_networks_are_known_before_training(tmp_path):
+    with pytest.raises(InputError, match="no such file.*lrm convert vgg16"):
+        losses.load_networks({"lpips": 2.0}, {"lpips": str(tmp_path / "absent.safetensors")})
+    with pytest.raises(InputError, match="no network vgg: there are lpips, perceptual"):
+        losses.load_networks({"mse": 1.0}, {"vgg": "x.safetensors"})

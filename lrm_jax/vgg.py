@@ -1,0 +1,126 @@
+"""The convolutions of VGG (https://arxiv.org/abs/1409.1556), through which two losses compare pictures, and files of their weights.
+
+A frozen network's parameters are a dict: `conv<block>_<number>` with `kernel` [3 3 in out] and `bias` [out].
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array, Float
+
+from lrm_jax import tensor_files
+from lrm_jax.types import InputError
+
+WIDTHS = (64, 128, 256, 512, 512)  # of the five blocks
+FORMAT = {"format": "lrm_jax network", "version": "1"}
+
+
+def features(
+    params: Mapping,
+    x: Float[Array, "N H W 3"],
+    num_convs: tuple[int, ...],
+    taps: tuple[int, ...],
+    pool: Callable[[jax.Array], jax.Array],
+) -> list[jax.Array]:
+    """The activations after one convolution of each block, [N H/2^i W/2^i C], in float32.
+
+    Args:
+      params: of one network.
+      x: pictures as the network wants them.
+      num_convs: how many convolutions each block has; those after its tap are needed for the next block only.
+      taps: the number, from 1, of each block's convolution whose activation is returned.
+      pool: halves height and width between the blocks.
+
+    Raises:
+      InputError: pictures that vanish in the last block.
+    """
+    smallest = 2 ** (len(taps) - 1)
+    if min(x.shape[1:3]) < smallest:
+        raise InputError(
+            f"pictures of {x.shape[1]} x {x.shape[2]} pixels are too small for VGG, which halves them"
+            f" {len(taps) - 1} times: make them {smallest} or larger (config.train.patch), or set its loss weight to 0"
+        )
+    found = []
+    for block, (count, tap) in enumerate(zip(num_convs, taps, strict=True), 1):
+        x = pool(x) if block > 1 else x
+        for number in range(1, count + 1):
+            x = jax.nn.relu(_conv(params[f"conv{block}_{number}"], x))
+            if number == tap:
+                found.append(x)
+    return found
+
+
+def _conv(params, x):
+    x = jax.lax.conv_general_dilated(
+        x, params["kernel"], window_strides=(1, 1), padding="SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision=jax.lax.Precision.HIGHEST,  # TPUs would multiply in bfloat16, GPUs in TF32
+    )  # fmt: skip
+    return x + params["bias"][None, None, None]
+
+
+def max_pool(x: Float[Array, "N H W C"]) -> Float[Array, "N H/2 W/2 C"]:
+    """The largest of each 2 x 2 pixels; an odd last row or column is left out."""
+    return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+
+
+def average_pool(x: Float[Array, "N H W C"]) -> Float[Array, "N H/2 W/2 C"]:
+    """The mean of each 2 x 2 pixels; an odd last row or column is left out."""
+    return jax.lax.reduce_window(x, 0.0, jax.lax.add, (1, 2, 2, 1), (1, 2, 2, 1), "VALID") / 4
+
+
+# -- weights
+
+
+def conv_shapes(num_convs: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the parameters of that many convolutions a block."""
+    shapes, width_in = {}, 3
+    for block, (width, count) in enumerate(zip(WIDTHS, num_convs, strict=True), 1):
+        for number in range(1, count + 1):
+            shapes[f"conv{block}_{number}.kernel"] = (3, 3, width_in, width)
+            shapes[f"conv{block}_{number}.bias"] = (width,)
+            width_in = width
+    return shapes
+
+
+def save(path: Path, params: Mapping, network: str) -> None:
+    """Writes the parameters of `network`, whole or not at all.
+
+    Raises:
+      InputError: a parameter is not finite.
+    """
+    tensors = {k: np.asarray(v, np.float32) for k, v in flatten_dict(params, sep=".").items()}
+    for name, value in tensors.items():
+        if not np.isfinite(value).all():
+            raise InputError(f"{name} has numbers that are not finite: download the file again")
+    tensor_files.write_safetensors(path, tensors, FORMAT | {"network": network})
+
+
+def load(
+    path: str | os.PathLike, network: str, shapes: Mapping[str, tuple], remedy: str
+) -> dict[str, dict[str, np.ndarray]]:
+    """Reads what `save` wrote for `network`, as NumPy arrays.
+
+    Args:
+      shapes: by dotted name, what the file must hold.
+      remedy: how such a file is made, for the message.
+
+    Raises:
+      InputError: no such file, something else in it, or other tensors than `shapes`.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file of weights of {network}: {remedy}")
+    content, metadata = tensor_files.read(path)
+    if metadata.get("network") != network or metadata.get("version") != FORMAT["version"]:
+        what = metadata.get("network") or metadata.get("family") or "another kind of file"
+        raise InputError(f"{path}: not the weights of {network} but {what}: {remedy}")
+    found = {name: value.shape for name, value in content.items()}
+    try:
+        tensor_files.check_names(found, shapes, network)
+    except InputError as error:
+        raise InputError(f"{path}: {error}; {remedy}") from error
+    return unflatten_dict({k: np.asarray(v, np.float32) for k, v in content.items()}, sep=".")
