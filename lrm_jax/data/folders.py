@@ -1,0 +1,109 @@
+"""OpenLRM's folder layout, which `tools/render_objects.py` writes, read object by object.
+
+    root/<uid>/rgba/000.png ...   sRGB with straight alpha
+    root/<uid>/pose/000.npy ...   [3 4] camera to world, Blender's camera axes, z-up world, object around the origin
+    root/<uid>/intrinsics.npy     [3 2] (fx, fy), (cx, cy), (width, height) in pixels
+
+(https://github.com/3DTopia/OpenLRM/blob/3108b69/openlrm/datasets/objaverse.py#L53-L70)
+"""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from lrm_jax.ops.images import load_image
+from lrm_jax.types import InputError
+
+# `ops.cameras.opengl_to_opencv` as a matrix from the right: NumPy, since the loader's processes must leave jax asleep.
+BLENDER_TO_OPENCV = np.diag([1.0, -1.0, -1.0, 1.0])
+
+
+@dataclasses.dataclass(frozen=True)
+class Cameras:
+    """The views of one object."""
+
+    pictures: tuple[Path, ...]  # V files
+    c2w: np.ndarray  # [V 4 4] float64, OpenCV axes
+    fxfycxcy: np.ndarray  # [V 4] float64
+    size: tuple[int, int]  # (width, height) of the pictures
+
+
+def find(root: Path) -> list[str]:
+    """The uids of the objects in a folder, sorted.
+
+    Raises:
+      InputError: no such folder, or no object in it.
+    """
+    if not root.is_dir():
+        raise InputError(f"{root}: no such folder: render one with tools/render_objects.py")
+    uids = sorted(
+        folder.name
+        for folder in root.iterdir()
+        if not folder.name.startswith(".") and (folder / "rgba").is_dir()
+    )
+    if not uids:
+        raise InputError(
+            f"{root}: no object (<uid>/rgba, pose, intrinsics.npy) in it: render some with tools/render_objects.py"
+        )
+    return uids
+
+
+def fingerprint(root: Path, uids: list[str]) -> dict[str, list[tuple[str, int, int]]]:
+    """uid -> (name, size, time of change) of its files, which identify the contents."""
+    files = {}
+    for uid in uids:
+        folder = root / uid
+        found = [*folder.glob("*.npy"), *folder.glob("pose/*.npy"), *folder.glob("rgba/*.png")]
+        stats = ((path.relative_to(folder).as_posix(), path.stat()) for path in sorted(found))
+        files[uid] = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    return files
+
+
+def read_cameras(folder: Path) -> Cameras:
+    """The cameras of one object.
+
+    Raises:
+      InputError: a file is missing, damaged, of another shape, or not finite; named without the object.
+    """
+    pictures = tuple(sorted(folder.glob("rgba/*.png")))
+    if not pictures:
+        raise InputError("no rgba/*.png")
+    focal, centre, size = intrinsics = _load_array(folder / "intrinsics.npy", (3, 2))
+    if (intrinsics[[0, 2]] <= 0).any():
+        raise InputError("intrinsics.npy: a focal length or a size is not positive")
+    poses = np.stack([_load_array(folder / "pose" / f"{p.stem}.npy", (3, 4)) for p in pictures])
+    c2w = np.concatenate([poses, np.tile([[[0, 0, 0, 1.0]]], (len(poses), 1, 1))], axis=1)
+    fxfycxcy = np.tile(np.concatenate([focal / size, centre / size]), (len(poses), 1))
+    return Cameras(pictures, c2w @ BLENDER_TO_OPENCV, fxfycxcy, (int(size[0]), int(size[1])))
+
+
+def read_picture(cameras: Cameras, view: int) -> np.ndarray:
+    """[H W 4] uint8, sRGB with straight alpha.
+
+    Raises:
+      InputError: the file cannot be read, or has not the size that intrinsics.npy says.
+    """
+    path = cameras.pictures[view]
+    rgba = load_image(path)
+    if rgba.shape[1::-1] != cameras.size:
+        raise InputError(
+            f"rgba/{path.name} is {rgba.shape[1]}x{rgba.shape[0]}, "
+            f"intrinsics.npy says {cameras.size[0]}x{cameras.size[1]}"
+        )
+    return rgba
+
+
+def _load_array(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    name = "/".join(path.parts[-2:]) if path.parent.name == "pose" else path.name
+    try:
+        array = np.load(path)
+    except FileNotFoundError:
+        raise InputError(f"{name} is missing") from None
+    except Exception as error:  # numpy raises ValueError, EOFError, OSError, SyntaxError ...
+        raise InputError(f"{name} cannot be read ({type(error).__name__})") from None
+    if array.shape != shape:
+        raise InputError(f"{name} has shape {array.shape}, not {shape}")
+    if not np.isfinite(array).all():
+        raise InputError(f"{name} has values that are not finite")
+    return array.astype(np.float64)

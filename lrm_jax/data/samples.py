@@ -1,0 +1,237 @@
+"""The element of one object: which of its views are given and predicted, cropped and resized, in which world.
+
+All of it is NumPy: this runs in the loader's processes, where jax would take the accelerator.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image
+
+from lrm_jax.ops.images import recenter_foreground
+from lrm_jax.types import Batch, Cameras, InputError, Views
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a sample is made from an object's views: fields of `make` that all sources of objects share.
+
+    num_target: views besides the sources; the target views are the sources (uncropped), then these.
+    source_size, target_size: sides of the square pictures, pixels.
+    num_source: views that are given.
+    source_elevation: degrees; the sources are drawn from the views within. None: from all.
+    foreground_ratio: the sources are cropped to the object, which fills this share of the square (TripoSR: 0.85), and
+      their cameras are those of the crops; None keeps the whole pictures.
+    normalize: "azimuth": the world is turned about z so that the first source's camera is at azimuth 0, above or below
+      the +x axis, with the elevation and distance that it had (TripoSR). "source": all poses are multiplied from the left so that it
+      stands at (0, -d, 0), with the distance d that it had, and looks along +y with z up (LRM, OpenLRM). None: the
+      world is as it was.
+    mirror: every other sample on average is mirrored in the vertical plane through the first source's camera.
+    """
+
+    num_target: int
+    source_size: int
+    target_size: int
+    num_source: int = 1
+    source_elevation: tuple[float, float] | None = (5.0, 35.0)
+    foreground_ratio: float | None = 0.85
+    normalize: str | None = "azimuth"
+    mirror: bool = False
+
+
+def make_recipe(split: str, **fields) -> Recipe:
+    """The recipe with these fields for a split: only "train" is mirrored.
+
+    Raises:
+      InputError: no such way to normalise.
+    """
+    recipe = Recipe(**fields)
+    if recipe.normalize not in ("azimuth", "source", None):
+        raise InputError(f"normalize {recipe.normalize!r}: must be azimuth, source or None")
+    band = recipe.source_elevation
+    return dataclasses.replace(
+        recipe,
+        mirror=recipe.mirror and split == "train",
+        source_elevation=None if band is None else tuple(band),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+    """Pictures of some views, as they are stored and drawn, with the cameras that see just them."""
+
+    rgb: np.ndarray  # [V H W 3] uint8, straight
+    alpha: np.ndarray  # [V H W] uint8
+    fxfycxcy: np.ndarray  # [V 4]
+
+
+def in_band(c2w: np.ndarray, elevation: tuple[float, float] | None) -> np.ndarray:
+    """Which cameras c2w [V 4 4] stand at an elevation, in degrees, within the band: bool [V]."""
+    if elevation is None:
+        return np.ones(len(c2w), bool)
+    eye = c2w[:, :3, 3]
+    degrees = np.degrees(np.arctan2(eye[:, 2], np.hypot(eye[:, 0], eye[:, 1])))
+    return (elevation[0] <= degrees) & (degrees <= elevation[1])
+
+
+def lacking(num_in_band: int, num_views: int, recipe: Recipe) -> str | None:
+    """Why an object has too few views; None where it has enough."""
+    if num_in_band < recipe.num_source:
+        return (
+            f"{num_in_band} views with an elevation in {recipe.source_elevation} "
+            f"for {recipe.num_source} sources"
+        )
+    if num_views < recipe.num_source + recipe.num_target:
+        return (
+            f"{num_views} views for {recipe.num_source} sources and "
+            f"{recipe.num_target} other targets"
+        )
+    return None
+
+
+def draw(
+    is_source: np.ndarray, recipe: Recipe, seed: int, position: int
+) -> tuple[np.ndarray, np.ndarray, bool]:
+    """(source views, target views, whether to mirror) at a position, from an object whose view v may be a source where is_source[v].
+
+    Raises:
+      InputError: too few views.
+    """
+    if cause := lacking(int(is_source.sum()), len(is_source), recipe):
+        raise InputError(cause)
+    rng = np.random.default_rng((seed, position, 1))
+    sources = rng.choice(np.flatnonzero(is_source), recipe.num_source, replace=False)
+    others = np.delete(np.arange(len(is_source)), sources)
+    others = rng.choice(others, recipe.num_target, replace=False)
+    return sources, np.concatenate([sources, others]), recipe.mirror and rng.random() < 0.5
+
+
+def assemble(
+    source: Pictures, target: Pictures, c2w: np.ndarray, normalize: str | None, mirrored: bool
+) -> Batch:
+    """The sample with these pictures, without the B axis. c2w [V 4 4]: of the target views, the sources among them first."""
+    c2w = world_motion(c2w[0], normalize) @ c2w
+    if mirrored:
+        c2w = _mirror(c2w)
+    num_source = len(source.rgb)
+    return Batch(
+        source=_views(source, c2w[:num_source], mirrored), target=_views(target, c2w, mirrored)
+    )
+
+
+def sample(
+    read: Callable[[int], np.ndarray],
+    c2w: np.ndarray,
+    fxfycxcy: np.ndarray,
+    recipe: Recipe,
+    seed: int,
+    position: int,
+) -> Batch:
+    """The sample at a position, of an object whose pictures are decoded only now.
+
+    Args:
+      read: view -> [H W 4] uint8 with straight alpha.
+      c2w, fxfycxcy: [V 4 4], [V 4] of all its views.
+
+    Raises:
+      InputError: too few views, a picture that `read` cannot read, an empty one.
+    """
+    views, targets, mirrored = draw(in_band(c2w, recipe.source_elevation), recipe, seed, position)
+    shrunk, crops, boxes = [], [], []
+    for i, view in enumerate(targets):
+        rgba = read(int(view))
+        shrunk.append(shrink(rgba, recipe.target_size))
+        if i < len(views):
+            crop, box = source_crop(
+                rgba, recipe.source_size, recipe.foreground_ratio, f"view {view}"
+            )
+            crops.append(crop)
+            boxes.append(box)
+    crops, shrunk = np.stack(crops), np.stack(shrunk)
+    fxfycxcy = fxfycxcy[targets].astype(np.float32)
+    cropped = crop_intrinsics(fxfycxcy[: len(views)], np.stack(boxes))
+    return assemble(
+        Pictures(crops[..., :3], crops[..., 3], cropped),
+        Pictures(shrunk[..., :3], shrunk[..., 3], fxfycxcy),
+        c2w[targets].astype(np.float32),
+        recipe.normalize,
+        mirrored,
+    )
+
+
+def shrink(rgba: np.ndarray, size: int) -> np.ndarray:
+    """A target picture [size size 4]: the area average, of premultiplied colour (so Pillow resizes RGBA)."""
+    return np.asarray(Image.fromarray(rgba).resize((size, size), Image.Resampling.BOX))
+
+
+def source_crop(
+    rgba: np.ndarray, size: int, foreground_ratio: float | None, name: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """A source picture [size size 4], and its (top, left, height, width) as fractions of the whole.
+
+    Raises:
+      InputError: the picture, `name`, has no foreground to crop to.
+    """
+    box = np.array([0, 0, *rgba.shape[:2]], float)
+    extent = np.tile(rgba.shape[:2], 2)
+    if foreground_ratio is not None:
+        if not rgba[..., 3].any():
+            raise InputError(f"{name} is transparent everywhere")
+        whole, rgba = rgba, recenter_foreground(rgba, foreground_ratio)
+        # The crop only moves pixels, so its corner is where the foreground went.
+        box = np.array([*(_first_foreground(whole) - _first_foreground(rgba)), *rgba.shape[:2]])
+    picture = Image.fromarray(rgba).resize((size, size), Image.Resampling.BILINEAR)
+    return np.asarray(picture), box / extent
+
+
+def crop_intrinsics(fxfycxcy: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """`ops.cameras.crop_cameras` of intrinsics [V 4] for boxes [V 4], (top, left, height, width) as fractions of the whole."""
+    corner, extent = boxes[:, 1::-1], boxes[:, :1:-1]
+    focal, centre = fxfycxcy[:, :2], fxfycxcy[:, 2:]
+    return np.concatenate([focal / extent, (centre - corner) / extent], axis=1).astype(np.float32)
+
+
+def world_motion(source: np.ndarray, normalize: str | None) -> np.ndarray:
+    """[4 4] float32, to be multiplied from the left to all poses of a scene whose first source is at [4 4]: see `Recipe`.
+
+    "source" is `ops.cameras.normalize_to_source`.
+    """
+    if normalize is None:
+        return np.eye(4, dtype=np.float32)
+    x, y, z = source[:3, 3].astype(float)
+    motion = np.eye(4)
+    if normalize == "azimuth":
+        azimuth = np.arctan2(y, x)
+        motion[0, :2] = np.cos(azimuth), np.sin(azimuth)
+        motion[1, :2] = -np.sin(azimuth), np.cos(azimuth)
+        return motion.astype(np.float32)
+    motion[:3, :3] = np.array([[1, 0, 0], [0, 0, 1], [0, -1, 0]]) @ source[:3, :3].T.astype(float)
+    motion[:3, 3] = -motion[:3, :3] @ (x, y, z)
+    motion[1, 3] -= np.sqrt(x * x + y * y + z * z)
+    return motion.astype(np.float32)
+
+
+def _first_foreground(rgba: np.ndarray) -> np.ndarray:
+    """(row, column) of the upper left corner of the foreground's box."""
+    return np.array([np.flatnonzero(rgba[..., 3].any(axis))[0] for axis in (1, 0)])
+
+
+def _mirror(c2w: np.ndarray) -> np.ndarray:
+    """The cameras [V 4 4] of flipped pictures of the world mirrored in the vertical plane through view 0's camera.
+
+    With the reflection M = 1 - 2 n n^T, a point M p has in the camera M c2w diag(-1, 1, 1, 1) the coordinates that p has
+    in c2w, with x negated: the picture is flipped left to right.
+    """
+    x, y = c2w[0, :2, 3]
+    normal = np.array([-y, x, 0, 0]) / np.hypot(x, y) if x or y else np.eye(4)[1]
+    reflection = np.eye(4) - 2 * np.outer(normal, normal)
+    return (reflection @ c2w @ np.diag([-1, 1, 1, 1])).astype(np.float32)
+
+
+def _views(pictures: Pictures, c2w: np.ndarray, mirrored: bool) -> Views:
+    rgb, alpha, fxfycxcy = pictures.rgb, pictures.alpha, pictures.fxfycxcy
+    if mirrored:
+        rgb, alpha = rgb[:, :, ::-1], alpha[:, :, ::-1]
+        fxfycxcy = fxfycxcy * np.float32([1, 1, -1, 1]) + np.float32([0, 0, 1, 0])
+    return Views(rgb=rgb, alpha=alpha, cameras=Cameras(c2w=c2w, fxfycxcy=fxfycxcy))

@@ -1,0 +1,195 @@
+"""All pictures of a folder, decoded once at the sizes that training wants, in `root/.cache-<key>`, memory-mapped from then on.
+
+On two CPU cores this is what makes small pictures cheap: a sample costs a copy of its bytes.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import tqdm
+
+from lrm_jax.data import folders, samples
+from lrm_jax.types import InputError
+
+PICTURES = ("source_rgb", "source_alpha", "target_rgb", "target_alpha")  # memory-mapped
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is done to a picture before it is stored: fields of `samples.Recipe`."""
+
+    source_size: int
+    target_size: int
+    source_elevation: tuple[float, float] | None
+    foreground_ratio: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Store:
+    """All views of all objects, one after the other: object i has views start[i] to start[i + 1]."""
+
+    folder: Path | None  # None: kept in memory
+    uids: list[str]
+    skipped: dict[str, str]  # uid -> cause
+    start: np.ndarray  # [N+1]
+    c2w: np.ndarray  # [K 4 4] float32, OpenCV axes
+    fxfycxcy: np.ndarray  # [K 4] float32, of the whole pictures
+    source_row: np.ndarray  # [K] row in `source`, or -1: not in the elevation band
+    source_fxfycxcy: np.ndarray  # [rows 4] float32, of the crops
+    # Colour and alpha apart: taking them apart in every batch would cost more than all else.
+    source_rgb: np.ndarray  # [rows s s 3] uint8, straight
+    source_alpha: np.ndarray  # [rows s s] uint8
+    target_rgb: np.ndarray  # [K t t 3] uint8, straight
+    target_alpha: np.ndarray  # [K t t] uint8
+
+    def __reduce__(self):
+        """A loader's process opens the files itself: pickled, a memory map would become all that it shows."""
+        if self.folder is not None:
+            return open_store, (self.folder,)
+        return Store, tuple(getattr(self, f.name) for f in dataclasses.fields(self))
+
+
+def get_store(root: Path, uids: list[str], settings: Settings) -> Store:
+    """The store of these objects; builds it where there is none of these very files."""
+    files = folders.fingerprint(root, uids)
+    key = hashlib.sha256(repr((2, dataclasses.astuple(settings), files)).encode()).hexdigest()[:16]
+    return _get_store(root, tuple(uids), settings, key)
+
+
+@functools.lru_cache(maxsize=2)
+def _get_store(root: Path, uids: tuple[str, ...], settings: Settings, key: str) -> Store:
+    """Cached: both splits share the store, also where it is in memory."""
+    folder = root / f".cache-{key}"
+    return open_store(folder) if folder.is_dir() else _build(root, uids, settings, folder)
+
+
+def open_store(folder: Path) -> Store:
+    """A store that is on disk.
+
+    Raises:
+      InputError: it is damaged.
+    """
+    try:
+        names = json.loads((folder / "objects.json").read_text())
+        with np.load(folder / "views.npz") as arrays:
+            big = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in PICTURES}
+            return Store(folder=folder, **names, **arrays, **big)
+    except Exception as error:
+        raise InputError(
+            f"{folder}: cache is damaged ({type(error).__name__}: {error}): delete that folder"
+        ) from None
+
+
+def _build(root: Path, uids: tuple[str, ...], settings: Settings, folder: Path) -> Store:
+    """Decodes everything into `folder`, or into memory where that cannot be written."""
+    cameras, skipped = {}, {}
+    for uid in uids:
+        try:
+            cameras[uid] = folders.read_cameras(root / uid)
+        except InputError as error:
+            skipped[uid] = str(error)
+    start = np.cumsum([0, *(len(c.c2w) for c in cameras.values())])
+    c2w = np.concatenate([np.zeros((0, 4, 4)), *(c.c2w for c in cameras.values())])
+    fxfycxcy = np.concatenate([np.zeros((0, 4)), *(c.fxfycxcy for c in cameras.values())])
+    is_source = samples.in_band(c2w, settings.source_elevation)
+    source_row = np.where(is_source, np.cumsum(is_source) - 1, -1)
+    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.unfinished")
+    arrays = _allocate(unfinished, int(is_source.sum()), int(start[-1]), settings)
+    try:
+        boxes, broken = _decode(cameras, settings, start, source_row, arrays)
+        store = Store(
+            folder=None,
+            uids=list(cameras),
+            skipped=dict(sorted({**skipped, **broken}.items())),  # broken ones keep their rows
+            start=start,
+            c2w=c2w.astype(np.float32),
+            fxfycxcy=fxfycxcy.astype(np.float32),
+            source_row=source_row,
+            source_fxfycxcy=samples.crop_intrinsics(fxfycxcy[is_source], boxes),
+            **arrays,
+        )
+        if unfinished.is_dir():
+            _save(unfinished, store)
+            try:
+                unfinished.rename(folder)
+            except OSError:  # another process has made it meanwhile
+                pass
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return open_store(folder) if folder.is_dir() else store
+
+
+def _allocate(
+    folder: Path, num_sources: int, num_views: int, settings: Settings
+) -> dict[str, np.ndarray]:
+    """The big arrays: files in a new folder, or in memory where the disk is full or read-only."""
+    source = (num_sources, settings.source_size, settings.source_size)
+    target = (num_views, settings.target_size, settings.target_size)
+    shapes = dict(zip(PICTURES, [(*source, 3), source, (*target, 3), target], strict=True))
+    try:
+        folder.mkdir()
+        return {name: _allocate_file(folder / f"{name}.npy", s) for name, s in shapes.items()}
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        gigabytes = sum(np.prod(shape, dtype=float) for shape in shapes.values()) / 1e9
+        print(
+            f"{folder.parent}: no cache can be written there ({error.strerror}): {gigabytes:.1f} GB kept in memory",
+            file=sys.stderr,
+        )
+        return {name: np.zeros(shape, np.uint8) for name, shape in shapes.items()}
+
+
+def _allocate_file(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    array = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+    # A full disk is an OSError here; a bus error ends the process when it is met in the map.
+    with open(path, "r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
+
+
+def _decode(cameras: dict[str, folders.Cameras], settings: Settings, start, source_row, arrays):
+    """Fills `arrays`. Returns the boxes [rows 4] of the sources as fractions, and uid -> cause of objects with broken pictures."""
+    boxes, broken = np.tile([0.0, 0.0, 1.0, 1.0], (len(arrays["source_rgb"]), 1)), {}
+
+    def decode(index: int, uid: str) -> None:
+        for i, path in enumerate(cameras[uid].pictures):
+            rgba = folders.read_picture(cameras[uid], i)
+            _put(arrays, "target", start[index] + i, samples.shrink(rgba, settings.target_size))
+            if (row := source_row[start[index] + i]) >= 0:
+                crop, boxes[row] = samples.source_crop(
+                    rgba, settings.source_size, settings.foreground_ratio, f"rgba/{path.name}"
+                )
+                _put(arrays, "source", row, crop)
+
+    # Pillow decodes without the interpreter's lock.
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = {pool.submit(decode, index, uid): uid for index, uid in enumerate(cameras)}
+        done = concurrent.futures.as_completed(jobs)
+        for job in tqdm.tqdm(done, "decoding", len(jobs), unit="object", delay=2):
+            try:
+                job.result()
+            except InputError as error:
+                broken[jobs[job]] = str(error)
+    return boxes, broken
+
+
+def _put(arrays: dict[str, np.ndarray], kind: str, row: int, rgba: np.ndarray) -> None:
+    arrays[f"{kind}_rgb"][row], arrays[f"{kind}_alpha"][row] = rgba[..., :3], rgba[..., 3]
+
+
+def _save(folder: Path, store: Store) -> None:
+    """Writes all but the big arrays, which are in the folder already."""
+    fields = {f.name: getattr(store, f.name) for f in dataclasses.fields(store)}
+    arrays = {k: v for k, v in fields.items() if isinstance(v, np.ndarray) and k not in PICTURES}
+    (folder / "objects.json").write_text(json.dumps({"uids": store.uids, "skipped": store.skipped}))
+    np.savez(folder / "views.npz", **arrays)
+    for name in PICTURES:
+        fields[name].flush()
