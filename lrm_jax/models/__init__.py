@@ -21,7 +21,7 @@ import importlib
 
 from flax import linen as nn
 
-FAMILIES = ("lrm", "triposr")
+FAMILIES = ("lrm", "triposr", "lvsm")
 
 
 def build(name: str, variant: str, **overrides) -> nn.Module:

@@ -1,0 +1,312 @@
+"""LVSM (https://arxiv.org/abs/2410.17242): new views of a scene from given ones, without a 3D representation.
+
+Pictures become tokens of a patch's colours and Plücker rays, a view to be drawn becomes tokens of its rays alone; a transformer
+sees both, and each ray token comes out as its patch of the picture. Decoder-only (`num_latents=0`) shows it the source
+tokens themselves, encoder-decoder shows it `num_latents` tokens that a first transformer has made of them. Nothing marks a
+token's place but its rays, so the order of tokens is free and any number and size of views fits the same parameters.
+
+Keys and values of the source are *not* kept between target views, beyond what `encode` does. In every block, attention is
+bidirectional over scene and target
+(https://github.com/Haian-Jin/LVSM/blob/2fea924/model/LVSM_scene_decoder_only.py#L213-L223), so from the first block's output on
+the scene's tokens depend on the target too; a mask that kept them apart would be another function, which no published weights
+fit. Independent of the target are the tokeniser, the normalisation of the blocks' input and, in the encoder-decoder, the whole
+encoder: that is `encode`. The first block's projections to queries, keys and values are, too: a quarter of one block's weights of
+24, 1% of the products, and not worth a second kind of block.
+
+The published checkpoints are of scenes whose cameras are normalised (mean pose at the origin, farthest coordinate at 1/1.35):
+that is the data's affair.
+"""
+
+import math
+
+import einops
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from lrm_jax.models import torch_layout
+from lrm_jax.models.layers import attention, stack
+from lrm_jax.ops import cameras
+from lrm_jax.types import InputError, Rays, Rendering, Views
+
+# Sizes: https://github.com/Haian-Jin/LVSM/tree/2fea924/configs. The files are those of https://huggingface.co/coast01/LVSM; a
+# picture's size is the one that they were trained at, and everything else is the same for both.
+_DECODER_ONLY = dict(patch=8, width=768, num_heads=12, depth=24)
+_ENCODER_DECODER = dict(
+    patch=8, width=768, num_heads=12, depth=12, encoder_depth=12, num_latents=3072
+)
+VARIANTS = {
+    "decoder-only-256": dict(**_DECODER_ONLY, image_size=256),  # scene_decoder_only_256.pt
+    "encoder-decoder-256": dict(**_ENCODER_DECODER, image_size=256),  # scene_encoder_decoder_256.pt
+    "decoder-only-512": dict(**_DECODER_ONLY, image_size=512),  # lvsm_scene_decoder_only_res512.pt
+    # lvsm_scene_encoder_decoder_res512.pt
+    "encoder-decoder-512": dict(**_ENCODER_DECODER, image_size=512),
+    # Ours, for tests.
+    "tiny": dict(patch=4, width=32, num_heads=2, depth=2, image_size=16),
+}
+
+# What a checkpoint holds beside the model: the VGG19 of its training loss.
+FROZEN = "loss_computer."
+
+
+class LVSM(nn.Module):
+    """Both architectures: tokens of the source, or latents made of them, and tokens of the target through one transformer."""
+
+    patch: int
+    width: int
+    num_heads: int
+    depth: int  # blocks that see the target
+    encoder_depth: int = 0  # blocks that make the latents
+    num_latents: int = 0  # 0: decoder-only
+    image_size: int = 256  # of training; any multiple of `patch` can be given and drawn
+    ray_chunk: int | None = None  # rays drawn at a time, in whole views; None: 8 views of 256 px
+    remat: bool = True
+    dtype: str = "float32"
+
+    def setup(self):
+        self.source_tokenizer = self._linear(self.width)
+        self.target_tokenizer = self._linear(self.width)
+        if self.num_latents:
+            # Parity: the reference's truncation is at 100 deviations.
+            init = nn.initializers.normal(0.02)
+            self.latents = self.param("latents", init, (self.num_latents, self.width))
+            self.encoder = self._stack(self.encoder_depth)
+        self.input_norm = _norm(name=None)
+        self.blocks = self._stack(self.depth)
+        self.head_norm = _norm(name=None)
+        self.head = self._linear(3 * self.patch**2)
+
+    def _linear(self, features):
+        init = nn.initializers.normal(0.02)
+        return nn.Dense(features, use_bias=False, kernel_init=init, dtype=self.dtype)
+
+    def _stack(self, depth):
+        return stack(Block, depth, self.remat, num_heads=self.num_heads, dtype=self.dtype)
+
+    def __call__(self, source: Views, rays: Rays, key: jax.Array | None = None) -> Rendering:
+        """Encodes the source views and draws rays [B V H W]."""
+        return self.render(self.encode(source), rays, key)
+
+    def encode(
+        self, source: Views, num_views: Int[Array, "B"] | None = None
+    ) -> dict[str, Array | None]:
+        """The tokens [B M D] that targets are drawn from, as the blocks take them, and how many of them count.
+
+        Args:
+          source: opaque pictures [B V H W 3], sides multiples of `patch`. The unit of length is the checkpoint's.
+          num_views: how many of each scene's V views are given; the later ones are padding, whatever they hold, so that scenes of
+            different numbers of views share a batch, and a program. None: all.
+
+        Raises:
+          InputError: pictures that do not divide into patches.
+        """
+        B, V, H, W, _ = source.rgb.shape
+        rays = cameras.plucker(cameras.pixel_rays(source.cameras, H, W))
+        patches_BVLC = self._patches(jnp.concatenate([2 * source.rgb - 1, rays], axis=-1))
+        num_tokens = None
+        if num_views is not None:
+            # Zero before the first product: what padding holds (NaN, for cameras of zeros) is in no gradient either.
+            given_BV = jnp.arange(V)[None] < num_views[:, None]
+            patches_BVLC = jnp.where(given_BV[..., None, None], patches_BVLC, 0)
+            num_tokens = num_views * patches_BVLC.shape[2]
+        tokens_BMD = self.source_tokenizer(patches_BVLC.reshape(B, -1, patches_BVLC.shape[-1]))
+        if self.num_latents:
+            latents_BLD = jnp.broadcast_to(self.latents[None], (B, *self.latents.shape))
+            # Parity: the encoder's input is not normalised.
+            tokens_BMD = _attend_to(self.encoder, latents_BLD, tokens_BMD, num_tokens)
+            num_tokens = None
+        return {"tokens": self._normed(tokens_BMD), "num_tokens": num_tokens}
+
+    def render(self, scene: dict, rays: Rays, key: jax.Array | None = None) -> Rendering:
+        """Draws rays [B V H W], each view for itself; H and W are multiples of `patch`. `key` has no effect.
+
+        Views are drawn `ray_chunk` rays at a time, so that memory does not grow with their number.
+
+        Raises:
+          InputError: rays that do not divide into patches.
+        """
+        _, V, H, W, _ = rays.origins.shape
+        num_chunks = -(-V // max((self.ray_chunk or 2**19) // (H * W), 1))
+        size = -(-V // num_chunks)
+        if num_chunks == 1:
+            return Rendering(rgb=self._draw(scene, rays))
+
+        def chunked(x):
+            x = jnp.pad(x, ((0, 0), (0, num_chunks * size - V), *((0, 0),) * 3), mode="edge")
+            return x.reshape(x.shape[0], num_chunks, size, *x.shape[2:])
+
+        scan = nn.scan(
+            lambda module, carry, scene, rays: (carry, module._draw(scene, rays)),
+            variable_broadcast="params",
+            split_rngs={"params": False},
+            in_axes=(nn.broadcast, 1),
+            out_axes=1,
+        )
+        _, rgb = scan(self, None, scene, jax.tree.map(chunked, rays))
+        return Rendering(rgb=rgb.reshape(rgb.shape[0], -1, *rgb.shape[3:])[:, :V])
+
+    def _draw(self, scene: dict, rays: Rays) -> Float[Array, "B V H W 3"]:
+        """The colours of views that are drawn at the same time: sequences of their own, of one batch."""
+        B, V, H, W, _ = rays.origins.shape
+        tokens_BVLD = self._normed(self.target_tokenizer(self._patches(cameras.plucker(rays))))
+        tokens_ZLD = tokens_BVLD.reshape(B * V, *tokens_BVLD.shape[2:])
+        context_ZMD, num_tokens = jax.tree.map(
+            lambda x: jnp.repeat(x, V, axis=0), (scene["tokens"], scene["num_tokens"])
+        )
+        tokens_ZLD = _attend_to(self.blocks, tokens_ZLD, context_ZMD, num_tokens)
+        patches_ZLC = nn.sigmoid(self.head(self.head_norm(tokens_ZLD)).astype(jnp.float32))
+        return einops.rearrange(
+            patches_ZLC, "(b v) (h w) (p q c) -> b v (h p) (w q) c",
+            b=B, h=H // self.patch, p=self.patch, q=self.patch,
+        )  # fmt: skip
+
+    def _normed(self, tokens):
+        return self.input_norm(tokens).astype(self.dtype)
+
+    def _patches(self, x_BVHWC: Float[Array, "B V H W C"]) -> Float[Array, "B V L D"]:
+        H, W = x_BVHWC.shape[2:4]
+        if H % self.patch or W % self.patch:
+            raise InputError(
+                f"views of {W} x {H} pixels do not divide into LVSM's patches:"
+                f" make both sides multiples of {self.patch}"
+            )
+        return einops.rearrange(
+            x_BVHWC, "b v (h p) (w q) c -> b v (h w) (p q c)", p=self.patch, q=self.patch
+        )
+
+
+MODEL = LVSM
+
+
+class Block(nn.Module):
+    """Self-attention with normalised queries and keys, and MLP; each pre-norm and residual, without biases."""
+
+    num_heads: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x_and_index, num_keys):
+        x_BLD, index = x_and_index
+        width = x_BLD.shape[-1]
+
+        def init(key, shape, dtype=jnp.float32):
+            """The deeper a block in its stack, the less it adds (model/LVSM_scene_decoder_only.py#L90-L97)."""
+            return jax.random.normal(key, shape, dtype) * 0.02 / jnp.sqrt(2 * (index + 1))
+
+        def dense(features, name):
+            return nn.Dense(features, use_bias=False, kernel_init=init, dtype=self.dtype, name=name)
+
+        def heads(name):
+            return dense(width, name)(y_BLD).reshape(*x_BLD.shape[:-1], self.num_heads, -1)
+
+        def normed_heads(name):
+            norm = nn.RMSNorm(epsilon=1e-5, dtype=jnp.float32, name=f"{name}_norm")
+            return norm(heads(name)).astype(self.dtype)
+
+        y_BLD = _norm("norm1")(x_BLD)
+        out_BLNK = _attention(normed_heads("q"), normed_heads("k"), heads("v"), num_keys)
+        x_BLD = x_BLD + dense(width, "out")(out_BLNK.reshape(x_BLD.shape))
+        x_BLF = dense(4 * width, "fc1")(_norm("norm2")(x_BLD))
+        x_BLD = x_BLD + dense(width, "fc2")(nn.gelu(x_BLF, approximate=False))
+        return (x_BLD, index + 1), None
+
+
+def _norm(name):
+    return nn.LayerNorm(
+        epsilon=1e-5, use_bias=False, use_fast_variance=False, dtype=jnp.float32, name=name
+    )
+
+
+def _attend_to(blocks, x_BLD, context_BMD, num_context):
+    """`x_BLD` after blocks that see both, of the context only the first `num_context` [B] tokens (None: all)."""
+    L = x_BLD.shape[1]
+    x_BLD = jnp.concatenate([x_BLD.astype(context_BMD.dtype), context_BMD], axis=1)
+    num_keys = None if num_context is None else L + num_context
+    (x_BLD, _), _ = blocks((x_BLD, jnp.float32(0)), num_keys)
+    return x_BLD[:, :L]
+
+
+def _attention(q_BLNK, k_BLNK, v_BLNK, num_keys):
+    if num_keys is None:
+        return attention(q_BLNK, k_BLNK, v_BLNK)
+    return jax.nn.dot_product_attention(q_BLNK, k_BLNK, v_BLNK, key_value_seq_lengths=num_keys)
+
+
+# -- names of the reference
+
+
+def entries(model: LVSM) -> list[torch_layout.Entry]:
+    """Names of the reference's `ckpt["model"]`."""
+
+    def linear(torch, *ours, layer=None):
+        return torch_layout.linear(torch, *ours, layer=layer, bias=False)
+
+    def norm(torch, ours, layer=None):
+        return torch_layout.same(torch + ".weight", ours + ".scale", layer)
+
+    table = [
+        *linear("image_tokenizer.1", "source_tokenizer"),
+        *linear("target_pose_tokenizer.1", "target_tokenizer"),
+        norm("image_token_decoder.0", "head_norm"),
+        *linear("image_token_decoder.1", "head"),
+    ]
+    if model.num_latents:
+        stacks = [
+            ("transformer_encoder", "encoder", model.encoder_depth),
+            ("transformer_decoder", "blocks", model.depth),
+        ]
+        table.append(torch_layout.same("n_light_field_latent", "latents"))
+        table.append(norm("transformer_input_layernorm_decoder", "input_norm"))
+    else:
+        stacks = [("transformer_blocks", "blocks", model.depth)]
+        table.append(norm("transformer_input_layernorm", "input_norm"))
+    for theirs, ours, depth in stacks:
+        for i in range(depth):
+            at, to = f"{theirs}.{i}.", f"{ours}."
+            table += linear(at + "attn.to_qkv", to + "q", to + "k", to + "v", layer=i)
+            table += linear(at + "attn.fc", to + "out", layer=i)
+            table += linear(at + "mlp.mlp.0", to + "fc1", layer=i)
+            table += linear(at + "mlp.mlp.2", to + "fc2", layer=i)
+            for name in ("norm1", "norm2"):
+                table.append(norm(at + name, to + name, layer=i))
+            for name in ("q_norm", "k_norm"):
+                table.append(norm(f"{at}attn.{name}", to + name, layer=i))
+    return table
+
+
+def from_torch(state: dict[str, np.ndarray], model: LVSM) -> dict:
+    """Parameters of an LVSM state dict.
+
+    Raises:
+      InputError: tensors that are neither the model's nor the training loss's, which are dropped.
+    """
+    table = entries(model)
+    known = {entry.torch for entry in table}
+    if unknown := [k for k in state if k not in known and not k.startswith(FROZEN)]:
+        raise InputError(
+            f"not the tensors of LVSM: {len(unknown)} extra: {', '.join(unknown[:4])}: use an unchanged checkpoint"
+        )
+    return torch_layout.from_torch(table, state)
+
+
+def to_torch(params: dict, model: LVSM) -> dict[str, np.ndarray]:
+    """A state dict for the reference's `ckpt["model"]`, without the training loss's tensors: inference uses none of them."""
+    return torch_layout.to_torch(entries(model), params)
+
+
+def fields_from_torch(state: dict[str, np.ndarray]) -> dict:
+    """What the shapes of an LVSM state dict tell of the model's fields: all but the size of its pictures."""
+    width, inputs = state["image_tokenizer.1.weight"].shape
+    latents = state.get("n_light_field_latent")
+    blocks = "transformer_blocks." if latents is None else "transformer_decoder."
+    (head_width,) = state[f"{blocks}0.attn.q_norm.weight"].shape
+    return dict(
+        patch=math.isqrt(inputs // 9),
+        width=width,
+        num_heads=width // head_width,
+        depth=torch_layout.count(state, blocks),
+        encoder_depth=torch_layout.count(state, "transformer_encoder."),
+        num_latents=0 if latents is None else latents.shape[0],
+    )
