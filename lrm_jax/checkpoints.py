@@ -1,33 +1,92 @@
-"""A run's checkpoints: Orbax, written in the background, complete or absent."""
+"""A run's checkpoints: Orbax, written in the background, complete or absent.
 
+A step is a folder `checkpoints/<step>` with two items: `state`, the arrays, and `data`, the state of the data iterator as JSON.
+It is written as `<step>.orbax-checkpoint-tmp` and renamed, and only then are older ones deleted: whatever ends a run, the last
+whole step is there. What a killed run left under a temporary name is deleted by the next one.
+"""
+
+import contextlib
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
 
 from lrm_jax.types import InputError
 
 
+@contextlib.contextmanager
 def open_folder(
-    workdir: str | Path, *, keep: int = 2, read_only: bool = False
-) -> ocp.CheckpointManager:
-    """The checkpoints of `workdir`. Steps are written to a temporary name and renamed, and the last `keep` of them kept."""
+    workdir: str | Path, *, keep: int = 2, keep_every: int | None = None, read_only: bool = False
+) -> Iterator[ocp.CheckpointManager]:
+    """The checkpoints of `workdir`, for a `with` statement; leaving it waits for what is still being written.
+
+    Args:
+      keep: the last that are kept.
+      keep_every: steps that are multiples of this are kept forever.
+      read_only: the folder may be another's, and being written: nothing is made, cleaned up or deleted.
+
+    Raises:
+      InputError: on leaving, the last checkpoint could not be written.
+    """
+    _quieten_orbax()
+    kept = [policies.LatestN(keep)] + ([policies.EveryNSteps(keep_every)] if keep_every else [])
     options = ocp.CheckpointManagerOptions(
-        max_to_keep=None if read_only else keep, read_only=read_only, create=not read_only
+        preservation_policy=None if read_only else policies.AnyPreservationPolicy(kept),
+        cleanup_tmp_directories=not read_only,
+        create=not read_only,
+        read_only=read_only,
     )
-    return ocp.CheckpointManager(Path(workdir).absolute() / "checkpoints", options=options)
+    manager = ocp.CheckpointManager(Path(workdir).absolute() / "checkpoints", options=options)
+    try:
+        yield manager
+    except BaseException:
+        # What ended the run is told, not what closing says after it.
+        with contextlib.suppress(Exception):
+            manager.close()
+        raise
+    with _saving(manager):
+        manager.close()
 
 
-def save(manager: ocp.CheckpointManager, step: int, state: Any) -> None:
-    """Starts to save `state`; returns when its values are copied. Does nothing if `step` is there already."""
-    if step != manager.latest_step():
-        manager.save(step, args=ocp.args.StandardSave(state))
+def save(
+    manager: ocp.CheckpointManager, step: int, state: Any, data_state: dict | None = None
+) -> None:
+    """Starts to save a step; returns when the values are copied. Does nothing if `step` is there already.
+
+    Every process calls it. `data_state` is JSON, the same on every process.
+
+    Raises:
+      InputError: the disk is full, or the checkpoint before could not be written. What was saved before is still there.
+    """
+    if step == manager.latest_step():
+        return
+    args = ocp.args.Composite(
+        state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data_state or {})
+    )
+    with _saving(manager):
+        manager.save(step, args=args)
 
 
-def restore(manager: ocp.CheckpointManager, abstract_state: Any) -> Any | None:
-    """The latest state, placed as `abstract_state` says (ShapeDtypeStructs with shardings); None if there is none.
+def finish(manager: ocp.CheckpointManager) -> None:
+    """Waits until what was saved is on the disk. Raises InputError as `save`."""
+    with _saving(manager):
+        manager.wait_until_finished()
+
+
+def restore_run(manager: ocp.CheckpointManager, abstract_state: Any) -> tuple[Any, dict] | None:
+    """The latest step's (state, data_state), or None if there is none.
+
+    Args:
+      abstract_state: ShapeDtypeStructs with shardings: where the values go, whatever devices and processes saved them.
 
     Raises:
       InputError: the checkpoint is damaged, or its names or shapes are others.
@@ -35,24 +94,43 @@ def restore(manager: ocp.CheckpointManager, abstract_state: Any) -> Any | None:
     step = manager.latest_step()
     if step is None:
         return None
+    args = ocp.args.Composite(
+        state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore()
+    )
     try:
-        return manager.restore(step, args=ocp.args.StandardRestore(abstract_state))
-    except (ValueError, KeyError, OSError) as error:
+        restored = _read(manager, step, args)
+    except Exception as error:
+        if not _is_of_files(error):
+            raise
+        before = max((s for s in manager.all_steps() if s < step), default=None)
+        onward = "start again" if before is None else f"go on from step {before}"
         raise InputError(
-            f"{manager.directory / str(step)}: damaged, or of another model ({str(error).splitlines()[0][:120]}): "
-            "choose another --workdir, or delete this folder to go on from the one before"
+            f"{manager.directory / str(step)}: damaged, or of another model ({_reason(error)}): "
+            f"choose another --workdir, or delete this folder to {onward}"
         ) from error
+    return restored["state"], restored["data"]
+
+
+def restore(manager: ocp.CheckpointManager, abstract_state: Any) -> Any | None:
+    """`restore_run` without the data iterator's state."""
+    restored = restore_run(manager, abstract_state)
+    return None if restored is None else restored[0]
 
 
 def restore_part(manager: ocp.CheckpointManager, shapes: dict) -> dict:
     """The named parts of the latest state as NumPy arrays, whatever devices it was saved on.
 
     Raises:
-      ValueError, KeyError, OSError: there is no checkpoint, it is damaged, or it has other names or shapes.
+      ValueError: there is no checkpoint, it is damaged, or it has other names or shapes; in one line.
     """
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
     args = ocp.args.PyTreeRestore(shapes, restore_args=as_numpy, partial_restore=True)
-    return manager.restore(manager.latest_step(), args=args)
+    try:
+        return _read(manager, manager.latest_step(), ocp.args.Composite(state=args))["state"]
+    except Exception as error:
+        if not _is_of_files(error):
+            raise
+        raise ValueError(_reason(error)) from error
 
 
 def abstract(tree: Any, shardings: Any) -> Any:
@@ -62,3 +140,74 @@ def abstract(tree: Any, shardings: Any) -> Any:
         tree,
         shardings,
     )
+
+
+def _read(manager, step, args):
+    """`manager.restore`. When one array fails, TensorStore still answers for the others, to a loop that is closed: each answer
+    would print a traceback above the error that is told.
+    """
+    hook = sys.unraisablehook
+
+    def tell(unraisable):
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    sys.unraisablehook = tell
+    restored = manager.restore(step, args=args)
+    sys.unraisablehook = hook
+    return restored
+
+
+@contextlib.contextmanager
+def _saving(manager):
+    """Turns what writing raises, at once or from the background, into one line that says what is still there."""
+    try:
+        yield
+    except Exception as error:
+        if not _is_of_files(error):
+            raise
+        manager.reload()
+        last = manager.latest_step()
+        there = "no checkpoint is there yet" if last is None else f"that of step {last} is whole"
+        raise InputError(
+            f"{manager.directory}: the last checkpoint could not be written ({_reason(error)}): {there}; "
+            "make room, then give the same command again"
+        ) from error
+
+
+def _is_of_files(error: Exception) -> bool:
+    """Whether this is what Orbax raises for files that are missing, cut short, of other names or shapes, and for a full disk.
+
+    tests/test_checkpoints.py damages every file of a checkpoint. A block that cannot be decompressed is a bare Exception.
+    """
+    return isinstance(error, (ValueError, KeyError, OSError)) or type(error) is Exception
+
+
+def _reason(error: Exception) -> str:
+    """The cause in a few words: TensorStore's messages carry kilobytes of its own configuration."""
+    if type(error) is Exception and error.__cause__ is not None:
+        error = error.__cause__
+    if code := re.search(r"os_error_code='(\d+)'", str(error)):
+        return os.strerror(int(code[1]))
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if of_array := re.match(r'([A-Z_]+): .*? (?:reading|writing|at) "(.+?)/[^/"]*"', line):
+        return f"{of_array[2]}: {of_array[1].lower().replace('_', ' ')}"
+    return line.strip("'\"")[:200]
+
+
+def _quieten_orbax() -> None:
+    """Orbax logs an error once in each of its threads, with its traceback, and then raises it: once is enough.
+
+    absl's flag --verbosity=1 brings its log back.
+    """
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_is_not_orbax)
+    warnings.filterwarnings("ignore", "coroutine '.*CheckpointHandler", RuntimeWarning)
+
+
+def _is_not_orbax(record: logging.LogRecord) -> bool:
+    if logging.getLogger("absl").isEnabledFor(logging.INFO):
+        return True
+    return "/orbax/" not in record.pathname and "tensorstore" not in record.getMessage()
