@@ -7,6 +7,7 @@ turn, so that another number of processes permutes the batch.)
 """
 
 import dataclasses
+import functools
 import sys
 import time
 from collections.abc import Sequence
@@ -72,10 +73,24 @@ def order(count: int, split: str, seed: int) -> grain.MapDataset:
     """Indices of `count` objects by position: "train" without end, shuffled anew each epoch; "val" and "all" as they are."""
     if split not in ("train", "val", "all"):
         raise InputError(f"split {split!r}: must be train, val or all")
-    if not 0 <= seed < 2**32:
-        raise InputError(f"data.seed={seed}: must be from 0 to 2**32 - 1")
-    indices = grain.MapDataset.range(count)
-    return indices.shuffle(seed).repeat() if split == "train" else indices
+    if seed < 0:
+        raise InputError(f"data.seed={seed}: must not be negative")
+    if split != "train":
+        return grain.MapDataset.range(count)
+    return grain.MapDataset.range(sys.maxsize).map(
+        functools.partial(_shuffled, count=count, seed=seed)
+    )
+
+
+def _shuffled(position: int, *, count: int, seed: int) -> int:
+    # Not MapDataset.shuffle: it tries 65536 / count numbers for one of them, 6 ms of CPU for 12 objects.
+    epoch, place = divmod(position, count)
+    return int(_permutation(seed, epoch, count)[place])
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(count)
 
 
 def rate(

@@ -90,9 +90,8 @@ def test_restored_batches_are_the_uninterrupted_ones(num_workers):
 def test_a_seed_is_another_order():
     a, b = (take(pipeline.open_batches(make(seed=seed), 7), 1)[0] for seed in (0, 1))
     assert objects(a) != objects(b) and sorted(objects(a)) == sorted(objects(b))
-    for seed in (-1, 2**32):
-        with pytest.raises(InputError, match="data.seed"):
-            make(seed=seed)
+    with pytest.raises(InputError, match="data.seed"):
+        make(seed=-1)
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])
