@@ -1,5 +1,7 @@
-"""The pictures agree with the poses that are written beside them; bad files fail alone."""
+"""The pictures, depth and normals agree with the poses that are written beside them; bad files fail alone."""
 
+import dataclasses
+import functools
 import json
 import os
 import sys
@@ -13,7 +15,8 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import render_objects  # noqa: E402
-from render_objects import Settings  # noqa: E402
+from rendering import embree, objects, processes, surfaces  # noqa: E402
+from rendering.protocols import Lighting, Settings, choose_cameras  # noqa: E402
 
 SETTINGS = Settings(
     views=6, size=64, distance=(2.6, 3.4), elevation=(-30.0, 75.0), fov=45.0, seed=0
@@ -52,11 +55,18 @@ def save(path: Path, geometry) -> Path:
     return path
 
 
+def ball(subdivisions: int) -> trimesh.Trimesh:
+    """A sphere of radius 1 that has its normals."""
+    sphere = trimesh.creation.icosphere(subdivisions)
+    sphere.vertex_normals = sphere.vertices
+    return sphere
+
+
 def rendered(tmp_path: Path, geometry, name="thing.glb", settings=SETTINGS) -> Path:
     out = tmp_path / "out"
     out.mkdir(exist_ok=True)
     path = save(tmp_path / name, geometry)
-    assert render_objects.write_object("thing", path, None, out, settings) is None
+    assert objects.write_object("thing", path, None, out, settings) is None
     return out / "thing"
 
 
@@ -151,10 +161,9 @@ def test_a_cut_out_texture_lets_rays_through(tmp_path):
         board.visual.material.baseColorTexture = Image.fromarray(texture)
         board.visual.material.alphaMode = mode
         path = save(tmp_path / f"{mode}.glb", board)
-        triangles = render_objects.load_triangles(path)
-        cameras = render_objects.choose_cameras(SETTINGS, "x")
-        pictures = render_objects.render_object(triangles, cameras, SETTINGS)
-        covered[mode] = np.array([picture[..., 3].sum() / 255 for picture in pictures])
+        triangles = surfaces.load_triangles(path)
+        views = embree.render(triangles, choose_cameras(SETTINGS, "x"), Lighting(), SETTINGS)
+        covered[mode] = np.array([view.rgba[..., 3].sum() / 255 for view in views])
     # Half of the board is left; perspective makes the nearer half larger, the more so the more it is seen edge-on.
     ratio = covered["MASK"] / covered["OPAQUE"]
     assert ((0.2 < ratio) & (ratio < 0.8)).all()
@@ -164,23 +173,75 @@ def test_bilinear_lookup_is_exact_on_texels_and_repeats():
     texture = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
     middle_of = lambda row, column: [(column + 0.5) / 3, 1 - (row + 0.5) / 2]  # noqa: E731
     uv = np.array([middle_of(0, 0), middle_of(1, 2), middle_of(2, -1), [0.5, 0.5]], np.float32)
-    values = render_objects.sample_texture(texture, uv)
+    values = surfaces.sample_texture(texture, uv)
     expected = [texture[0, 0], texture[1, 2], texture[0, 2], (texture[0, 1] + texture[1, 1]) / 2]
     np.testing.assert_allclose(values, expected, rtol=1e-5)  # float32
 
 
-def test_cameras_depend_on_seed_and_uid_and_half_are_photo_like():
-    cameras = render_objects.choose_cameras(SETTINGS, "a")
-    np.testing.assert_array_equal(cameras.c2w, render_objects.choose_cameras(SETTINGS, "a").c2w)
-    assert np.abs(cameras.c2w - render_objects.choose_cameras(SETTINGS, "b").c2w).max() > 0.1
-    eye = cameras.c2w[:, :3, 3]
-    distance = np.linalg.norm(eye, axis=-1)
-    elevation = np.degrees(np.arcsin(eye[:, 2] / distance))
-    assert ((5 <= elevation[::2]) & (elevation[::2] <= 35)).all()
-    assert ((-30 <= elevation) & (elevation <= 75)).all()
-    assert ((2.6 <= distance) & (distance <= 3.4)).all()
-    sector = np.degrees(np.arctan2(eye[:, 1], eye[:, 0])) % 360 // 120
-    assert list(sector[::2]) == list(sector[1::2]) == [0, 1, 2]
+def from_depth(picture: np.ndarray, pose: np.ndarray, intrinsics: np.ndarray) -> np.ndarray:
+    """World points of a depth picture, by the formats' own definitions."""
+    rows, columns = np.nonzero(picture)
+    z = picture[rows, columns, None] * 1e-4
+    right_down = (np.stack([columns, rows], -1) + 0.5 - intrinsics[1]) / intrinsics[0] * z
+    return (right_down * [1, -1]) @ pose[:, :2].T - z * pose[:, 2] + pose[:, 3]
+
+
+def test_depth_and_normals_are_those_of_a_sphere(tmp_path):
+    settings = dataclasses.replace(SETTINGS, geometry=True, file_normals=True)
+    folder = rendered(tmp_path, ball(5), settings=settings)
+    pictures, poses, intrinsics = read(folder)
+    for view, (picture, pose) in enumerate(zip(pictures, poses, strict=True)):
+        depth, normal = (
+            np.asarray(Image.open(folder / k / f"{view:03d}.png")) for k in ("depth", "normal")
+        )
+        assert depth.dtype == np.uint16 and normal.shape == (64, 64, 3)
+        assert (normal.any(-1) == (depth > 0)).all()
+        # The centre of a pixel decides; half of its samples or so are on the same side.
+        assert (depth[picture[..., 3] == 255] > 0).all() and (
+            depth[picture[..., 3] == 0] == 0
+        ).all()
+        points = from_depth(depth, pose, intrinsics)
+        # The facets lie up to 6e-4 inside the sphere, and depth grazes them near the silhouette; a step is 1e-4.
+        np.testing.assert_allclose(np.linalg.norm(points, axis=-1), 1, atol=1.5e-3)
+        # Interpolated between vertices whose normals are exact; 8 bits are 0.004 each.
+        np.testing.assert_allclose(normal[depth > 0] / 127.5 - 1, points, atol=0.012)
+
+
+def test_depth_goes_through_what_is_cut_out(tmp_path):
+    board = textured_board()
+    texture = np.full((8, 8, 4), 255, np.uint8)
+    texture[:, :4, 3] = 0
+    board.visual.material.baseColorTexture = Image.fromarray(texture)
+    board.visual.material.alphaMode = "MASK"
+    scene = trimesh.Scene([board])
+    behind = trimesh.Trimesh(
+        [[-1, -1, 0], [1, -1, 0], [1, 1, 0], [-1, 1, 0]], [[0, 1, 2], [0, 2, 3]]
+    )
+    scene.add_geometry(behind, transform=trimesh.transformations.translation_matrix([0, 0, -1]))
+    settings = Settings(1, 64, (3.0, 3.0), fov=45.0, front_first=True, geometry=True, box=1.0)
+    folder = rendered(tmp_path, scene, settings=settings)
+    _, (pose,), intrinsics = read(folder)
+    np.testing.assert_allclose(pose[:, 3], [0, -3, 0], atol=1e-6)  # in front: float32
+    depth = np.asarray(Image.open(folder / "depth/000.png"))
+    normal = np.asarray(Image.open(folder / "normal/000.png"))
+    points = from_depth(depth, pose, intrinsics)
+    left = points[:, 0] < -0.02
+    # The boards are a half apart once the longest side is 1; a step of depth is 1e-4.
+    np.testing.assert_allclose(points[left, 1], 0.25, atol=1e-4)
+    np.testing.assert_allclose(points[points[:, 0] > 0.02, 1], -0.25, atol=1e-4)
+    assert 200 < left.sum() < len(points) - 200
+    assert (normal[depth > 0] == [128, 0, 128]).all()
+
+
+def test_light_on_a_matt_surface_is_as_documented(tmp_path):
+    board = trimesh.Trimesh([[-1, -1, 0], [1, -1, 0], [0, 1, 0]], [[0, 1, 2]], process=False)
+    triangles = surfaces.load_triangles(save(tmp_path / "white.ply", board))
+    light = Lighting(np.array([0.6, -0.8, 0], np.float32), sun=0.4, sky=0.2, above=0.1)
+    settings = Settings(2, 32, elevation=(0.0, 0.0), front_first=True)
+    front = next(embree.render(triangles, choose_cameras(settings, "x"), light, settings))
+    # White, and its front faces -y.
+    expected = 255 * (1.055 * (0.2 + 0.4 * 0.8) ** (1 / 2.4) - 0.055)
+    np.testing.assert_allclose(front.rgba[16, 16, :3], expected, atol=0.6)  # rounding to 8 bits
 
 
 def small(*arguments) -> list[str]:
@@ -201,7 +262,8 @@ def test_bad_files_fail_alone_and_a_second_run_keeps_what_is_there(tmp_path, cap
         "failures.json", "pack-sub-box", "render.json", "things-good",
     ]  # fmt: skip
     failures = json.loads((out / "failures.json").read_text())
-    assert failures["things-points"] == "no triangles" and "things-truncated" in failures
+    assert failures["no triangles"] == ["things-points"]
+    assert ["things-truncated"] in failures.values() and len(failures) == 2
     assert "no triangles: things-points" in capsys.readouterr().err
     np.testing.assert_allclose(np.load(out / "things-good/intrinsics.npy")[1:], [[8, 8], [16, 16]])
 
@@ -214,7 +276,44 @@ def test_bad_files_fail_alone_and_a_second_run_keeps_what_is_there(tmp_path, cap
     assert "other settings: fov 40.0 (now 50.0)" in capsys.readouterr().err
 
 
-def crash_on_b(uid: str, out: Path, settings) -> None:
+def test_a_folder_from_before_points_were_written_gets_them_and_keeps_its_pictures(tmp_path):
+    source, out = tmp_path / "things", tmp_path / "out"
+    source.mkdir()
+    save(source / "good.glb", lopsided_scene())
+    assert render_objects.main(small(source, out)) == 0
+    points = np.load(out / "things-good/points.npy")
+    (out / "things-good/points.npy").unlink()
+    old = {
+        "views": 2,
+        "size": 16,
+        "distance": [3.0, 3.0],
+        "elevation": [-30.0, 75.0],
+        "fov": 40.0,
+        "seed": 0,
+    }
+    (out / "render.json").write_text(json.dumps(old))
+    before = (out / "things-good/rgba/000.png").stat().st_mtime_ns
+    # As a process that was killed leaves it.
+    (out / ".things-good.unfinished/rgba").mkdir(parents=True)
+    assert render_objects.main(small(source, out)) == 0
+    np.testing.assert_array_equal(np.load(out / "things-good/points.npy"), points)
+    assert (out / "things-good/rgba/000.png").stat().st_mtime_ns == before
+    assert not (out / ".things-good.unfinished").exists()
+    assert render_objects.main(small(source, out) + ["--geometry"]) == 2
+
+
+def test_a_full_disk_stops_the_run_and_leaves_no_half_object(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    path = save(tmp_path / "thing.glb", lopsided_scene())
+    monkeypatch.setattr(objects, "save_view", full)
+    with pytest.raises(OSError, match="No space left"):
+        objects.write_object("thing", path, None, tmp_path / "out", SETTINGS)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def crash_on_b(uid: str, out: Path) -> None:
     (out / f".{uid}.unfinished").mkdir()
     if uid == "b":
         os._exit(11)
@@ -222,8 +321,8 @@ def crash_on_b(uid: str, out: Path, settings) -> None:
 
 
 def test_a_file_that_kills_its_process_fails_alone(tmp_path):
-    objects = {uid: () for uid in "ab"}
-    results = dict(render_objects.run_in_processes(crash_on_b, objects, tmp_path, SETTINGS, 2))
+    crash = functools.partial(crash_on_b, out=tmp_path)
+    results = dict(processes.run_in_processes(crash, {"a": (), "b": ()}, tmp_path, 2))
     assert {uid for uid, cause in results.items() if cause} == {"b"}
     assert "crashed" in results["b"] and results["a"] is None
 
@@ -235,6 +334,10 @@ def test_a_file_that_kills_its_process_fails_alone(tmp_path):
         (["--distance", "0.5", "3"], "needs 1 < LO <= HI"),
         (["--elevation", "20", "10"], "-90 <= LO <= HI <= 90"),
         (["--fov", "180"], "between 0 and 170"),
+        (["--protocol", "lrm", "--elevation", "0", "9"], "--protocol lrm have heights"),
+        (["--protocol", "triposr", "--distance", "0.4", "2"], "needs 0.5 < LO <= HI"),
+        (["--geometry", "--distance", "3", "9"], "with --geometry at most 5.55"),
+        (["--samples", "8"], "only for --backend cycles"),
     ],
 )
 def test_bad_arguments_end_with_2(arguments, words, tmp_path, capsys):

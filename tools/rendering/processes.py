@@ -1,0 +1,54 @@
+"""Many objects at a time, in processes: 3D files are read by C libraries, which can take their process down with them."""
+
+import concurrent.futures
+import multiprocessing
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from rendering.output import unfinished
+
+
+def run_in_processes(
+    function: Callable, objects: dict[str, tuple], out: Path, workers: int
+) -> Iterator[tuple]:
+    """Yields (uid, function(uid, *where)) for the items uid -> where of `objects`, in any order.
+
+    A file that brings its process down fails alone: the objects that were under way then, by their unfinished folders in
+    `out`, are tried again one by one.
+    """
+    # jax has threads, which do not survive a fork. Ctrl-C is the parent's to handle.
+    context, quiet = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_IGN)
+    batches = [dict(objects)]
+    while batches:
+        batch = batches.pop()
+        with concurrent.futures.ProcessPoolExecutor(
+            min(workers, len(batch) or 1), context, signal.signal, quiet
+        ) as pool:
+            jobs = {pool.submit(function, uid, *where): uid for uid, where in batch.items()}
+            try:
+                for job in concurrent.futures.as_completed(jobs):
+                    result = job.result()
+                    del batch[jobs[job]]
+                    yield jobs[job], result
+                continue
+            except concurrent.futures.BrokenExecutor:
+                pass  # outside, where the pool is shut down
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        suspects = {uid: where for uid, where in batch.items() if unfinished(out, uid).exists()}
+        if not suspects:
+            raise OSError(
+                "a process ended before it began its work: is there enough memory for the workers?"
+            )
+        for uid in suspects:
+            shutil.rmtree(unfinished(out, uid), ignore_errors=True)
+        if len(suspects) == 1:
+            cause = "its process crashed, or the system ended it for want of memory"
+            yield next(iter(suspects)), cause
+        else:
+            batches += [{uid: where} for uid, where in suspects.items()]
+        if rest := {uid: where for uid, where in batch.items() if uid not in suspects}:
+            batches.append(rest)
