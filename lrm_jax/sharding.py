@@ -1,14 +1,20 @@
-"""Where arrays live: the device mesh, regex rules from parameter names to shardings, and the batch axes.
+"""Where arrays live: the processes, the device mesh, regex rules from parameter names to shardings, and the batch axes.
 
 One device mesh with three axes serves every run. `data` and `fsdp` both split the batch; `fsdp` also splits parameters and
 optimiser state (fully sharded data parallelism), `tensor` splits the width of each layer. Axes are `Auto`: the compiler
 propagates shardings between the ones that are pinned here, as in https://docs.jax.dev/en/latest/notebooks/Distributed_arrays_and_automatic_parallelization.html.
 """
 
+import os
 import re
+import socket
+import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lrm_jax.types import InputError
@@ -24,6 +30,133 @@ RULES = (
     (r"kernel(_\d+)?$", PartitionSpec("fsdp", "tensor")),
     (r".*", PartitionSpec("fsdp")),
 )
+
+
+TIMEOUT = 300.0  # seconds that processes wait for each other at the start
+
+
+# -- processes
+
+
+def start(
+    coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
+) -> None:
+    """Joins the processes of one run, before anything else of JAX is used. Does nothing for a single process.
+
+    Without arguments the cluster's own variables decide (`cluster_of`), and JAX takes the rest from them
+    (https://docs.jax.dev/en/latest/multi_process.html): under Slurm each task gets the one GPU of its local number, unless
+    JAX_LOCAL_DEVICE_IDS lists more; a Kubernetes job without TPUs needs the package `kubernetes` and the right to read its pods.
+
+    Args:
+      coordinator: HOST:PORT of process 0, a free port that all can reach. The three go together, and override the cluster's.
+      num_processes: 1 starts nothing, whatever the cluster.
+      process_id: 0 .. num_processes - 1.
+
+    Raises:
+      InputError: the arguments do not fit together, or the processes do not find each other.
+    """
+    if num_processes == 1 or jax.distributed.is_initialized():
+        return
+    flags = (coordinator, num_processes, process_id)
+    cluster = cluster_of(os.environ)
+    if flags != (None, None, None):
+        check_processes(*flags)
+        _meet(coordinator, process_id)
+        options = dict(cluster_detection_method="deactivate")  # or Slurm's would choose the GPUs
+        cluster = coordinator
+    elif cluster is not None:
+        options = {}
+    else:
+        return
+    try:
+        jax.distributed.initialize(*flags, initialization_timeout=int(TIMEOUT), **options)
+    except (RuntimeError, ValueError, KeyError, OSError) as error:
+        # A Cloud TPU whose machine is the whole slice.
+        if cluster == "Cloud TPU" and "coordinator_address should be defined" in str(error):
+            return
+        raise InputError(
+            f"{cluster}: the processes of the run did not find each other ({' '.join(str(error).split())[:300]}): "
+            "give --coordinator HOST:PORT --num_processes N --process_id I, or --num_processes 1 for a run of its own"
+        ) from error
+
+
+def cluster_of(environ: Mapping[str, str]) -> str | None:
+    """The cluster whose variables say that this process is one of several, or None.
+
+    Slurm: SLURM_JOB_ID, and SLURM_NTASKS above 1 with SLURM_PROCID (set by `srun`, not by `sbatch` alone).
+    GKE with TPUs: several names in TPU_WORKER_HOSTNAMES or TPU_PROCESS_ADDRESSES, or MEGASCALE_NUM_SLICES above 1.
+    GKE and other Kubernetes: KUBERNETES_SERVICE_HOST, and JOB_COMPLETION_INDEX of an indexed job.
+    Cloud TPU: TPU_ML_PLATFORM, which JAX itself sets where there are TPU chips; the machine's metadata name the others.
+    """
+    hosts = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES", "")
+    if "SLURM_JOB_ID" in environ and "SLURM_PROCID" in environ:
+        return "Slurm" if int(environ.get("SLURM_NTASKS", 1)) > 1 else None
+    if "," in hosts or int(environ.get("MEGASCALE_NUM_SLICES") or 1) > 1:
+        return "GKE"
+    if "KUBERNETES_SERVICE_HOST" in environ and "JOB_COMPLETION_INDEX" in environ:
+        return "Kubernetes"
+    return "Cloud TPU" if "TPU_ML_PLATFORM" in environ and not hosts else None
+
+
+def check_processes(
+    coordinator: str | None, num_processes: int | None, process_id: int | None
+) -> None:
+    """Raises InputError where the three arguments of `start` do not fit together."""
+    if None in (coordinator, num_processes, process_id):
+        raise InputError(
+            f"coordinator={coordinator} num_processes={num_processes} process_id={process_id}: give all three, or none"
+        )
+    if not re.fullmatch(r".+:\d+", coordinator):
+        raise InputError(f"coordinator={coordinator}: must be HOST:PORT of process 0")
+    if not 0 <= process_id < num_processes:
+        raise InputError(
+            f"process_id={process_id}: must be from 0 to num_processes - 1 = {num_processes - 1}"
+        )
+
+
+def _meet(coordinator: str, process_id: int) -> None:
+    """Finds out by hand what makes JAX abort the process with a stack trace: a port in use, a coordinator that is not there."""
+    host, port = coordinator.rsplit(":", 1)
+    deadline = time.monotonic() + TIMEOUT
+    while True:
+        try:
+            if process_id == 0:
+                socket.create_server(("", int(port))).close()
+            else:
+                socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+            return
+        except (OSError, OverflowError) as error:
+            if process_id == 0 or isinstance(error, OverflowError) or time.monotonic() > deadline:
+                raise InputError(
+                    f"coordinator={coordinator}: process {process_id} cannot "
+                    f"{'listen on this port' if process_id == 0 else 'reach process 0'} ({error}): "
+                    "give the address of process 0's machine and a free port of it"
+                ) from error
+        time.sleep(0.5)
+
+
+def any_process(flag: bool) -> bool:
+    """Whether any process says yes. Every process calls it."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
+def to_host(tree: Any) -> Any:
+    """Whole NumPy arrays on every process, also of what is split over the processes. Every process calls it.
+
+    One array at a time: no device holds more than one whole array.
+    """
+
+    def one(x):
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            return multihost_utils.process_allgather(x, tiled=True)
+        return np.asarray(x)
+
+    return jax.tree.map(one, tree)
+
+
+# -- the device mesh
 
 
 def make_device_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
@@ -48,6 +181,9 @@ def make_device_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=Non
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
+# -- parameters
+
+
 def spec_for(path: str, shape: tuple[int, ...], device_mesh: Mesh, rules=RULES) -> PartitionSpec:
     """The sharding of one array by the first rule that matches; dimensions that an axis does not divide stay whole."""
     spec = next((spec for pattern, spec in rules if re.search(pattern, path)), None)
@@ -70,6 +206,9 @@ def infer(tree: Any, device_mesh: Mesh, rules=RULES) -> Any:
         return NamedSharding(device_mesh, spec_for(name, leaf.shape, device_mesh, rules))
 
     return jax.tree_util.tree_map_with_path(one, tree)
+
+
+# -- the batch
 
 
 def num_batch_shards(device_mesh: Mesh) -> int:
@@ -97,7 +236,60 @@ def constrain_batch(tree: Any) -> Any:
     return jax.tree.map(one, tree)
 
 
+def process_share(device_mesh: Mesh) -> tuple[int, int]:
+    """Which part of every batch this process reads: (index, count), and `global_batch` puts the parts together.
+
+    Not `process_index` and `process_count`: processes that only the `tensor` axis tells apart read the same part.
+
+    Raises:
+      InputError: the axes cut the processes so that their parts overlap.
+    """
+    shards = NamedSharding(device_mesh, PartitionSpec(BATCH_AXES))
+    parts = {}  # process: the shards of the batch that are on its devices
+    for device, (rows,) in shards.devices_indices_map((num_batch_shards(device_mesh),)).items():
+        parts.setdefault(device.process_index, set()).add(rows.start or 0)
+    distinct = sorted({tuple(sorted(part)) for part in parts.values()})
+    sizes = [len(part) for part in distinct]
+    if sum(sizes) != num_batch_shards(device_mesh) or len(set(sizes)) > 1:
+        raise InputError(
+            f"sharding {dict(device_mesh.shape)} cuts across the {len(parts)} processes: make sharding.tensor a divisor, "
+            "or a multiple, of the devices of one"
+        )
+    return distinct.index(tuple(sorted(parts[jax.process_index()]))), len(distinct)
+
+
 def global_batch(tree: Any, device_mesh: Mesh) -> Any:
-    """Global arrays, split along the leading axis, from what this process read of the batch (NumPy arrays)."""
+    """Global arrays, split along the leading axis, from this process's part of the batch (NumPy arrays; `process_share`)."""
     sharding = NamedSharding(device_mesh, PartitionSpec(BATCH_AXES))
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), tree)
+    shares = process_share(device_mesh)[1]
+
+    def one(x):
+        shape = (len(x) * shares, *x.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, x, shape)
+
+    return jax.tree.map(one, tree)
+
+
+def micro_batches(tree: Any, count: int) -> Any:
+    """Cuts a batch [B ...] into `count` parts [count B/count ...] for `lax.scan`, each of them split over all devices.
+
+    Part i takes the rows i, i + count, ...: every device keeps the rows that it has, and nothing is sent.
+
+    Raises:
+      InputError: the batch does not divide.
+    """
+    device_mesh = jax.sharding.get_abstract_mesh()
+    shards = 1 if device_mesh.empty else num_batch_shards(device_mesh)
+
+    def one(x):
+        if x.shape[0] % (count * shards):
+            raise InputError(
+                f"a batch of {x.shape[0]} does not divide into {count} parts over {shards} devices: "
+                f"make it a multiple of {count * shards}"
+            )
+        parts = x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
+        if device_mesh.empty:
+            return parts
+        return jax.lax.with_sharding_constraint(parts, PartitionSpec(None, BATCH_AXES))
+
+    return jax.tree.map(one, tree)

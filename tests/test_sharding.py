@@ -1,3 +1,5 @@
+import socket
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -85,3 +87,143 @@ def test_constrain_batch_pins_the_leading_axis_only_inside_a_device_mesh():
         constrained, odd = jax.jit(sharding.constrain_batch)((x, np.ones((3, 2), np.float32)))
     assert constrained.sharding.shard_shape(x.shape) == (1, 3)
     assert odd.shape == (3, 2)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_micro_batches_are_all_rows_each_split_over_all_devices_and_nothing_is_sent(count):
+    device_mesh = sharding.make_device_mesh(2, 2, 2)
+    x = np.arange(16 * 3, dtype=np.float32).reshape(16, 3)
+
+    def sums(batch):
+        parts = sharding.micro_batches(batch, count)
+        assert parts.shape == (count, 16 // count, 3)
+        body = lambda total, part: (total + part[: 16 // count], (part * 2).sum(1))  # noqa: E731
+        return jax.lax.scan(body, jnp.zeros((16 // count, 3)), parts)[1], parts
+
+    with jax.set_mesh(device_mesh):
+        batch = sharding.global_batch(x, device_mesh)
+        compiled = jax.jit(sums).lower(batch).compile()
+        _, parts = compiled(batch)
+    assert parts.sharding.shard_shape(parts.shape) == (count, 16 // count // 4, 3)
+    for i in range(count):
+        np.testing.assert_array_equal(parts[i], x[i::count])
+    text = compiled.as_text()
+    assert not [
+        name
+        for name in ("all-to-all", "all-gather", "collective-permute", "all-reduce")
+        if name in text
+    ]
+
+
+def test_micro_batches_that_do_not_divide_are_an_error_of_one_line():
+    with jax.set_mesh(sharding.make_device_mesh(2, 2, 2)):
+        with pytest.raises(
+            InputError, match="a batch of 12 does not divide into 2 parts over 4 devices: .* of 8$"
+        ):
+            sharding.micro_batches(jnp.zeros((12, 3)), 2)
+    assert sharding.micro_batches(jnp.zeros((12, 3)), 2).shape == (2, 6, 3)
+
+
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "2"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, None),
+        (SLURM, "Slurm"),
+        (SLURM | {"SLURM_NTASKS": "1"}, None),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2"}, None),  # sbatch without srun: one process
+        ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_ML_PLATFORM": "JAX"}, "GKE"),
+        ({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ML_PLATFORM": "JAX"}, None),
+        ({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, "GKE"),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),  # a pod by itself
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, "Kubernetes"),
+        ({"TPU_ML_PLATFORM": "JAX"}, "Cloud TPU"),
+    ],
+)
+def test_a_cluster_is_known_by_its_variables(environ, expected):
+    assert sharding.cluster_of(environ) == expected
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """What `jax.distributed.initialize` was called with, without calling it."""
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **kw: calls.append((args, kw)))
+    for name in ("SLURM_JOB_ID", "SLURM_PROCID", "TPU_WORKER_HOSTNAMES", "TPU_ML_PLATFORM"):
+        monkeypatch.delenv(name, raising=False)
+    return calls
+
+
+def test_a_single_process_starts_nothing(started, monkeypatch):
+    sharding.start()
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    sharding.start(num_processes=1)
+    assert started == []
+
+
+def test_a_cluster_is_left_to_jax_and_flags_override_it(started, monkeypatch):
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    sharding.start()
+    with socket.create_server(("localhost", 0)) as server:
+        coordinator = f"localhost:{server.getsockname()[1]}"
+        sharding.start(coordinator, 2, 1)
+    (by_cluster, options), (by_flags, no_detection) = started
+    assert by_cluster == (None, None, None) and "cluster_detection_method" not in options
+    assert by_flags == (coordinator, 2, 1)
+    assert no_detection["cluster_detection_method"] == "deactivate"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ("host:1", 2, None),
+            "^coordinator=host:1 num_processes=2 process_id=None: give all three",
+        ),
+        ((None, 2, 0), "give all three, or none$"),
+        (("host", 2, 0), "^coordinator=host: must be HOST:PORT"),
+        (("host:1", 2, 2), "^process_id=2: must be from 0 to num_processes - 1 = 1"),
+        (("localhost:1", 2, 1), "^coordinator=localhost:1: process 1 cannot reach process 0"),
+        (("localhost:99999", 2, 1), "cannot reach process 0"),
+    ],
+)
+def test_flags_that_cannot_work_are_one_line(started, monkeypatch, flags, message):
+    monkeypatch.setattr(sharding, "TIMEOUT", 0.0)
+    with pytest.raises(InputError, match=message) as error:
+        sharding.start(*flags)
+    assert "\n" not in str(error.value)
+    assert started == []
+
+
+def test_a_port_in_use_and_a_cluster_that_does_not_answer_are_one_line(started, monkeypatch):
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(InputError, match=f"localhost:{port}: process 0 cannot listen"):
+            sharding.start(f"localhost:{port}", 2, 0)
+
+    def fail(*args, **options):
+        raise RuntimeError("Kubernetes API Error: 403\nIt appears that\n  the account")
+
+    monkeypatch.setattr(jax.distributed, "initialize", fail)
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(
+        InputError,
+        match=r"^Slurm: .*\(Kubernetes API Error: 403 It appears that the account\): give",
+    ):
+        sharding.start()
+
+
+def test_of_a_single_process_all_arrays_go_to_the_host_and_its_flag_decides():
+    device_mesh = sharding.make_device_mesh(2, 2, 2)
+    x = np.arange(24, dtype=np.float32).reshape(8, 3)
+    whole = sharding.to_host({"split": sharding.global_batch(x, device_mesh), "number": 3.0})
+    assert isinstance(whole["split"], np.ndarray)
+    np.testing.assert_array_equal(whole["split"], x)
+    assert whole["number"] == 3.0
+    assert sharding.process_share(device_mesh) == (0, 1)
+    assert sharding.any_process(True) and not sharding.any_process(False)
