@@ -2,6 +2,8 @@
 
     lrm convert model.ckpt triposr.safetensors          a reference's checkpoint to our model file
     lrm convert triposr.safetensors folder --to torch   and back, to the bit
+    lrm convert vgg16-397923af.pth lpips_vgg16.safetensors --linear vgg.pth     the network of the loss and metric LPIPS
+    lrm convert imagenet-vgg-verydeep-19.mat vgg19.safetensors                  the network of LVSM's perceptual loss
 
 Our model file is a safetensors file: parameters by their dotted path, and in its metadata the family, its fields and a summary
 of the training.
@@ -12,6 +14,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +22,12 @@ import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from lrm_jax import models, tensor_files
+from lrm_jax import lpips, models, perceptual, tensor_files, vgg
 from lrm_jax.references import (
     CONFIG_NAMES,
     RUN_FIELDS,
     WEIGHTS_NAMES,
+    check_state_dict,
     family,
     from_checkpoint,
     from_reference,
@@ -52,13 +56,24 @@ def main(argv: list[str]) -> int:
         raise InputError(
             f"--dtype {args.dtype}: the references' files are float32: leave it out with --to torch"
         )
+    network = lpips if args.linear is not None else None
+    network = perceptual if network is None and args.src.endswith(".mat") else network
+    if network is not None and (args.to, args.dtype) != ("lrm_jax", "float32"):
+        raise InputError(
+            f"{args.src}: a loss's network is kept as float32 and for lrm_jax only: leave out --to and --dtype"
+        )
     if args.to == "lrm_jax" and dst.is_dir():
-        dst = dst / "model.safetensors"
+        dst = dst / f"{'model' if network is None else network.NETWORK}.safetensors"
     if args.to == "lrm_jax" and dst.suffix != ".safetensors":
         raise InputError(
             f"{dst}: a model file's name ends in .safetensors: rename it, or add --to torch"
         )
     stages = Stages()
+    if network is not None:
+        with stages(f"convert {args.src}"):
+            convert_network(network, [f for f in (args.src, args.linear) if f is not None], dst)
+        print(f"wrote {dst} ({dst.stat().st_size / 1e6:.1f} MB)")
+        return 0
     with stages(f"read {args.src}"):
         model, params, info = read_weights(args.src)
     count = sum(x.size for x in jax.tree.leaves(params))
@@ -97,7 +112,35 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--dtype", choices=("float32", "float16", "bfloat16"), default="float32",
         help="number format of the model file; the 16-bit ones halve it and round (default: %(default)s)",
     )  # fmt: skip
+    parser.add_argument(
+        "--linear", metavar="FILE",
+        help="LPIPS's linear heads, lpips/weights/v0.1/vgg.pth of the PyPI package lpips; src is then torchvision's VGG16",
+    )  # fmt: skip
     return parser.parse_args(argv)
+
+
+def convert_network(network: ModuleType, files: list[str], dst: Path) -> None:
+    """Writes the network of a loss.
+
+    Args:
+      network: `lpips`, or `perceptual`.
+      files: torchvision's VGG16 and LPIPS's heads; or MatConvNet's VGG19.
+      dst: the file to write.
+
+    Raises:
+      InputError: a file that is missing, damaged, or something else.
+    """
+    contents = [tensor_files.read(Path(file).expanduser())[0] for file in files]
+    try:
+        if network is lpips:
+            for content in contents:
+                check_state_dict(content)
+            params = lpips.from_torch(*contents)
+        else:
+            params = perceptual.from_matconvnet(*contents)
+        vgg.save(dst, params, network.NETWORK)
+    except InputError as error:
+        raise InputError(f"{' with --linear '.join(files)}: {error}") from error
 
 
 # -- weights from anywhere

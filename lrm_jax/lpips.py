@@ -32,7 +32,7 @@ REMEDY = (
 def distance(
     params: Mapping, x: Float[Array, "*B H W 3"], y: Float[Array, "*B H W 3"]
 ) -> Float[Array, "*B"]:
-    """The distance of each pair of pictures, in float32; 0 where they are equal, and then with a gradient of 0.
+    """The distance of each pair of pictures, in float32; its gradient is finite everywhere.
 
     Sec. 3.1 and eq. 1 of the paper: squared differences of features of unit length, weighted by channel, averaged over
     pixels and summed over the five blocks.

@@ -88,7 +88,7 @@ def from_matconvnet(content: Mapping) -> dict[str, dict[str, np.ndarray]]:
         found = {}
         for name, (kernel, bias) in layers.items():
             found |= {f"{name}.kernel": np.asarray(kernel), f"{name}.bias": np.ravel(bias)}
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise InputError(
             f"not a MatConvNet model of VGG19 ({type(error).__name__}: {error}): {REMEDY}"
         ) from error

@@ -119,6 +119,15 @@ def from_checkpoint(content: object, folder: Path) -> tuple[nn.Module, dict]:
         if isinstance(kwargs, dict) and isinstance(kwargs.get("model"), dict):
             config = {**kwargs["model"], **(kwargs.get("infer") or {})}
         content = content[wrappers[0]]
+    check_state_dict(content)
+    name = CONFIG_NAMES.get(_name(_family_of(_unwrapped(content))))
+    if config is None and name is not None and (folder / name).exists():
+        config = _read_config(folder / name)
+    return from_reference(content, config)
+
+
+def check_state_dict(content: object) -> None:
+    """Raises InputError where what a file holds is not a dict of named tensors."""
     if not isinstance(content, dict) or not content:
         raise InputError(
             f"it holds a {type(content).__name__} where a state dict was expected: save the model's state_dict()"
@@ -128,10 +137,6 @@ def from_checkpoint(content: object, folder: Path) -> tuple[nn.Module, dict]:
             raise InputError(
                 f"its entry {name!r} is a {type(value).__name__}, not a tensor: save the model's state_dict() alone"
             )
-    name = CONFIG_NAMES.get(_name(_family_of(_unwrapped(content))))
-    if config is None and name is not None and (folder / name).exists():
-        config = _read_config(folder / name)
-    return from_reference(content, config)
 
 
 def _read_config(path):
@@ -171,6 +176,11 @@ def _family_of(state):
         for k in state
     ):
         return encoders
+    if some("features.0.", "lin0."):
+        raise InputError(
+            "of a loss's network, not of a model: give torchvision's VGG16 and LPIPS's heads, `lrm convert"
+            " vgg16-397923af.pth lpips_vgg16.safetensors --linear vgg.pth`"
+        )
     raise InputError(
         f"its tensors ({', '.join(list(state)[:3])}, ...) are of no known family: TripoSR, OpenLRM, DINO and DINOv2 can be read"
     )

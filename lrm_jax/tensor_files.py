@@ -1,8 +1,8 @@
-"""Files of named tensors: safetensors, and what `torch.save` writes, read and written without PyTorch.
+"""Files of named tensors: safetensors, and what `torch.save` writes, read and written without PyTorch; MATLAB's, read.
 
 A `torch.save` file is a zip archive of uncompressed members: `data.pkl`, a pickle that names its tensors' storages, and
 one member of raw bytes for each storage (format: https://github.com/pytorch/pytorch/blob/v2.6.0/torch/serialization.py).
-A pickle is a program, so this one is run by an unpickler that knows tensors, OrderedDict and plain containers, and refuses
+Before PyTorch 1.6 it was a row of pickles and then the storages, as in the files of torchvision to this day. A pickle is a program, so this one is run by an unpickler that knows tensors, OrderedDict and plain containers, and refuses
 every other name: what `torch.load(weights_only=True)` does.
 """
 
@@ -40,6 +40,9 @@ STORAGES = {
     "BoolStorage": np.dtype("?"),
 }
 
+# How a torch file older than PyTorch 1.6 begins, after a pickle's protocol: the first bytes of the long 0x1950a86a20f9469cfc6c.
+OLD_TORCH = b"\x8a\x0a\x6c\xfc\x9c\x46"
+
 # The names of the element types that safetensors files are written with.
 DTYPES = {
     np.dtype(np.float32): "F32",
@@ -54,7 +57,8 @@ def read(path: str | os.PathLike) -> tuple[object, dict[str, str]]:
     Returns:
       What the file holds, and its metadata (empty for a torch file). A safetensors file holds a dict of arrays, a torch
       file whatever was saved: dicts, lists and plain values with NumPy arrays for the tensors. The arrays of a torch file
-      are read-only views of the mapped file, not copies; its checksums are verified.
+      are read-only views of the mapped file, not copies (but for files older than PyTorch 1.6); its checksums are verified.
+      A MATLAB 5 file holds its variables: structs are dicts, cell arrays lists or arrays of objects.
 
     Raises:
       InputError: no such file, not a file of tensors, truncated, damaged, or a pickle with other things than tensors.
@@ -69,11 +73,14 @@ def read(path: str | os.PathLike) -> tuple[object, dict[str, str]]:
         return _read_torch(path), {}
     if head[8:9] == b"{":
         return _read_safetensors(path)
+    if head[2:].startswith(OLD_TORCH):
+        return _read_old_torch(path), {}
     if head[:1] == b"\x80":
         raise InputError(
-            f"{path}: a pickle, or a torch file older than PyTorch 1.6: save it anew with"
-            " torch.save(torch.load(OLD, weights_only=True), NEW)"
+            f"{path}: a bare pickle, not a file that torch.save wrote: save the state dict with torch.save"
         )
+    if head.startswith(b"MATLAB 5"):
+        return _read_matlab(path), {}
     if head.startswith(b"version https://git-lfs"):
         raise InputError(
             f"{path}: a Git LFS pointer, not the file itself: run `git lfs pull` there"
@@ -185,13 +192,72 @@ def _read_torch(path):
             raise InputError(
                 f"{path}: written on a big-endian machine: save it anew on a little-endian one"
             )
-        return _Unpickler(path, mapped, members).load()
+
+        def storage(key, dtype, size):
+            data = _member(mapped, members[f"data/{key}"])
+            if len(data) < size * dtype.itemsize:
+                raise ValueError(f"storage {key} is shorter than its tensors")
+            return np.frombuffer(data, dtype, size) if size else np.empty(0, dtype)
+
+        program = io.BytesIO(_member(mapped, members["data.pkl"]))
+        return _Unpickler(path, program, storage).load()
     except InputError:
         raise
     except Exception as error:  # a damaged archive or pickle can raise anything
+        raise _damaged_torch(path, error) from error
+
+
+def _read_old_torch(path):
+    """Pickles of a magic number, a version, the machine, the content and the storages' keys; then each storage's size and bytes."""
+    try:
+        with open(path, "rb") as file:
+            length, storages = os.fstat(file.fileno()).st_size, {}
+
+            def storage(key, dtype, size):
+                if size * dtype.itemsize > length:
+                    raise ValueError(f"storage {key} is larger than the file")
+                storages[key] = np.empty(
+                    size, dtype
+                )  # filled below: its bytes come after the tensors
+                return storages[key]
+
+            _, _, machine, content, keys = (
+                _Unpickler(path, file, storage).load() for _ in range(5)
+            )
+            if not machine["little_endian"]:
+                raise InputError(
+                    f"{path}: written on a big-endian machine: save it anew on a little-endian one"
+                )
+            if set(keys) != set(storages):
+                raise ValueError("its storages are not those of its tensors")
+            for key in keys:
+                (size,) = struct.unpack("<q", file.read(8))
+                data = storages[key].view(np.uint8)
+                if size != storages[key].size or file.readinto(data) != data.size:
+                    raise ValueError(f"storage {key} is cut short")
+        return _without_parameters(content)
+    except InputError:
+        raise
+    except Exception as error:  # a damaged pickle can raise anything
+        raise _damaged_torch(path, error) from error
+
+
+def _damaged_torch(path, error):
+    reason = str(error) or type(error).__name__
+    return InputError(f"{path}: truncated or damaged torch file ({reason}): download it again")
+
+
+def _read_matlab(path):
+    import scipy.io  # here: only one network's weights are such a file
+
+    try:
+        content = scipy.io.loadmat(path, simplify_cells=True)
+    except Exception as error:  # a damaged file can raise anything
+        reason = str(error).split("\n")[0] or type(error).__name__
         raise InputError(
-            f"{path}: truncated or damaged torch file ({error or type(error).__name__}): download it again"
+            f"{path}: truncated or damaged MATLAB file ({reason}): download it again"
         ) from error
+    return {name: value for name, value in content.items() if not name.startswith("__")}
 
 
 def _member(mapped, member):
@@ -209,11 +275,11 @@ def _member(mapped, member):
 
 
 class _Unpickler(pickle.Unpickler):
-    """Runs the pickle of a torch file, allowing tensors and plain containers only."""
+    """Runs the next pickle of `file`, allowing tensors and plain containers only; `storage(key, dtype, size)` gives an array."""
 
-    def __init__(self, path, mapped, members):
-        super().__init__(io.BytesIO(_member(mapped, members["data.pkl"])), encoding="utf-8")
-        self.path, self.mapped, self.members, self.storages = path, mapped, members, {}
+    def __init__(self, path, file, storage):
+        super().__init__(file, encoding="utf-8")
+        self.path, self.storage, self.storages = path, storage, {}
 
     def find_class(self, module, name):
         if module == "torch" and name in STORAGES:
@@ -221,8 +287,10 @@ class _Unpickler(pickle.Unpickler):
         allowed = {
             ("collections", "OrderedDict"): OrderedDict,
             ("torch", "Size"): tuple,
+            ("torch._utils", "_rebuild_tensor"): lambda *arguments: _strided(*arguments),
             ("torch._utils", "_rebuild_tensor_v2"): lambda *arguments: _strided(*arguments[:4]),
             ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
+            ("torch.nn.parameter", "Parameter"): _Parameter,
         }
         if (module, name) not in allowed:
             raise InputError(
@@ -232,14 +300,37 @@ class _Unpickler(pickle.Unpickler):
         return allowed[module, name]
 
     def persistent_load(self, pid):
-        _, storage, key, _, size = pid
+        kind, storage, key, _, size, *view = pid
+        if kind != "storage":
+            raise ValueError(f"a {kind} where a storage was expected")
         if key not in self.storages:
-            data = _member(self.mapped, self.members[f"data/{key}"])
-            dtype = STORAGES[storage]
-            if len(data) < size * dtype.itemsize:
-                raise ValueError(f"storage {key} is shorter than its tensors")
-            self.storages[key] = np.frombuffer(data, dtype, size) if size else np.empty(0, dtype)
+            self.storages[key] = self.storage(key, STORAGES[storage], size)
+        if (
+            view and view[0] is not None
+        ):  # before PyTorch 0.4: a part of a storage under its own key
+            _, start, size = view[0]
+            return self.storages[key][start : start + size]
         return self.storages[key]
+
+
+class _Parameter:
+    """A parameter as PyTorch before 0.4 pickled it: the tensor is an argument or, earlier, the first of five in the state."""
+
+    def __init__(self, tensor=None, *_):
+        self.tensor = tensor
+
+    def __setstate__(self, state):
+        if len(state) == 5:
+            self.tensor = state[0]
+
+
+def _without_parameters(value):
+    """Containers with tensors in place of the parameters."""
+    if isinstance(value, dict):
+        return {k: _without_parameters(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_without_parameters(v) for v in value)
+    return value.tensor if isinstance(value, _Parameter) else value
 
 
 def _strided(storage, offset, shape, strides):

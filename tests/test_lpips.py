@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.io
 from safetensors.numpy import load_file
 
-from lrm_jax import lpips, perceptual, vgg
+from lrm_jax import __main__, convert, lpips, perceptual, tensor_files, vgg
+from lrm_jax.types import InputError
 
 VGG19_CONVS = (2, 2, 4, 4, 4)
 
@@ -106,5 +108,158 @@ def test_perceptual_loss_and_its_gradient_are_lvsms(goldens, perceptual_params, 
 
 def assert_same_gradient(grad, expected):
     expected = expected.transpose(0, 2, 3, 1)
-    print(np.abs(grad - expected).max() / np.abs(expected).max(), (grad / expected).mean())
-    np.testing.assert_allclose(grad, expected, atol=1e-3 * np.abs(expected).max())
+    np.testing.assert_allclose(grad, expected, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("module", [lpips, perceptual], ids=["lpips", "perceptual"])
+def test_equal_pictures_are_at_no_distance_with_a_finite_gradient(
+    module, jitted, lpips_params, perceptual_params
+):
+    params = lpips_params if module is lpips else perceptual_params
+    flat = jnp.broadcast_to(jnp.array([0.0, 1.0])[:, None, None, None], (2, 64, 64, 3))
+    grad, values = jitted[module](params, flat, flat)
+    # Not quite 0: the side that is differentiated may be compiled, and so rounded, otherwise.
+    np.testing.assert_allclose(values, 0, atol=1e-6)
+    assert np.isfinite(grad).all()
+
+
+def test_lpips_gradient_is_finite_where_all_features_are_zero(jitted, lpips_params):
+    params = {k: v for k, v in lpips_params.items() if not k.startswith("conv")}
+    for name, layer in lpips_params.items():
+        if name.startswith("conv"):  # negative biases: no ReLU passes anything of a black picture
+            params[name] = layer | {"bias": jnp.full_like(layer["bias"], -100.0)}
+    x, y = jnp.zeros((2, 64, 64, 3)), jnp.ones((2, 64, 64, 3))
+    grad, values = jitted[lpips](params, x, y)
+    assert np.isfinite(values).all() and np.isfinite(grad).all()
+
+
+def test_leading_axes_are_kept_and_bfloat16_is_widened(lpips_params, perceptual_params):
+    """Shapes alone: nothing is computed."""
+    x = jax.ShapeDtypeStruct((2, 3, 16, 20, 3), jnp.bfloat16)
+    for module, params in ((lpips, lpips_params), (perceptual, perceptual_params)):
+        out = jax.eval_shape(module.distance, params, x, x)
+        assert out.shape == (2, 3) and out.dtype == jnp.float32
+        with pytest.raises(InputError, match="15 x 64 pixels are too small.*16 or larger"):
+            small = jax.ShapeDtypeStruct((1, 15, 64, 3), jnp.float32)
+            jax.eval_shape(module.distance, params, small, small)
+
+
+# -- files
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, vgg16, linear, vgg19):
+    """The public files: two of torch, and one of MATLAB with a struct in each cell."""
+    folder = tmp_path_factory.mktemp("public")
+    tensor_files.write_torch(folder / "vgg16.pth", vgg16)
+    tensor_files.write_torch(folder / "vgg.pth", linear)
+    scipy.io.savemat(folder / "vgg19.mat", {**vgg19, "layers": cells(vgg19["layers"])})
+    return folder
+
+
+def cells(layers):
+    """MATLAB's cell array of structs, where `weights` is one of arrays and a bias is a row."""
+    array = np.empty((1, len(layers)), object)
+    for i, layer in enumerate(layers):
+        array[0, i] = dict(layer)
+        if "weights" in layer:
+            weights = np.empty((1, 2), object)
+            weights[0, 0], weights[0, 1] = layer["weights"][0], layer["weights"][1][None]
+            array[0, i]["weights"] = weights
+    return array
+
+
+def test_lpips_is_converted_from_torchvision_and_its_heads(
+    files, tmp_path, lpips_params, linear, capsys
+):
+    out = tmp_path / "lpips_vgg16.safetensors"
+    command = [
+        "convert",
+        str(files / "vgg16.pth"),
+        str(tmp_path),
+        "--linear",
+        str(files / "vgg.pth"),
+    ]
+    assert __main__.main(command) == 0
+    assert f"wrote {out} (58.9 MB)" in capsys.readouterr().out
+    params = lpips.load(out)
+    jax.tree.map(np.testing.assert_array_equal, params, lpips_params)
+    np.testing.assert_array_equal(params["linear2"], linear["lin1.model.1.weight"][0, :, 0, 0])
+    with pytest.raises(
+        InputError, match="not the weights of perceptual_vgg19 but lpips_vgg16.*mat"
+    ):
+        perceptual.load(out)
+
+
+def test_lvsms_network_is_converted_from_matconvnet(files, tmp_path, perceptual_params):
+    out = tmp_path / "perceptual_vgg19.safetensors"
+    assert __main__.main(["convert", str(files / "vgg19.mat"), str(out)]) == 0
+    params = perceptual.load(out)
+    jax.tree.map(np.testing.assert_array_equal, params, perceptual_params)
+    assert params.keys() == {name.partition(".")[0] for name in perceptual.SHAPES}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["vgg16.pth", "out.safetensors"], "vgg16.pth: of a loss.s network.*--linear vgg.pth"),
+        (["vgg16.pth", "out.safetensors", "--linear", "none.pth"], "none.pth: cannot be read"),
+        (["vgg.pth", "out.safetensors", "--linear", "vgg16.pth"], "not the tensors of torchvision's VGG16: 26 missing"),
+        (["vgg16.pth", "out.safetensors", "--linear", "vgg16.pth"], "not the tensors of LPIPS's linear heads"),
+        (["vgg19.mat", "out.safetensors", "--linear", "vgg.pth"], "not a tensor"),
+        (["vgg19.mat", "out.safetensors", "--dtype", "float16"], "leave out --to and --dtype"),
+        (["vgg19.mat", "out.bin"], "ends in .safetensors"),
+    ],
+)  # fmt: skip
+def test_files_that_do_not_belong_together_are_one_line(
+    files, tmp_path, capsys, arguments, message
+):
+    src, out, *rest = arguments
+    rest = [str(files / x) if x.endswith(".pth") else x for x in rest]
+    with pytest.raises(InputError, match=message) as error:
+        convert.main([str(files / src), str(tmp_path / out), *rest])
+    assert "\n" not in str(error.value)
+    assert str(error.value).startswith((str(files), str(tmp_path)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_matlab_file_is_no_vgg19(vgg19):
+    with pytest.raises(InputError, match="not a MatConvNet model of VGG19.*'layers'"):
+        perceptual.from_matconvnet({"x": np.ones(3)})
+    old = [{"name": "conv1_1", "type": "conv", "filters": np.ones((3, 3, 3, 64))}]
+    with pytest.raises(InputError, match="not a MatConvNet model of VGG19.*'weights'"):
+        perceptual.from_matconvnet({"layers": old})
+    fewer = [layer for layer in vgg19["layers"] if layer["name"] != "conv3_4"]
+    with pytest.raises(InputError, match="2 missing: conv3_4.kernel, conv3_4.bias"):
+        perceptual.from_matconvnet({"layers": fewer})
+
+
+def test_a_number_that_is_not_finite_is_not_converted(tmp_path):
+    with pytest.raises(InputError, match="conv1_1.bias has numbers that are not finite"):
+        vgg.save(tmp_path / "x", {"conv1_1": {"bias": np.array([np.nan])}}, lpips.NETWORK)
+
+
+def test_a_networks_file_that_is_absent_or_another_names_the_command(tmp_path):
+    remedy = "lrm convert vgg16-397923af.pth lpips_vgg16.safetensors --linear vgg.pth"
+    other = tmp_path / "model.safetensors"
+    tensor_files.write_safetensors(
+        other, {"a": np.ones(2, "f4")}, {"format": "lrm_jax", "family": "lrm"}
+    )
+    torch = tmp_path / "vgg16.pth"
+    tensor_files.write_torch(torch, {"a": np.ones(2, "f4")})
+    for path, what in (
+        (tmp_path / "none", "no such file"),
+        (other, "but lrm"),
+        (torch, "but another"),
+    ):
+        with pytest.raises(InputError, match=f"{path}.*{what}.*{remedy}"):
+            lpips.load(path)
+
+
+def test_a_networks_file_with_other_tensors_is_refused(tmp_path):
+    path = tmp_path / "short.safetensors"
+    vgg.save(path, {"conv1_1": {"bias": np.ones(64)}}, lpips.NETWORK)
+    with pytest.raises(
+        InputError, match=f"{path}: not the tensors of lpips_vgg16: 30 missing.*lrm convert"
+    ):
+        lpips.load(path)

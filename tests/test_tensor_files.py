@@ -9,6 +9,7 @@ import zipfile
 import ml_dtypes
 import numpy as np
 import pytest
+import scipy.io
 
 from lrm_jax import tensor_files
 from lrm_jax.types import InputError
@@ -53,10 +54,6 @@ def pickled_as_torch(path, program, storages=(), compression=zipfile.ZIP_STORED)
 
 def tensor_program(offset, shape, strides, numel=4):
     """A pickle of one float32 tensor, as torch writes it."""
-
-    def push(value):
-        return pickle.dumps(value, protocol=2)[2:-1]
-
     storage = (
         b"("
         + push("storage")
@@ -122,11 +119,99 @@ def test_we_read_what_torch_writes(tmp_path):
     np.testing.assert_array_equal(read["parameter"], module.weight.detach().numpy())
 
 
-def test_old_torch_file_is_refused_with_a_remedy(tmp_path):
+def test_we_read_what_torch_wrote_before_1_6(tmp_path):
     torch = pytest.importorskip("torch")
-    torch.save({"a": torch.ones(2)}, tmp_path / "w.pt", _use_new_zipfile_serialization=False)
-    with pytest.raises(InputError, match="older than PyTorch 1.6.*torch.save"):
-        tensor_files.read(tmp_path / "w.pt")
+    whole = torch.arange(12.0)
+    content = {"a": whole, "part": whole[4:].reshape(2, 4).T, "long": torch.tensor([1, 2, 3])}
+    content["parameter"] = torch.nn.Linear(2, 2).weight
+    content["half"] = torch.full((2, 2), 0.5, dtype=torch.float16)
+    torch.save(content, tmp_path / "w.pth", _use_new_zipfile_serialization=False)
+    read, metadata = tensor_files.read(tmp_path / "w.pth")
+    assert metadata == {} and list(read) == list(content)
+    for name, value in content.items():
+        np.testing.assert_array_equal(read[name], value.detach().numpy())
+
+
+def push(value):
+    """The program that pushes a plain value."""
+    return pickle.dumps(value, protocol=2)[2:-1]
+
+
+def old_torch(*tensors, parameter=None, little_endian=True):
+    """The bytes of a file as PyTorch wrote it in 2017, of a list of float32 tensors.
+
+    Args:
+      parameter: how each is wrapped: in "arguments", as the first of five in the "state", or not.
+    """
+    items = b""
+    for key, tensor in enumerate(tensors):
+        storage = (
+            b"(" + push("storage") + b"ctorch\nFloatStorage\n" + push(str(key)) + push("cuda:0")
+        )
+        storage += push(tensor.size) + b"NtQ"
+        strides = tuple(s // 4 for s in tensor.strides)
+        item = b"(" + storage + push(0) + push(tensor.shape) + push(strides) + b"t"
+        item = b"ctorch._utils\n_rebuild_tensor\n" + item + b"R"
+        if parameter == "arguments":
+            item = (
+                b"ctorch.nn.parameter\nParameter\n("
+                + item
+                + b"tR"
+                + push((True, False, None))
+                + b"b"
+            )
+        if parameter == "state":
+            item = b"ctorch.nn.parameter\nParameter\n)\x81(" + item + b"NNI01\nI00\ntb"
+        items += item
+    machine = {"protocol_version": 1001, "little_endian": little_endian}
+    head = [0x1950A86A20F9469CFC6C, 1001, machine]
+    data = b"".join(pickle.dumps(value, protocol=2) for value in head)
+    data += b"\x80\x02](" + items + b"e."
+    data += pickle.dumps([str(key) for key in range(len(tensors))], protocol=2)
+    return data + b"".join(np.int64(x.size).tobytes() + x.tobytes() for x in tensors)
+
+
+TWO = np.arange(6, dtype=np.float32).reshape(2, 3), np.full(5, 7.0, np.float32)
+
+
+@pytest.mark.parametrize("parameter", [None, "arguments", "state"])
+def test_files_of_2017_hold_tensors_or_parameters(tmp_path, parameter):
+    path = tmp_path / "vgg.pth"
+    path.write_bytes(old_torch(*TWO, parameter=parameter))
+    read, _ = tensor_files.read(path)
+    assert len(read) == 2
+    for actual, expected in zip(read, TWO, strict=True):
+        np.testing.assert_array_equal(actual, expected)
+        assert not actual.flags.writeable
+
+
+def test_damaged_files_of_2017_are_one_line(tmp_path):
+    path = tmp_path / "vgg.pth"
+    path.write_bytes(old_torch(*TWO).replace(np.int64(5).tobytes(), np.int64(4).tobytes()))
+    with pytest.raises(InputError, match="storage 1 is cut short"):
+        tensor_files.read(path)
+    path.write_bytes(old_torch(*TWO).replace(push(5) + b"NtQ", push(1 << 40) + b"NtQ"))
+    with pytest.raises(InputError, match="storage 1 is larger than the file"):
+        tensor_files.read(path)
+    path.write_bytes(old_torch(*TWO, little_endian=False))
+    with pytest.raises(InputError, match="big-endian"):
+        tensor_files.read(path)
+    path.write_bytes(
+        old_torch(*TWO).replace(b"torch._utils\n_rebuild_tensor\n", b"posix\nsystem\n")
+    )
+    with pytest.raises(InputError, match="posix.system.*refused"):
+        tensor_files.read(path)
+
+
+def test_matlab_structs_are_dicts(tmp_path):
+    cell = np.empty(2, object)
+    cell[:] = [{"name": "a", "x": np.eye(3, dtype=np.float32)}, {"name": "b", "x": np.ones((1, 2))}]
+    scipy.io.savemat(tmp_path / "m.mat", {"layers": cell, "meta": {"n": 3.0}})
+    read, metadata = tensor_files.read(tmp_path / "m.mat")
+    assert set(read) == {"layers", "meta"} and metadata == {}
+    assert [layer["name"] for layer in read["layers"]] == ["a", "b"]
+    np.testing.assert_array_equal(read["layers"][0]["x"], np.eye(3))
+    assert read["layers"][0]["x"].dtype == np.float32
 
 
 class Hostile:
@@ -151,7 +236,7 @@ def test_hostile_pickle_is_refused_and_not_run(tmp_path):
     [
         b"\x80\x04\x8c\x08builtins\x8c\x04eval\x93\x8c\x011\x85R.",
         b"\x80\x04\x8c\x0bcollections\x8c\x18OrderedDict.fromkeys.x\x93.",
-        b"\x80\x02ctorch._utils\n_rebuild_tensor\n.",
+        b"\x80\x02ctorch._utils\n_rebuild_qtensor\n.",
         b"\x80\x02ctorch\nload\n.",
         b"\x80\x02cnumpy\nndarray\n)\x81.",
     ],
@@ -186,12 +271,16 @@ def damaged(path, tmp_path):
         yield cut
 
 
-@pytest.mark.parametrize("form", ["torch", "safetensors"])
+@pytest.mark.parametrize("form", ["torch", "old torch", "safetensors", "matlab"])
 def test_truncated_file_is_one_line(tmp_path, form):
-    weights = {"a": np.arange(100, dtype=np.float32), "b": np.ones(3, np.float32)}
+    weights = {"a": np.arange(100, dtype=np.float32), "b": np.ones(4, np.float32)}
     path = tmp_path / "w"
     if form == "torch":
         tensor_files.write_torch(path, weights)
+    elif form == "old torch":
+        path.write_bytes(old_torch(*weights.values()))
+    elif form == "matlab":
+        scipy.io.savemat(path, weights, appendmat=False)
     else:
         tensor_files.write_safetensors(path, weights, {"k": "v"})
     for cut in damaged(path, tmp_path):
@@ -217,7 +306,7 @@ def test_changed_bytes_of_a_torch_file_are_noticed(tmp_path):
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
         (b"PK\x03\x04" + bytes(200), "damaged"),
         (b"\x08" + bytes(7) + b"{" + bytes(20), "damaged"),
-        (b"\x80\x02]q\x00.", "older than"),
+        (b"\x80\x02]q\x00.", "bare pickle"),
     ],
 )  # fmt: skip
 def test_other_files_are_refused_with_a_remedy(tmp_path, content, message):
