@@ -16,6 +16,7 @@ COMMANDS = {
     "reconstruct": "pictures to surfaces, films and viewer pages",
     "convert": "checkpoints between PyTorch's layouts and ours",
     "train": "train a model from a config",
+    "evaluate": "compare a model with objects that are known from all sides",
 }
 USAGE = "\n".join(
     [

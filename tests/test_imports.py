@@ -21,6 +21,9 @@ ALLOWED = {
     "report": LOW,
     "tensor_files": LOW,
     "references": LOW | {"models", "tensor_files"},
+    "surface_metrics": LOW,
+    "mean_object": LOW | {"data"},
+    "evaluation_page": set(),
     "__main__": LOW | COMMANDS | {"lrm_jax"},
     "__init__": set(),
 }

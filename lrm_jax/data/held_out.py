@@ -1,0 +1,97 @@
+"""Objects as evaluation sees them: one source view, other views as targets, and points of the true surface.
+
+Read from OpenLRM's layout (see `folders`), with one file more, which `tools/render_objects.py` writes:
+
+    root/<uid>/points.npy         [N 3] points of the true surface, uniform in area, in the world of the poses
+"""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from lrm_jax.data import folders, samples, splits
+from lrm_jax.types import Cameras, InputError
+
+SOURCE_ELEVATION = (5.0, 35.0)  # degrees, both included: as photographs are taken
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """One object. Cameras are NumPy, OpenCV axes, in the world of the data."""
+
+    folder: Path  # absolute
+    source: np.ndarray  # uint8 [H H 4] straight alpha, the whole picture
+    source_camera: Cameras  # []
+    targets: np.ndarray  # uint8 [V S S 4] straight alpha
+    target_cameras: Cameras  # [V]
+    points: np.ndarray | None  # float64 [N 3] world; None: not known
+    no_points: str  # why not
+
+    @property
+    def uid(self) -> str:
+        return self.folder.name
+
+
+def find(root: Path, split: str) -> list[Path]:
+    """The folders of a split's objects, by name; "all" is both splits.
+
+    Raises:
+      InputError: no such folder, or no object in it or in the split.
+    """
+    uids = folders.find(root)
+    return [root / uids[i] for i in splits.select(uids, split, str(root))]
+
+
+def read(folder: Path, num_targets: int, size: int) -> HeldOut:
+    """Reads an object: the first view in SOURCE_ELEVATION as source, and as targets others, evenly spread over their order.
+
+    Args:
+      num_targets: V.
+      size: S, the side to which the target pictures are scaled.
+
+    Raises:
+      InputError: a file is missing, damaged or of another shape; no view can be the source; too few views.
+    """
+    cameras = folders.read_cameras(folder)
+    if cameras.size[0] != cameras.size[1]:
+        raise InputError(f"its pictures are {cameras.size[0]}x{cameras.size[1]}, not square")
+    in_band = np.flatnonzero(samples.in_band(cameras.c2w, SOURCE_ELEVATION))
+    if not len(in_band):
+        low, high = SOURCE_ELEVATION
+        raise InputError(f"no view has an elevation of {low:g} to {high:g} degrees")
+    source, count = in_band[0], len(cameras.pictures)
+    if count <= num_targets:
+        raise InputError(f"{count} views for a source and {num_targets} targets: lower --views")
+    others = np.delete(np.arange(count), source)
+    chosen = others[np.arange(num_targets) * len(others) // num_targets]
+    points, no_points = _points(folder / "points.npy")
+    return HeldOut(
+        folder=folder.absolute(),
+        source=folders.read_picture(cameras, source),
+        source_camera=_at(cameras, source),
+        targets=np.stack([samples.shrink(folders.read_picture(cameras, i), size) for i in chosen]),
+        target_cameras=_at(cameras, chosen),
+        points=points,
+        no_points=no_points,
+    )
+
+
+def _at(cameras: folders.Cameras, views) -> Cameras:
+    c2w, fxfycxcy = cameras.c2w[views], cameras.fxfycxcy[views]
+    return Cameras(c2w=c2w.astype(np.float32), fxfycxcy=fxfycxcy.astype(np.float32))
+
+
+def _points(path: Path) -> tuple[np.ndarray | None, str]:
+    """The points, or why there are none: pictures can be compared without."""
+    try:
+        points = np.load(path)
+    except FileNotFoundError:
+        return None, "points.npy is missing: render with tools/render_objects.py"
+    except Exception as error:  # numpy raises ValueError, EOFError, OSError, SyntaxError ...
+        return None, f"points.npy cannot be read ({type(error).__name__})"
+    if points.ndim != 2 or points.shape[1] != 3 or not len(points):
+        return None, f"points.npy has shape {points.shape}, not (N, 3)"
+    if not np.isfinite(points).all():
+        return None, "points.npy has values that are not finite"
+    return points.astype(np.float64), ""

@@ -1,0 +1,488 @@
+"""`lrm evaluate`: how near a model comes to objects that are known from all sides.
+
+    lrm evaluate --data data/kaykit --split val --baseline-data data/kaykit         the bundled model
+    lrm evaluate --weights hf:stabilityai/TripoSR --data data/gso --lpips lpips_vgg16.safetensors
+
+One view of each object is given to the model. Other views are compared with what it renders (PSNR, SSIM, LPIPS, foreground
+IoU), the surface that it finds with the true one (Chamfer distance, F-scores), and both with the mean object, a guess that looks
+at no picture. Prints a table; leaves `evaluation.json` and `evaluation.html`. An object that cannot be read, or has no
+surface, is named and left out of the means.
+"""
+
+import argparse
+import collections
+import dataclasses
+import functools
+import itertools
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from lrm_jax import (
+    convert,
+    evaluation_page,
+    lpips,
+    mean_object,
+    metrics,
+    models,
+    report,
+    surface_metrics,
+)
+from lrm_jax.data import held_out, samples
+from lrm_jax.data.held_out import HeldOut
+from lrm_jax.ops import cameras as ops_cameras
+from lrm_jax.ops import images, surface
+from lrm_jax.reconstruct import versions
+from lrm_jax.types import Cameras, InputError, Views
+
+PICTURE_NAMES = ("psnr", "ssim", "lpips", "iou")
+NAMES = (*PICTURE_NAMES, *surface_metrics.NAMES)
+# Families whose world is that of the source camera; the others' is upright, with the source at azimuth 0.
+SEEN_BY_SOURCE = ("lrm",)
+BATCH = 4  # objects that go through the model together
+
+
+def main(argv: list[str]) -> int:
+    """Runs `lrm evaluate`. Returns the exit code: 0 where at least one object could be evaluated."""
+    args = parse(argv)
+    stages = report.Stages()
+    report.check_writable(args.out)
+    folders = held_out.find(args.data, args.split)
+    network = None if args.lpips is None else lpips.load(args.lpips)
+    with stages("load", f" {args.weights or 'the bundled model'}"):
+        model, params, info = convert.load_weights(args.weights)
+    if not hasattr(model, "prepare"):
+        raise InputError(
+            f"{info['family']} does not take single pictures: give weights of another family"
+        )
+    args.scale = args.scale or ("data" if info["training"] else "picture")
+    programs = compiled(model, params, network, args.size)
+    with stages("average", " the mean object"):
+        others, baseline_from = baseline_objects(args, folders)
+        read = (item for _, item in read_ahead(others, args) if isinstance(item, HeldOut))
+        mean = mean_object.average(read, args.size)
+    with stages("evaluate", f" {len(folders)} objects of {args.data}"):
+        results, skipped = evaluate(model, programs, mean, folders, args)
+    tell(skipped)
+    if not results:
+        uid, cause = next(iter(skipped.items()))
+        raise InputError(
+            f"{args.data}: none of {len(folders)} objects can be used: the first, {uid}: {cause}"
+        )
+    summary = summarize(results, skipped) | {
+        "protocol": protocol(args, model, baseline_from),
+        "model": {k: info[k] for k in ("family", "variant", "path", "training")},
+        "data": {"path": str(args.data), "split": args.split, "objects": len(folders)},
+        "seconds": stages.seconds,
+        "versions": versions(),
+    }
+    page = evaluation_page.page(summary, {uid: x.strip for uid, x in results.items()})
+    text = json.dumps(summary, indent=2, default=str, allow_nan=False)
+    files = {"evaluation.json": text.encode(), "evaluation.html": page}
+    report.write_files(args.out, files)
+    print(evaluation_page.table(summary))
+    stages.say(f"done: {', '.join(str(args.out / name) for name in files)}")
+    return 0
+
+
+def baseline_objects(args: argparse.Namespace, folders: list[Path]) -> tuple[list[Path], str]:
+    """The objects that the mean object is made of, and what to say about them."""
+    if args.baseline_data is None:
+        where = "of the other evaluated objects, which favours it: give --baseline-data"
+        return folders, where
+    others = held_out.find(args.baseline_data, "train")
+    return others, f"of the {len(others)} training objects of {args.baseline_data}"
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The arguments, checked."""
+    parser = argparse.ArgumentParser(
+        prog="lrm evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add(
+        "--data",
+        type=Path,
+        required=True,
+        help="folder of rendered objects (tools/render_objects.py)",
+    )
+    add(
+        "--weights",
+        help="model file, reference checkpoint, folder, training workdir, or hf:ORG/NAME (default: the bundled model)",
+    )
+    add("--out", type=Path, default=Path("out"), help="folder for the results (default: out)")
+    add(
+        "--split",
+        choices=("all", "val", "train"),
+        default="all",
+        help="which objects: val are those that training on this folder holds out (default: all)",
+    )
+    add("--views", type=int, default=8, help="target views of each object (default: 8)")
+    add("--size", type=int, default=128, help="side of the compared pictures (default: 128)")
+    add(
+        "--resolution",
+        type=int,
+        default=128,
+        help="lattice points along an axis of the surface's grid (default: 128)",
+    )
+    add(
+        "--lpips", metavar="FILE", help=f"weights of LPIPS; without, it is left out: {lpips.REMEDY}"
+    )
+    add(
+        "--baseline-data",
+        type=Path,
+        metavar="DIR",
+        help="folder whose training objects the mean object is made of (default: the other evaluated objects, which favours it)",
+    )
+    add(
+        "--scale",
+        choices=("data", "picture"),
+        help="data: objects have the size in the model's world that they have in the data's, as where it was trained by `lrm train`; "
+        "picture: the size that they seem to have from the source camera that the model assumes (default: data for "
+        "models with a record of training, picture for the references' checkpoints)",
+    )
+    args = parser.parse_args(argv)
+    for name, low, high in (("views", 1, 1000), ("size", 16, 2048), ("resolution", 8, 2048)):
+        if not low <= getattr(args, name) <= high:
+            raise InputError(
+                f"--{name} {getattr(args, name)} is out of range: choose {low} to {high}"
+            )
+    return args
+
+
+def protocol(args: argparse.Namespace, model, baseline_from: str) -> dict[str, str | dict]:
+    """What was measured, in words."""
+    low, high = held_out.SOURCE_ELEVATION
+    world = (
+        "that of the source camera (0, -d, 0), looking along +y"
+        if models.name_of(model) in SEEN_BY_SOURCE
+        else "the data's, turned about its vertical so that the source camera is at azimuth 0"
+    )
+    scale = {
+        "data": "as in the data",
+        "picture": "by the size in the source picture: that which the model's assumed source camera would see",
+    }
+    return {
+        "source": f"the first view with an elevation of {low:g} to {high:g} degrees, prepared as `lrm reconstruct` does",
+        "targets": f"{args.views} other views, evenly spread over their order, {args.size} x {args.size} pixels, on white",
+        "world": f"the model's is {world}; scale: {scale[args.scale]}",
+        "psnr": "dB, of a view; an object's value is the mean over its target views",
+        "ssim": "Gaussian window of 11 pixels, sigma 1.5, of a view, in colour",
+        "lpips": "VGG16, version 0.1, of a view" if args.lpips else f"not computed: {lpips.REMEDY}",
+        "iou": "of the foregrounds (alpha above 0.5) of a view",
+        "surface": f"where the field is {getattr(model, 'surface_level', None)}, on {args.resolution}^3 lattice points"
+        if hasattr(model, "query")
+        else "this family has none",
+        "surface metrics": surface_metrics.PROTOCOL,
+        "unaligned": "the same surface metrics in the data's own world and unit: nothing is normalised or aligned",
+        "baseline": f"the mean {baseline_from}; of two guesses at the pictures, and two at the surface, the better one",
+    }
+
+
+# -- on the device
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """The model and the metrics, each compiled for one shape."""
+
+    predict: Callable  # (source Views[B 1], Cameras[B V]) -> scene, rgb on white [B V S S 3], alpha [B V S S] or None
+    compare: Callable  # (rgb, alpha or None, true rgb, true alpha) -> dict of [B V]
+    compare_guess: Callable  # the same without LPIPS, which takes longer than all else
+    field: Callable | None  # (scene [1 ...], xyz [Q 3]) -> [Q]; None: the family has no surface
+
+
+def compiled(model, params, network, size: int) -> Programs:
+    """The programs for pictures of a size; `network` is of LPIPS, or None."""
+
+    @jax.jit
+    def predict(params, source: Views, targets: Cameras):
+        variables = {"params": params}
+        scene = model.apply(variables, source, method="encode")
+        rays = ops_cameras.pixel_rays(targets, size, size)
+        rendering = model.apply(variables, scene, rays, method="render")
+        if rendering.alpha is None:
+            return scene, rendering.rgb, None
+        return scene, rendering.rgb + (1 - rendering.alpha[..., None]), rendering.alpha
+
+    @jax.jit
+    def compare(network, rgb, alpha, target_rgb, target_alpha):
+        rgb = rgb.clip(0, 1)
+        found = {"psnr": metrics.psnr(rgb, target_rgb), "ssim": metrics.ssim(rgb, target_rgb)}
+        if alpha is not None:
+            found["iou"] = metrics.iou(alpha, target_alpha)
+        if network is not None:
+            found["lpips"] = lpips.distance(network, rgb, target_rgb)
+        return found
+
+    @jax.jit
+    def field(params, scene, xyz):
+        return model.apply({"params": params}, scene, xyz[None], method="query")[0][0]
+
+    return Programs(
+        predict=functools.partial(predict, params),
+        compare=functools.partial(compare, jax.device_put(network)),
+        compare_guess=functools.partial(compare, None),
+        field=functools.partial(field, params) if hasattr(model, "query") else None,
+    )
+
+
+# -- the worlds of the data and of the model
+
+
+def world_of(
+    model, source: np.ndarray, camera: Cameras, assumed: Cameras, scale: str
+) -> np.ndarray:
+    """The similarity [4 4] that takes points of the data's world to where the model has them, given the source view.
+
+    Args:
+      source: uint8 [H H 4], the whole source picture.
+      camera: the true one of the source picture.
+      assumed: the one that `model.prepare` takes the picture that it has made of it to be seen by.
+      scale: "data": none. "picture": what the true camera sees of the data's world, the assumed one sees as large of the model's.
+    """
+    normalize = "source" if models.name_of(model) in SEEN_BY_SOURCE else "azimuth"
+    motion = samples.world_motion(np.asarray(camera.c2w), normalize).astype(np.float64)
+    if scale == "data":
+        return motion
+    ratio = getattr(model, "foreground_ratio", None)
+    side = len(source) if ratio is None else len(images.recenter_foreground(source, ratio))
+    focal = camera.fxfycxcy[1] * len(source) / side
+    size = focal / np.linalg.norm(camera.c2w[:3, 3])
+    assumed_size = assumed.fxfycxcy[1] / np.linalg.norm(assumed.c2w[:3, 3])
+    return np.diag([*(size / assumed_size).repeat(3), 1]) @ motion
+
+
+def moved(world: np.ndarray, c2w: np.ndarray) -> np.ndarray:
+    """Poses [*B 4 4] in the world that a similarity [4 4] leads to."""
+    poses = world @ c2w
+    poses[..., :3, :3] /= np.cbrt(np.linalg.det(world[:3, :3]))
+    return poses.astype(np.float32)
+
+
+# -- object by object
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """One object as the model is given it: cameras in its world."""
+
+    item: HeldOut
+    source: Views  # [1 1]
+    targets: Cameras  # [V]
+    world: np.ndarray  # [4 4] from the data's world to the model's
+
+
+@dataclasses.dataclass
+class Result:
+    """What is known of one object. Values that do not exist are absent."""
+
+    scores: dict[str, float]
+    guesses: dict[str, dict[str, float]]  # scores of the mean object's, by name
+    strip: bytes  # its pictures, for the page
+    unaligned: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+def evaluate(
+    model, programs: Programs, mean, folders: list[Path], args: argparse.Namespace
+) -> tuple[dict[str, Result], dict[str, str]]:
+    """Results by uid; and the causes by uid of what is absent: of the whole object, or of its surface metrics."""
+    results, skipped, jobs = {}, {}, {}
+    shapes = mean_object.shapes(mean, surface_metrics.NUM_POINTS, np.random.default_rng(0))
+    # The device is fed from this thread; surfaces are aligned beside it.
+    with ThreadPoolExecutor() as pool:
+        items = given(model, folders, skipped, args)
+        while group := list(itertools.islice(items, BATCH)):
+            scene, found = predict(programs, mean, group)
+            for i, (x, result) in enumerate(zip(group, found, strict=True)):
+                uid = x.item.uid
+                if result is None:
+                    skipped[uid] = "what the model renders of it is not finite"
+                    continue
+                results[uid] = result
+                try:
+                    one = jax.tree.map(lambda x, i=i: x[i : i + 1], scene)
+                    points = surface_points(model, programs, one, x, args.resolution)
+                except InputError as error:
+                    skipped[uid] = f"no surface metrics: {error}"
+                else:
+                    jobs[uid] = pool.submit(score_surface, points, x.item.points, shapes)
+        for uid, job in report.progress(jobs.items(), len(jobs), "surfaces"):
+            try:
+                scores, results[uid].unaligned, guesses = job.result()
+            except InputError as error:
+                skipped[uid] = f"no surface metrics: {error}"
+            else:
+                results[uid].scores |= scores
+                results[uid].guesses |= guesses
+    return results, skipped
+
+
+def tell(skipped: dict[str, str]) -> None:
+    """What is left out of the means, on stderr: one line for a cause."""
+    by_cause = {}
+    for uid, cause in skipped.items():
+        by_cause.setdefault(cause, []).append(uid)
+    for cause, uids in by_cause.items():
+        names = ", ".join(uids[:5]) + (f" and {len(uids) - 5} more" if len(uids) > 5 else "")
+        print(f"lrm: {names}: {cause}", file=sys.stderr, flush=True)
+
+
+def read_ahead(
+    folders: list[Path], args: argparse.Namespace
+) -> Iterator[tuple[Path, HeldOut | InputError]]:
+    """Each object in turn, or what is wrong with it; threads decode the next ones meanwhile."""
+
+    def read(folder: Path) -> HeldOut | InputError:
+        try:
+            return held_out.read(folder, args.views, args.size)
+        except InputError as error:
+            return error
+
+    with ThreadPoolExecutor() as pool:
+        jobs = collections.deque()
+        for i, folder in enumerate(report.progress(folders, len(folders), "objects")):
+            while len(jobs) < min(2 * BATCH, len(folders) - i):
+                jobs.append(pool.submit(read, folders[i + len(jobs)]))
+            yield folder, jobs.popleft().result()
+
+
+def given(
+    model, folders: list[Path], skipped: dict[str, str], args: argparse.Namespace
+) -> Iterator[Given]:
+    """The objects that can be evaluated; notes the others."""
+    for folder, item in read_ahead(folders, args):
+        if isinstance(item, HeldOut) and item.source[..., 3].any():
+            yield prepare(model, item, args.scale)
+        elif isinstance(item, HeldOut):
+            skipped[folder.name] = "its source view is transparent everywhere"
+        else:
+            skipped[folder.name] = str(item)
+
+
+def prepare(model, item: HeldOut, scale: str) -> Given:
+    """The source picture as the model takes it, and the cameras in its world."""
+    view = jax.tree.map(np.asarray, model.prepare([item.source]))
+    assumed = jax.tree.map(lambda x: x[0, 0], view.cameras)
+    world = world_of(model, item.source, item.source_camera, assumed, scale)
+    if scale == "data" and models.name_of(model) in SEEN_BY_SOURCE:
+        true = jax.tree.map(lambda x: x[None, None], item.source_camera)
+        view = view.replace(cameras=true.replace(c2w=moved(world, true.c2w)))
+    targets = item.target_cameras.replace(c2w=moved(world, item.target_cameras.c2w))
+    return Given(item, view, targets, world)
+
+
+def predict(programs: Programs, mean, group: list[Given]) -> tuple[Any, list[Result | None]]:
+    """Their scenes, and what their pictures score; None where these are not finite."""
+    # Filled up, so that a last group of fewer objects is not compiled anew.
+    full = group + group[-1:] * (BATCH - len(group))
+    source = jax.tree.map(lambda *x: np.concatenate(x), *(x.source for x in full))
+    cameras = jax.tree.map(lambda *x: np.stack(x), *(x.targets for x in full))
+    scene, rgb, alpha = programs.predict(source, cameras)
+    target = mean_object.premultiplied(np.stack([x.item.targets for x in full]))
+    target_rgb, target_alpha = on_white(target), target[..., 3]
+    scores = programs.compare(rgb, alpha, target_rgb, target_alpha)
+    guesses = [mean_object.pictures(mean, x.item) for x in full]
+    guesses = jax.tree.map(lambda *x: np.stack(x), *guesses)
+    guesses = {
+        name: programs.compare_guess(on_white(x), x[..., 3], target_rgb, target_alpha)
+        for name, x in guesses.items()
+    }
+    scores, guesses, rgb = jax.tree.map(np.asarray, (scores, guesses, rgb))
+    results = []
+    for i, x in enumerate(group):
+        if not np.isfinite(rgb[i]).all():
+            results.append(None)
+            continue
+        mine = {name: float(value[i].mean()) for name, value in scores.items()}
+        theirs = {
+            guess: {name: float(value[i].mean()) for name, value in values.items()}
+            for guess, values in guesses.items()
+        }
+        strip = evaluation_page.strip(x.item.source, target_rgb[i], rgb[i])
+        results.append(Result(mine, theirs, strip))
+    return scene, results
+
+
+def on_white(premultiplied: np.ndarray) -> np.ndarray:
+    """[*B 4] to [*B 3]."""
+    return premultiplied[..., :3] + (1 - premultiplied[..., 3:])
+
+
+def surface_points(model, programs: Programs, scene, x: Given, resolution: int) -> np.ndarray:
+    """Points [NUM_POINTS 3] on the surface of one scene [1 ...], in the world of the data.
+
+    Raises:
+      InputError: there is no surface, or no true one to compare it with.
+    """
+    if programs.field is None:
+        raise InputError("this family has no surface")
+    if x.item.points is None:
+        raise InputError(x.item.no_points)
+    field = functools.partial(programs.field, scene)
+    vertices, faces = surface.extract(field, resolution, model.radius, model.surface_level)
+    rng = np.random.default_rng(0)
+    points = surface_metrics.sample_surface(vertices, faces, surface_metrics.NUM_POINTS, rng)
+    back = np.linalg.inv(x.world)
+    return points @ back[:3, :3].T + back[:3, 3]
+
+
+def score_surface(
+    points: np.ndarray, truth: np.ndarray, shapes: dict[str, np.ndarray]
+) -> tuple[dict[str, float], dict[str, float], dict[str, dict[str, float]]]:
+    """Scores of predicted points: aligned, unaligned, and those of the guesses at the surface."""
+    truth = np.random.default_rng(0).permutation(truth)[: surface_metrics.NUM_POINTS]
+    guesses = {name: surface_metrics.aligned_scores(x, truth) for name, x in shapes.items()}
+    aligned = surface_metrics.aligned_scores(points, truth)
+    return aligned, surface_metrics.scores(points, truth), guesses
+
+
+# -- all in all
+
+
+def summarize(results: dict[str, Result], skipped: dict[str, str]) -> dict:
+    """Means over the objects that have a value, and all that they are made of; None: no object has it."""
+    scores = {uid: x.scores for uid, x in results.items()}
+    guesses = {}
+    for result in results.values():
+        for guess, values in result.guesses.items():
+            guesses.setdefault(guess, []).append(values)
+    by_guess = {guess: over(values, np.mean) for guess, values in guesses.items()}
+    pictures = max(mean_object.PICTURES, key=lambda guess: by_guess[guess]["psnr"])
+    shapes = [guess for guess in mean_object.SHAPES if guess in by_guess]
+    shape = min(shapes, key=lambda guess: by_guess[guess]["chamfer"], default=None)
+    best = by_guess[pictures] | {
+        name: by_guess[shape][name] if shape else None for name in surface_metrics.NAMES
+    }
+    unaligned = {uid: x.unaligned for uid, x in results.items() if x.unaligned}
+    return {
+        "mean": over(scores.values(), np.mean),
+        "median": over(scores.values(), np.median),
+        "count": {name: sum(name in x for x in scores.values()) for name in NAMES},
+        "baseline": {"mean": best, "pictures": pictures, "surface": shape, "guesses": by_guess},
+        "unaligned": {
+            "mean": {
+                name: value
+                for name, value in over(unaligned.values(), np.mean).items()
+                if name in surface_metrics.NAMES
+            },
+            "objects": unaligned,
+        },
+        "skipped": skipped,
+        "objects": {uid: {name: x.get(name) for name in NAMES} for uid, x in scores.items()},
+    }
+
+
+def over(rows: Iterable[dict[str, float]], function: Callable) -> dict[str, float | None]:
+    """The mean, or the median, of each value over the objects that have it."""
+    rows = list(rows)
+    columns = {name: [x[name] for x in rows if name in x] for name in NAMES}
+    return {name: float(function(x)) if x else None for name, x in columns.items()}

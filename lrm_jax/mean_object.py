@@ -1,0 +1,110 @@
+"""The guess that looks at no picture, beside which a model's scores are printed: the mean of other objects.
+
+For pictures the mean of their target views; for surfaces a box or an ellipsoid of their mean extents. There are two of
+each; the evaluation takes the one that scores better.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from lrm_jax.data.held_out import HeldOut
+
+PICTURES = ("mean picture", "mean picture by view")
+SHAPES = ("mean box", "mean ellipsoid")
+NUM_AZIMUTHS, NUM_ELEVATIONS = 8, 6  # bins of 45 and 30 degrees
+
+
+@dataclasses.dataclass(frozen=True)
+class MeanObject:
+    """Sums over some objects' target views, in A x E bins: by azimuth from the source's, and by elevation."""
+
+    members: frozenset[Path]  # the objects' folders
+    total: np.ndarray  # [A E S S 4] float64, premultiplied RGBA
+    whole: np.ndarray  # [S S 4] over all bins
+    seen: np.ndarray  # [A E] views
+    extents: (
+        np.ndarray | None
+    )  # [3] mean sides of the bounding box, world axes; None: no object has points
+
+
+def average(objects: Iterable[HeldOut], size: int) -> MeanObject:
+    """The mean object.
+
+    Args:
+      objects: any number; of none, it is white everywhere.
+      size: S of their target pictures.
+    """
+    total = np.zeros((NUM_AZIMUTHS, NUM_ELEVATIONS, size, size, 4))
+    seen = np.zeros((NUM_AZIMUTHS, NUM_ELEVATIONS), int)
+    members, extents = set(), []
+    for item in objects:
+        members.add(item.folder)
+        bins = _bins(item)
+        np.add.at(total, bins, premultiplied(item.targets))
+        np.add.at(seen, bins, 1)
+        if item.points is not None:
+            extents.append(np.ptp(item.points, axis=0))
+    return MeanObject(
+        members=frozenset(members),
+        total=total,
+        whole=total.sum((0, 1)),
+        seen=seen,
+        extents=np.mean(extents, axis=0) if extents else None,
+    )
+
+
+def pictures(mean: MeanObject, item: HeldOut) -> dict[str, np.ndarray]:
+    """The guesses [V S S 4] at the object's target views, float32 premultiplied RGBA in [0, 1], by name.
+
+    An object that is in the mean is taken out of it first: with few objects in a bin, it would be guessed from itself.
+    """
+    bins = _bins(item)
+    total, seen = mean.total[bins], mean.seen[bins]
+    whole, views = mean.whole, mean.seen.sum()
+    if item.folder in mean.members:
+        own = premultiplied(item.targets)
+        same = (bins[0][:, None] == bins[0]) & (bins[1][:, None] == bins[1])  # [V V]
+        total = total - np.einsum("vw,w...->v...", same, own)
+        seen = seen - same.sum(1)
+        whole, views = whole - own.sum(0), views - len(own)
+    whole = np.broadcast_to(whole / max(views, 1), total.shape)
+    count = seen[:, None, None, None]
+    by_view = np.where(count > 0, total / np.maximum(count, 1), whole)
+    return dict(zip(PICTURES, (x.astype(np.float32) for x in (whole, by_view)), strict=True))
+
+
+def shapes(mean: MeanObject, count: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Points [count 3] on the guesses at the surface, uniform in area, by name; none where the extents are not known."""
+    if mean.extents is None:
+        return {}
+    sphere = rng.normal(size=(4 * count, 3))
+    sphere /= np.linalg.norm(sphere, axis=-1, keepdims=True)
+    half = np.maximum(mean.extents / 2, 1e-6)
+    # Stretching the sphere by `half` stretches the area around each point by this, up to a constant.
+    stretch = np.linalg.norm(sphere / half, axis=-1)
+    kept = sphere[rng.uniform(0, 1 / half.min(), len(sphere)) < stretch]
+    ellipsoid = rng.choice(kept, count) * half
+    box = rng.uniform(-1, 1, (count, 3))
+    area = np.prod(half) / half  # of the faces at right angles to each axis
+    axis = rng.choice(3, count, p=area / area.sum())
+    box[np.arange(count), axis] = rng.choice([-1.0, 1.0], count)
+    return dict(zip(SHAPES, (box * half, ellipsoid), strict=True))
+
+
+def premultiplied(rgba: np.ndarray) -> np.ndarray:
+    """uint8 [*B S S 4] with straight alpha to float32 in [0, 1], premultiplied."""
+    straight = rgba.astype(np.float32) / 255
+    return np.concatenate([straight[..., :3] * straight[..., 3:], straight[..., 3:]], -1)
+
+
+def _bins(item: HeldOut) -> tuple[np.ndarray, np.ndarray]:
+    """Of each target view: where its azimuth from the source's is nearest to, and its elevation."""
+    source, eye = item.source_camera.c2w[:3, 3], item.target_cameras.c2w[:, :3, 3]
+    azimuth = np.arctan2(eye[:, 1], eye[:, 0]) - np.arctan2(source[1], source[0])
+    elevation = np.arctan2(eye[:, 2], np.hypot(eye[:, 0], eye[:, 1]))
+    column = np.rint(azimuth / (2 * np.pi) * NUM_AZIMUTHS).astype(int) % NUM_AZIMUTHS
+    row = np.floor((elevation / np.pi + 0.5) * NUM_ELEVATIONS).astype(int)
+    return column, np.clip(row, 0, NUM_ELEVATIONS - 1)

@@ -1,0 +1,382 @@
+"""The command with a model that knows the answer, so that every change of world and unit on the way shows."""
+
+import functools
+import json
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from PIL import Image
+
+from lrm_jax import (
+    __main__,
+    convert,
+    evaluate,
+    evaluation_page,
+    lpips,
+    mean_object,
+    models,
+    surface_metrics,
+)
+from lrm_jax.data import held_out
+from lrm_jax.ops import cameras
+from lrm_jax.types import Cameras, InputError, Rays, Rendering, Views
+
+SIZE, FOV, DISTANCE = 48, 45.0, 2.8
+SOURCE = (50.0, 20.0)  # azimuth, elevation
+BALLS = np.array([[0.5, 0.1, -0.3], [-0.3, 0.4, 0.2], [-0.1, -0.4, 0.3]])
+RADII = np.array([0.45, 0.3, 0.25])
+COLORS = np.array([[0.9, 0.2, 0.1], [0.1, 0.8, 0.2], [0.2, 0.3, 0.9]])
+
+
+@jax.numpy_rank_promotion("allow")
+@jax.jit
+def draw(rays: Rays, balls, radii) -> Rendering:
+    """The balls as seen by rays, in flat colours."""
+    offset = rays.origins[..., None, :] - balls
+    along = (offset * rays.dirs[..., None, :]).sum(-1)
+    squared = along**2 - (offset**2).sum(-1) + radii**2
+    depth = jnp.where(squared > 0, -along - jnp.sqrt(jnp.maximum(squared, 0)), jnp.inf)
+    hit = (squared > 0).any(-1)
+    rgb = jnp.where(hit[..., None], jnp.asarray(COLORS)[depth.argmin(-1)], 0.0)
+    return Rendering(rgb=rgb, alpha=hit.astype(jnp.float32))
+
+
+@functools.cache
+def picture(azimuth: float, elevation: float) -> np.ndarray:
+    seen = draw(cameras.pixel_rays(camera(azimuth, elevation), SIZE, SIZE), BALLS, RADII)
+    rgba = np.concatenate([seen.rgb, seen.alpha[..., None]], -1)
+    return np.rint(rgba * 255).astype(np.uint8)
+
+
+class Oracle(nn.Module):
+    """Knows the balls; `world` takes the data's world to its own."""
+
+    world: tuple = tuple(map(tuple, np.eye(4)))
+    broken: bool = False
+    radius: float = 1.0
+    surface_level: float = 0.0
+    distance: float = DISTANCE
+
+    def _balls(self):
+        world = np.array(self.world)
+        scale = np.cbrt(np.linalg.det(world[:3, :3]))
+        return BALLS @ world[:3, :3].T + world[:3, 3], RADII * scale
+
+    def prepare(self, rgba):
+        camera = cameras.orbit(1, self.distance, 0.0, FOV)
+        return Views(rgb=jnp.stack([x[None, ..., :3] / 255 for x in rgba]), cameras=jax.tree.map(lambda x: x[None], camera))  # fmt: skip
+
+    def encode(self, source):
+        return {"level": jnp.full(source.rgb.shape[0], jnp.nan if self.broken else 0.0)}
+
+    def render(self, scene, rays, key=None):
+        rendering = draw(rays, *(jnp.asarray(x, jnp.float32) for x in self._balls()))
+        return rendering.replace(rgb=rendering.rgb + scene["level"][:, None, None, None, None])
+
+    @jax.numpy_rank_promotion("allow")
+    def query(self, scene, xyz):
+        balls, radii = self._balls()
+        field = (radii - jnp.linalg.norm(xyz[..., None, :] - balls, axis=-1)).max(-1)
+        return field + scene["level"][:, None], jnp.ones_like(xyz)
+
+
+def camera(azimuth: float, elevation: float) -> Cameras:
+    one = cameras.orbit(1, DISTANCE, elevation, FOV, azimuth)
+    return jax.tree.map(lambda x: np.asarray(x[0]), one)
+
+
+def write_object(folder: Path, num_views: int = 5, points: bool = True) -> None:
+    """View 0 is from too high; view 1 is the source."""
+    views = [(10.0, 60.0), SOURCE, *((70.0 * i, 5.0 * i) for i in range(1, num_views - 1))]
+    for name in ("rgba", "pose"):
+        (folder / name).mkdir(parents=True)
+    for i, view in enumerate(views):
+        one = camera(*view)
+        Image.fromarray(picture(*view)).save(folder / "rgba" / f"{i:03d}.png")
+        blender = np.asarray(cameras.opencv_to_opengl(jnp.asarray(one.c2w)))[:3]
+        np.save(folder / "pose" / f"{i:03d}.npy", blender)
+    focal = one.fxfycxcy[0] * SIZE
+    np.save(folder / "intrinsics.npy", np.array([[focal] * 2, [SIZE / 2] * 2, [SIZE] * 2]))
+    if points:
+        rng = np.random.default_rng(1)
+        dirs = rng.normal(size=(12000, 3))
+        dirs /= np.linalg.norm(dirs, axis=-1, keepdims=True)
+        ball = rng.choice(3, len(dirs), p=RADII**2 / (RADII**2).sum())
+        xyz = BALLS[ball] + RADII[ball, None] * dirs
+        inside = (np.linalg.norm(xyz[:, None] - BALLS, axis=-1) < RADII - 1e-6).any(-1)
+        np.save(folder / "points.npy", xyz[~inside].astype(np.float32))
+
+
+def upright() -> np.ndarray:
+    a = np.radians(-SOURCE[0])
+    world = np.eye(4)
+    world[:2, :2] = [[np.cos(a), -np.sin(a)], [np.sin(a), np.cos(a)]]
+    return world
+
+
+def seen_by_source() -> np.ndarray:
+    there = np.eye(4)
+    there[:3] = [[1, 0, 0, 0], [0, 0, 1, -DISTANCE], [0, -1, 0, 0]]
+    return there @ np.linalg.inv(camera(*SOURCE).c2w.astype(float))
+
+
+@pytest.fixture
+def lrm(tmp_path, monkeypatch, capfd):
+    """Runs `lrm evaluate` in a fresh folder, with a model that is given: exit code, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(__main__, "_use_compilation_cache", lambda: None)
+    for name, value in {"NUM_POINTS": 3000, "NUM_AZIMUTHS": 8, "ICP_STEPS": 5}.items():
+        monkeypatch.setattr(surface_metrics, name, value)
+
+    def run(*argv: str, model=None) -> tuple[int, str, str]:
+        if model is not None:
+            info = {"family": "oracle", "variant": "", "path": "oracle", "training": {"steps": 1}}
+            monkeypatch.setattr(convert, "load_weights", lambda _: (model, {}, info))
+        options = ["--size", str(SIZE), "--views", "3", "--resolution", "40"]
+        code = __main__.main(["evaluate", *options, *argv])
+        return code, *capfd.readouterr()
+
+    return run
+
+
+def read_summary(path: str = "out/evaluation.json") -> dict:
+    return json.loads(Path(path).read_text())
+
+
+@pytest.mark.parametrize("frame", ["azimuth", "source"])
+def test_a_model_that_knows_the_answer_scores_as_such(lrm, monkeypatch, frame):
+    write_object(Path("data/a"))
+    write_object(Path("data/b"))
+    world = {"azimuth": upright, "source": seen_by_source}[frame]()
+    families = {"azimuth": (), "source": (Oracle.__module__,)}[frame]
+    monkeypatch.setattr(evaluate, "SEEN_BY_SOURCE", families)
+    code, stdout, _ = lrm("--data", "data", model=Oracle(tuple(map(tuple, world))))
+    assert code == 0
+    summary = read_summary()
+    mean = summary["mean"]
+    # 8 bits, and a pixel or two of an outline that float32 decides otherwise.
+    assert mean["psnr"] > 30 and mean["ssim"] > 0.98 and mean["iou"] > 0.98
+    assert mean["lpips"] is None
+    # 3000 points on an area of about 4: the nearest is 0.02 away, twice that where the box is 2 instead of 1.3.
+    assert summary["unaligned"]["mean"]["chamfer"] < 0.03
+    assert mean["chamfer"] < 0.04 and mean["fscore@0.1"] > 0.995
+    assert set(mean) == {"psnr", "ssim", "lpips", "iou", "chamfer", "fscore@0.1", "fscore@0.2", "fscore@0.5"}  # fmt: skip
+    assert set(summary["objects"]["a"]) == set(mean) and set(summary["objects"]) == {"a", "b"}
+    assert summary["skipped"] == {} and summary["count"]["chamfer"] == 2
+    assert {"protocol", "baseline", "median", "model"} <= set(summary)
+    assert re.search(r"^mean +\d", stdout, re.M) and re.search(r"^mean object \(baseline\)", stdout, re.M)  # fmt: skip
+
+
+def test_the_size_in_the_picture_decides_the_scale():
+    ball = np.zeros((200, 200, 4), np.uint8)
+    rows, columns = np.indices((200, 200)) - 99.5
+    ball[np.hypot(rows, columns) < 80] = 255
+    model = models.build("triposr", "tiny")
+    assumed = jax.tree.map(lambda x: np.asarray(x[0, 0]), model.prepare([ball]).cameras)
+    world = evaluate.world_of(model, ball, camera(*SOURCE), assumed, "picture")
+    scale = np.cbrt(np.linalg.det(world[:3, :3]))
+    # What fills 160 of 200 pixels at a distance of 2.8 fills 85 % of the assumed camera's picture, at 1.9.
+    true = 160 / 200 * DISTANCE / camera(*SOURCE).fxfycxcy[0]
+    wanted = 0.85 * assumed.fxfycxcy[0] ** -1 * np.linalg.norm(assumed.c2w[:3, 3])
+    assert scale * true == pytest.approx(wanted, rel=0.02)  # whole pixels
+    np.testing.assert_allclose(world[:3, :3] / scale, upright()[:3, :3], atol=1e-6)
+    poses = evaluate.moved(world, camera(*SOURCE).c2w[None])
+    np.testing.assert_allclose(np.linalg.det(poses[:, :3, :3]), 1, atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(poses[0, :3, 3]), scale * DISTANCE, rtol=1e-5)
+
+
+def test_lrm_is_given_the_normalised_true_camera(tmp_path):
+    write_object(tmp_path / "a")
+    item = held_out.read(tmp_path / "a", 3, SIZE)
+    given = evaluate.prepare(models.build("lrm", "tiny"), item, "data")
+    both = jax.tree.map(
+        lambda one, more: jnp.asarray(np.concatenate([one[None], more])),
+        item.source_camera,
+        item.target_cameras,
+    )
+    wanted = cameras.normalize_to_source(both)
+    np.testing.assert_allclose(given.source.cameras.c2w[0, 0], wanted.c2w[0], atol=1e-5)
+    np.testing.assert_allclose(given.source.cameras.fxfycxcy[0, 0], wanted.fxfycxcy[0])
+    np.testing.assert_allclose(given.targets.c2w, wanted.c2w[1:], atol=1e-5)
+
+
+def test_a_model_file_with_bad_objects_beside_good_ones(lrm, tmp_path):
+    model = models.build("triposr", "tiny", surface_level=0.37)
+    source = Views(rgb=jnp.zeros((1, 1, 32, 32, 3)), cameras=cameras.orbit(1, 2.0, 0.0, 40.0))
+    rays = cameras.pixel_rays(jax.tree.map(lambda x: x[None], source.cameras), 2, 2)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), source, rays)["params"]
+    rng = np.random.default_rng(0)
+
+    def random(x):
+        fan_in = x.shape[-2] if x.ndim > 1 else 100
+        return rng.normal(scale=fan_in**-0.5, size=x.shape).astype(np.float32)
+
+    params = jax.tree.map(random, shapes)
+    convert.save_model(tmp_path / "tiny.safetensors", model, params, {})
+    for name in ("good", "no_points", "nan_pose", "no_picture", "few", "clear"):
+        write_object(Path("data") / name, 3 if name == "few" else 5, name != "no_points")
+    np.save("data/nan_pose/pose/001.npy", np.full((3, 4), np.nan))
+    Path("data/no_picture/rgba/002.png").write_bytes(b"no picture")
+    Image.fromarray(np.zeros((SIZE, SIZE, 4), np.uint8)).save("data/clear/rgba/001.png")
+    code, stdout, stderr = lrm("--data", "data", "--weights", "tiny.safetensors", "--out", "x/y")
+    assert code == 0 and "Traceback" not in stderr
+    summary = read_summary("x/y/evaluation.json")
+    assert set(summary["objects"]) == {"good", "no_points"}
+    causes = {
+        "no_points": "no surface metrics: points.npy is missing",
+        "nan_pose": "pose/001.npy has values that are not finite",
+        "no_picture": "002.png is not a picture",
+        "few": "3 views for a source and 3 targets",
+        "clear": "transparent everywhere",
+    }
+    assert set(summary["skipped"]) == set(causes)
+    for uid, cause in causes.items():
+        assert cause in summary["skipped"][uid]
+        assert re.search(f"^lrm: {uid}: .*{cause}", stderr, re.M)
+    good, other = summary["objects"]["good"], summary["objects"]["no_points"]
+    assert other["chamfer"] is None and summary["count"]["chamfer"] == 1
+    assert summary["mean"]["chamfer"] == pytest.approx(good["chamfer"])
+    assert summary["mean"]["psnr"] == pytest.approx((good["psnr"] + other["psnr"]) / 2)
+    assert "picture" in summary["protocol"]["world"]  # no record of training
+    page = Path("x/y/evaluation.html").read_text()
+    assert page.count('src="data:image/jpeg;base64,') == 2 and "http" not in page.split("<dl>")[0]
+    assert re.findall("<h3>(.*?)</h3>", page) == evaluation_page.worst_first(summary["objects"])
+    assert "<title>tiny.safetensors on data (all)</title>" in page
+
+
+def test_what_is_not_finite_or_has_no_surface_is_named(lrm):
+    write_object(Path("data/a"))
+    code, _, stderr = lrm("--data", "data", model=Oracle(broken=True))
+    assert code == 2 and "not finite" in stderr.splitlines()[-1]
+    code, _, stderr = lrm("--data", "data", model=Oracle(surface_level=5.0))
+    assert code == 0 and re.search(
+        "^lrm: a: no surface metrics: the surface is empty", stderr, re.M
+    )
+    assert read_summary()["mean"]["fscore@0.2"] is None
+
+
+def test_the_mean_object_is_that_of_the_others(tmp_path):
+    for name in ("a", "b", "c"):
+        write_object(tmp_path / name)
+    rgba = np.full((SIZE, SIZE, 4), 255, np.uint8)
+    for view in range(5):
+        Image.fromarray(rgba).save(tmp_path / "c" / "rgba" / f"{view:03d}.png")
+    a, b, c = (held_out.read(tmp_path / name, 3, SIZE) for name in "abc")
+    mean = mean_object.average([a, c], SIZE)
+    of_a, of_b = mean_object.pictures(mean, a), mean_object.pictures(mean, b)
+    np.testing.assert_allclose(of_a["mean picture"], 1, atol=1e-6)
+    np.testing.assert_allclose(of_a["mean picture by view"], 1, atol=1e-6)
+    # b, which is not in it, is as a.
+    wanted = (mean_object.premultiplied(a.targets) + 1) / 2
+    np.testing.assert_allclose(of_b["mean picture by view"], wanted, atol=1e-6)
+    np.testing.assert_allclose(of_b["mean picture"], wanted.mean(0)[None].repeat(3, 0), atol=1e-6)
+    empty = mean_object.pictures(mean_object.average([], SIZE), a)
+    assert all((x == 0).all() for x in empty.values())
+
+
+def test_the_mean_shapes_have_the_mean_extents_and_uniform_points(tmp_path):
+    write_object(tmp_path / "a")
+    mean = mean_object.average([held_out.read(tmp_path / "a", 3, SIZE)], SIZE)
+    shapes = mean_object.shapes(mean, 20000, np.random.default_rng(0))
+    extents = np.ptp(np.load(tmp_path / "a" / "points.npy"), axis=0)
+    np.testing.assert_allclose(np.ptp(shapes["mean box"], axis=0), extents, rtol=1e-6)
+    assert (np.abs(shapes["mean box"] / extents).max(-1) > 0.5 - 1e-6).all()
+    np.testing.assert_allclose(np.linalg.norm(2 * shapes["mean ellipsoid"] / extents, axis=-1), 1)
+    # A flat spheroid (1, 1, 0.01) is two discs: half of its area has a distance to the axis below sqrt(1/2).
+    flat = mean_object.MeanObject(frozenset(), None, None, None, np.array([2, 2, 0.02]))
+    disc = mean_object.shapes(flat, 20000, np.random.default_rng(0))["mean ellipsoid"]
+    share = (np.hypot(disc[:, 0], disc[:, 1]) < np.sqrt(0.5)).mean()
+    assert share == pytest.approx(0.5, abs=0.02)  # five deviations
+
+
+def test_the_baseline_can_come_from_training_objects(lrm):
+    names = [f"x{chr(97 + i)}{chr(97 + j)}y" for i in range(8) for j in range(8)]
+    train = [x for x in names if not held_out.splits.in_validation(x)][:2]
+    val = [x for x in names if held_out.splits.in_validation(x)][:1]
+    for name in train + val:
+        write_object(Path("data") / name)
+    argv = ["--data", "data", "--split", "val", "--baseline-data", "data"]
+    code, _, _ = lrm(*argv, model=Oracle(tuple(map(tuple, upright()))))
+    summary = read_summary()
+    assert code == 0 and list(summary["objects"]) == val
+    assert "2 training objects" in summary["protocol"]["baseline"]
+    # They are all the same object, from the same sides.
+    assert summary["baseline"]["pictures"] == "mean picture by view"
+    assert summary["baseline"]["mean"]["iou"] == 1 and summary["baseline"]["mean"]["psnr"] > 90
+    assert 0.05 < summary["baseline"]["mean"]["chamfer"] < 0.5
+
+
+def test_lpips_is_that_of_the_pictures_on_white(lrm, monkeypatch):
+    write_object(Path("data/a"), points=False)
+    monkeypatch.setattr(lpips, "load", lambda path: {"path": jnp.float32(path == "w.safetensors")})
+    monkeypatch.setattr(
+        lpips, "distance", lambda params, x, y: params["path"] * (x.max((-3, -2, -1)) + 0 * y.sum())
+    )
+    model = Oracle(tuple(map(tuple, upright())))
+    code, _, _ = lrm("--data", "data", "--lpips", "w.safetensors", model=model)
+    assert code == 0 and read_summary()["mean"]["lpips"] == 1
+    assert read_summary()["baseline"]["mean"]["lpips"] is None
+
+
+def test_the_worst_come_first():
+    objects = {"a": {"psnr": 20.0}, "b": {"psnr": 9.5}, "c": {"psnr": 30.0}}
+    assert evaluation_page.worst_first(objects) == ["b", "a", "c"]
+
+
+def test_names_are_escaped_on_the_page():
+    values = {"psnr": 1.0, "iou": None}
+    summary = {
+        "mean": values, "median": values, "count": {"psnr": 1, "iou": 0}, "baseline": {"mean": values},
+        "model": {"path": "<m>"}, "data": {"path": "d", "split": "all", "objects": 1}, "protocol": {"x": {"y": "a & b"}},
+        "skipped": {"<b>": "1 < 2"}, "objects": {"<b>": values},
+    }  # fmt: skip
+    page = evaluation_page.page(summary, {"<b>": b"jpeg"}).decode()
+    assert "<b>" not in page and "<m>" not in page and "1 &lt; 2" in page and "a &amp; b" in page
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--data", "nowhere"], "nowhere: no such folder"),
+        (["--data", "."], "no object"),
+        (["--data", ".", "--views", "0"], "--views 0 is out of range"),
+        (["--data", ".", "--size", "8"], "--size 8 is out of range"),
+        (["--data", "data", "--split", "val"], "none of its 1 objects falls into the val split"),
+        (["--data", "data", "--lpips", "no.safetensors"], "no.safetensors"),
+        (["--data", "data", "--weights", "no.safetensors"], "no.safetensors"),
+        (["--data", "data", "--views", "9"], "none of 1 objects can be used"),
+    ],
+)
+def test_bad_arguments_are_one_line(lrm, argv, message):
+    write_object(Path("data/a"))
+    code, _, stderr = lrm(
+        *argv, *([] if "--weights" in argv else ["--weights", str(convert.BUNDLED)])
+    )
+    lines = [x for x in stderr.splitlines() if x.startswith("lrm: error: ")]
+    assert code == 2 and len(lines) == 1 and message in lines[0] and "Traceback" not in stderr
+
+
+def test_a_family_without_single_pictures_is_refused(lrm):
+    class Bare(nn.Module):
+        pass
+
+    write_object(Path("data/a"))
+    code, _, stderr = lrm("--data", "data", model=Bare())
+    assert code == 2 and "does not take single pictures" in stderr
+
+
+def test_objects_need_a_view_from_beside_and_square_pictures(tmp_path):
+    write_object(tmp_path / "a")
+    high = np.load(tmp_path / "a/pose/000.npy")
+    for i in range(5):
+        np.save(tmp_path / f"a/pose/{i:03d}.npy", high)
+    with pytest.raises(InputError, match="no view has an elevation"):
+        held_out.read(tmp_path / "a", 3, SIZE)
+    np.save(tmp_path / "a/intrinsics.npy", np.array([[50, 50], [24, 24], [48, 32.0]]))
+    with pytest.raises(InputError, match="48x32, not square"):
+        held_out.read(tmp_path / "a", 3, SIZE)
