@@ -24,6 +24,7 @@ from rendering.surfaces import Triangles
 
 SCRIPT = Path(__file__).with_name("blender_script.py")
 INSTALL = "python3.11 -m venv bpyenv && bpyenv/bin/pip install 'bpy==4.5.*'"
+PROBE = "import bpy"
 NORMAL, DEPTH = ("Normal.X", "Normal.Y", "Normal.Z"), "Depth.Z"  # Blender's names of channels
 NOTHING = 1e9  # the depth of the background is 1e10
 
@@ -41,7 +42,7 @@ def find_blender(python: str | None, threads: int) -> Blender:
             f"Cycles needs --blender PYTHON, one that has bpy: {INSTALL}; then --blender bpyenv/bin/python"
         )
     try:
-        found = subprocess.run([python, "-I", "-c", "import bpy"], capture_output=True, text=True)
+        found = subprocess.run([python, "-I", "-c", PROBE], capture_output=True, text=True)
         cause = (found.stderr.strip().splitlines() or ["no message"])[-1]
     except OSError as error:
         found, cause = None, error.strerror
