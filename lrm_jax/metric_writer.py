@@ -1,0 +1,175 @@
+"""What a training run writes down: `metrics.jsonl` and TensorBoard event files, behind clu's MetricWriter interface, and its text.
+
+`metrics.jsonl` has one object a line, for each call of `write_scalars`: {"step": 25, "train/loss": 0.1, ...}. A number that is
+not finite is null there: JSON has none.
+"""
+
+import importlib.util
+import json
+import math
+import sys
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tensorboardX
+from clu import parameter_overview as clu_overview
+
+from lrm_jax.report import write_file
+
+# clu.metric_writers imports its writer of TensorFlow summaries, and TensorFlow with it. Where there is no TensorFlow an empty
+# module takes its place; ours below writes the same files.
+if importlib.util.find_spec("tensorflow") is None:
+    stand_in = types.ModuleType("clu.metric_writers.summary_writer")
+    stand_in.SummaryWriter = None
+    sys.modules.setdefault(stand_in.__name__, stand_in)
+from clu import metric_writers  # noqa: E402
+
+
+def open_writer(
+    workdir: str | Path, first_step: int, tensorboard: bool
+) -> metric_writers.MetricWriter:
+    """The run's writer: on process 0 `metrics.jsonl`, with `tensorboard` event files in `tensorboard/`, and absl's log (--verbosity=0
+    shows it); on other processes nothing.
+
+    What a killed run wrote of steps after `first_step` is taken out of the one, and hidden in the other.
+
+    Raises:
+      OSError: the folder cannot be written.
+    """
+    writers = []
+    if jax.process_index() == 0:
+        writers.append(JsonLinesWriter(Path(workdir) / "metrics.jsonl", first_step))
+        writers.append(metric_writers.LoggingWriter())
+        if tensorboard:
+            writers.append(TensorBoardWriter(Path(workdir) / "tensorboard", first_step))
+    return metric_writers.MultiWriter(writers)
+
+
+class _Writer(metric_writers.MetricWriter):
+    """clu's interface with nothing written."""
+
+    def write_scalars(self, step, scalars):
+        pass
+
+    def write_images(self, step, images):
+        pass
+
+    def write_texts(self, step, texts):
+        pass
+
+    def write_hparams(self, hparams):
+        pass
+
+    def write_summaries(self, step, values, metadata=None):
+        raise NotImplementedError("summaries")
+
+    def write_videos(self, step, videos):
+        raise NotImplementedError("videos")
+
+    def write_audios(self, step, audios, *, sample_rate):
+        raise NotImplementedError("audios")
+
+    def write_histograms(self, step, arrays, num_buckets=None):
+        raise NotImplementedError("histograms")
+
+    def flush(self):
+        pass
+
+    def close(self):
+        pass
+
+
+class JsonLinesWriter(_Writer):
+    """Scalars as a line of JSON each time; a line is in the file when `write_scalars` returns."""
+
+    def __init__(self, path: Path, first_step: int):
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        write_file(path, b"".join(line for line in lines if _is_before(line, first_step)))
+        self._file = path.open("a", buffering=1)
+
+    def write_scalars(self, step, scalars):
+        row = {"step": int(step)} | {name: _finite(value) for name, value in scalars.items()}
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+
+    def close(self):
+        self._file.close()
+
+
+class TensorBoardWriter(_Writer):
+    """Scalars, images [N H W C] or [H W C] in [0, 1], and texts as TensorBoard event files."""
+
+    def __init__(self, folder: Path, first_step: int):
+        purge_step = first_step + 1 if first_step else None
+        self._writer = tensorboardX.SummaryWriter(str(folder), purge_step=purge_step, flush_secs=10)
+
+    def write_scalars(self, step, scalars):
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, float(value), int(step))
+
+    def write_images(self, step, images):
+        for name, image in images.items():
+            image = np.clip(np.asarray(image, np.float32), 0, 1)
+            image = image.reshape(-1, *image.shape[-3:])
+            self._writer.add_images(name, image, int(step), dataformats="NHWC")
+
+    def write_texts(self, step, texts):
+        for name, text in texts.items():
+            self._writer.add_text(name, text, int(step))
+
+    def flush(self):
+        self._writer.flush()
+
+    def close(self):
+        self._writer.close()
+
+
+def _is_before(line: bytes, first_step: int) -> bool:
+    """Whether a line is whole, which the last of a killed run may not be, and of a step up to `first_step`."""
+    try:
+        return line.endswith(b"\n") and json.loads(line)["step"] <= first_step
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def _finite(value) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+# -- texts
+
+
+def parameter_overview(params: Any) -> str:
+    """A table of all parameters, arrays or their shapes: name, shape, dtype, size and sharding; and what they come to."""
+    return clu_overview.get_parameter_overview(params, include_stats="sharding")
+
+
+def progress_line(row: Mapping[str, float], steps: int, batch_size: int) -> str:
+    """A report as one line: where the run is, how good, how fast, and how long it will take.
+
+    Args:
+      row: `step`, `train/loss` and `samples_per_second`; where it has them also `train/psnr` and `val/psnr` (dB), `mfu` and
+        `data_wait` (shares of 1: of the device's peak rate, of the time spent waiting for data), `skipped` (updates) and
+        `bad_records`.
+      steps: of the whole run.
+      batch_size: samples a step.
+    """
+    parts = [f"step {row['step']:.0f}/{steps}", f"loss {row['train/loss']:.4f}"]
+    for name, text in [
+        ("train/psnr", "psnr {:.2f} dB"),
+        ("val/psnr", "val {:.2f} dB"),
+        ("samples_per_second", "{:.2f} samples/s"),
+        ("mfu", "MFU {:.1%}"),
+        ("data_wait", "data wait {:.0%}"),
+    ]:
+        if name in row:
+            parts.append(text.format(row[name]))
+    seconds = round((steps - row["step"]) * batch_size / row["samples_per_second"])
+    parts.append(f"ETA {seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}")
+    for name in ("skipped", "bad_records"):
+        if row.get(name):
+            parts.append(f"{name.replace('_', ' ')} {row[name]:.0f}")
+    return "  ".join(parts)
