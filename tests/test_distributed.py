@@ -142,10 +142,14 @@ def test_two_processes_agree_with_one_and_each_goes_on_from_the_others_checkpoin
             )
             for i in range(2)
         ]
-        wanted, losses = train(init(), step, device_mesh)
-        for process in processes:
-            output, _ = process.communicate(timeout=120)
-            assert process.returncode == 0, output
+        try:
+            wanted, losses = train(init(), step, device_mesh)
+            for process in processes:
+                output, _ = process.communicate(timeout=300)
+                assert process.returncode == 0, output
+        finally:
+            for process in processes:
+                process.kill()
 
         with checkpoints.open_folder(tmp_path, read_only=True) as manager:
             assert sorted(manager.all_steps()) == [0, STEPS]
@@ -154,7 +158,7 @@ def test_two_processes_agree_with_one_and_each_goes_on_from_the_others_checkpoin
     # The same device mesh, but sums over processes: float32 in another order.
     for got, want in zip(jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
-    assert losses[-1] < losses[0] or losses[0] != losses[1]
+    assert not np.array_equal(state["params"]["fc1"]["kernel"], initial_params()["fc1"]["kernel"])
     for i in range(2):
         told = np.load(tmp_path / f"{i}.npz")
         np.testing.assert_allclose(told["losses"], losses, rtol=1e-5)
