@@ -163,7 +163,7 @@ def test_target_views_drawn_one_by_one_in_chunks_or_at_once_are_the_same(archite
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_padded_source_view_has_no_influence_and_no_gradient(architecture):
+def test_a_padded_source_view_has_no_influence(architecture):
     model, params, source, rays = tiny(architecture, num_source=3, num_scenes=2)
     num_views = jnp.array([1, 3])
     # Padding as it comes: zeros, whose rays are NaN.
@@ -179,8 +179,15 @@ def test_a_padded_source_view_has_no_influence_and_no_gradient(architecture):
         # Another kernel, which masks keys.
         np.testing.assert_allclose(together[scene : scene + 1], alone, atol=1e-5)
 
+
+def test_padding_that_is_not_finite_gives_finite_gradients():
+    model, params, source, rays = tiny("decoder-only", num_source=2, num_target=1)
+    model = model.clone(depth=1)
+    params = params | {"blocks": jax.tree.map(lambda x: x[:1], params["blocks"])}
+    source = jax.tree.map(lambda x: x.at[:, 1].set(jnp.nan), source)
+
     def loss(params):
-        return drawing(model)(params, padded, rays, num_views).sum()
+        return drawing(model)(params, source, rays, jnp.array([1])).sum()
 
     for path, grad in jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(loss))(params)):
         assert np.isfinite(grad).all() and np.abs(grad).max() > 0, path
