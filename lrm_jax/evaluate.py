@@ -451,29 +451,14 @@ def score_surface(
 def summarize(results: dict[str, Result], skipped: dict[str, str]) -> dict:
     """Means over the objects that have a value, and all that they are made of; None: no object has it."""
     scores = {uid: x.scores for uid, x in results.items()}
-    guesses = {}
-    for result in results.values():
-        for guess, values in result.guesses.items():
-            guesses.setdefault(guess, []).append(values)
-    by_guess = {guess: over(values, np.mean) for guess, values in guesses.items()}
-    pictures = max(mean_object.PICTURES, key=lambda guess: by_guess[guess]["psnr"])
-    shapes = [guess for guess in mean_object.SHAPES if guess in by_guess]
-    shape = min(shapes, key=lambda guess: by_guess[guess]["chamfer"], default=None)
-    best = by_guess[pictures] | {
-        name: by_guess[shape][name] if shape else None for name in surface_metrics.NAMES
-    }
     unaligned = {uid: x.unaligned for uid, x in results.items() if x.unaligned}
     return {
         "mean": over(scores.values(), np.mean),
         "median": over(scores.values(), np.median),
         "count": {name: sum(name in x for x in scores.values()) for name in NAMES},
-        "baseline": {"mean": best, "pictures": pictures, "surface": shape, "guesses": by_guess},
+        "baseline": baseline([x.guesses for x in results.values()]),
         "unaligned": {
-            "mean": {
-                name: value
-                for name, value in over(unaligned.values(), np.mean).items()
-                if name in surface_metrics.NAMES
-            },
+            "mean": over(unaligned.values(), np.mean, surface_metrics.NAMES),
             "objects": unaligned,
         },
         "skipped": skipped,
@@ -481,8 +466,25 @@ def summarize(results: dict[str, Result], skipped: dict[str, str]) -> dict:
     }
 
 
-def over(rows: Iterable[dict[str, float]], function: Callable) -> dict[str, float | None]:
+def baseline(guesses: list[dict[str, dict[str, float]]]) -> dict:
+    """The means of all guesses [object][guess][value], and those of the better guess at pictures and at surfaces."""
+    means = {}
+    for names, values in ((mean_object.PICTURES, PICTURE_NAMES), (mean_object.SHAPES, surface_metrics.NAMES)):  # fmt: skip
+        for name in names:
+            rows = [x[name] for x in guesses if name in x]
+            if rows:
+                means[name] = over(rows, np.mean, values)
+    pictures = max(mean_object.PICTURES, key=lambda name: means[name]["psnr"])
+    shapes = [name for name in mean_object.SHAPES if name in means]
+    shape = min(shapes, key=lambda name: means[name]["chamfer"], default=None)
+    best = means[pictures] | means.get(shape, dict.fromkeys(surface_metrics.NAMES))
+    return {"mean": best, "pictures": pictures, "surface": shape, "guesses": means}
+
+
+def over(
+    rows: Iterable[dict[str, float]], function: Callable, names: tuple[str, ...] = NAMES
+) -> dict[str, float | None]:
     """The mean, or the median, of each value over the objects that have it."""
     rows = list(rows)
-    columns = {name: [x[name] for x in rows if name in x] for name in NAMES}
+    columns = {name: [x[name] for x in rows if name in x] for name in names}
     return {name: float(function(x)) if x else None for name, x in columns.items()}
