@@ -30,12 +30,6 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(f"build_dataset: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
-        print(
-            f"build_dataset: {args.out} cannot be written ({error.strerror or error}): make room, or choose another folder",
-            file=sys.stderr,
-        )
-        return 2
     except KeyboardInterrupt:
         print("build_dataset: interrupted: nothing is kept, run again", file=sys.stderr)
         return 130

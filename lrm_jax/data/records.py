@@ -100,7 +100,7 @@ def build(source: Path, root: Path) -> LrmObjects:
     """Writes the objects of a folder as a data set. It appears when it is whole.
 
     Raises:
-      InputError: there is a data set already, or no object that can be used.
+      InputError: there is a data set already, no object that can be used, or no room. Nothing is left behind.
     """
     folder = _folder(root)
     if folder.exists():
@@ -108,9 +108,15 @@ def build(source: Path, root: Path) -> LrmObjects:
     folders.find(source)
     builder = LrmObjects(source, data_dir=os.fspath(root), file_format="array_record")
     tfds.disable_progress_bar()
-    # tfds speaks of downloads, and makes a folder for them.
-    with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as downloads:
-        builder.download_and_prepare(download_dir=downloads)
+    try:
+        # tfds speaks of downloads, and makes a folder for them.
+        with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as downloads:
+            builder.download_and_prepare(download_dir=downloads)
+    except (OSError, RuntimeError) as error:  # array_record's writer raises RuntimeError
+        cause = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise InputError(
+            f"{root} cannot be written ({cause}): make room, or choose another folder"
+        ) from None
     return builder
 
 

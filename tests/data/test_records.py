@@ -151,7 +151,7 @@ def test_commands_end_with_a_line_and_2(folder, built, tmp_path, capsys):
 
 
 def test_a_full_disk_leaves_nothing(folder, tmp_path, monkeypatch, capsys):
-    def full(*args):
+    def full(*args):  # as the disk itself, through tfds
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(records, "_try_read", full)
