@@ -21,7 +21,7 @@ from lrm_jax.types import Cameras, InputError, Rays, Views
 # The names that the references give their files; weights in the order in which they are looked for.
 WEIGHTS_NAMES = ("model.safetensors", "model.ckpt", "model.pth", "pytorch_model.bin")
 CONFIG_NAMES = {"triposr": "config.yaml", "lrm": "config.json"}
-TITLES = {"triposr": "TripoSR", "lrm": "OpenLRM", "vit": "DINO"}
+TITLES = {"triposr": "TripoSR", "lrm": "OpenLRM", "lvsm": "LVSM", "vit": "DINO"}
 # What the references' code does not let a config choose, beside the encoders.
 FIXED = {
     "triposr": {"upsample": 2},
@@ -54,7 +54,7 @@ def from_reference(
     else from the published model of the same shapes.
 
     Args:
-      state: NumPy arrays under the reference's names: TripoSR, OpenLRM 1.0 and 1.1, or a DINO v1 or DINOv2 encoder alone.
+      state: NumPy arrays under the reference's names: TripoSR, OpenLRM 1.0 and 1.1, LVSM, or a DINO v1 or DINOv2 encoder alone.
         Wrappers of the names (`module.`, `_orig_mod.`, `backbone.`) are taken off, 16-bit numbers widened.
       config: the reference's own: TripoSR's config.yaml, OpenLRM 1.1's config.json, 1.0's `kwargs["model"]`; with the key
         `source_size` where OpenLRM's picture size is not that of the published model of the same shapes.
@@ -74,7 +74,11 @@ def recognise(
     state = _unwrapped(state)
     module = _family_of(state)
     if module is encoders:
-        state, config = encoders.normalize_names(state), None
+        state = encoders.normalize_names(state)
+    if frozen := getattr(module, "FROZEN", None):
+        state = {k: v for k, v in state.items() if not k.startswith(frozen)}
+    if _name(module) not in CONFIG_NAMES:  # shapes tell all
+        config = None
     title = TITLES[_name(module)]
     fields = _fields_from_shapes(module, state, title)
     like, published = _published_like(module, fields)
@@ -167,6 +171,8 @@ def _family_of(state):
     def some(*prefixes):
         return any(name.startswith(prefixes) for name in state)
 
+    if some("target_pose_tokenizer.", "image_token_decoder.", "transformer_input_layernorm"):
+        return family("lvsm")
     if some("image_tokenizer.", "backbone.transformer_blocks."):
         return family("triposr")
     if some("transformer.layers.", "synthesizer.", "camera_embedder."):
@@ -182,7 +188,7 @@ def _family_of(state):
             " vgg16-397923af.pth lpips_vgg16.safetensors --linear vgg.pth`"
         )
     raise InputError(
-        f"its tensors ({', '.join(list(state)[:3])}, ...) are of no known family: TripoSR, OpenLRM, DINO and DINOv2 can be read"
+        f"its tensors ({', '.join(list(state)[:3])}, ...) are of no known family: TripoSR, OpenLRM, LVSM, DINO and DINOv2 can be read"
     )
 
 
@@ -201,8 +207,8 @@ def _fields_from_shapes(module, state, title):
         raise InputError(
             f"not the tensors of {title}: one is of another rank ({error}): use an unchanged checkpoint"
         ) from error
-    encoder = fields.get("encoder", fields)
-    if encoder["width"] % 64:
+    encoder = fields if module is encoders else fields.get("encoder")
+    if encoder and encoder["width"] % 64:
         logging.warning(
             "an encoder of width %d, not of heads of 64: %d taken",
             encoder["width"],
@@ -223,7 +229,7 @@ def _published_like(module, fields):
         if all(like[k] == v for k, v in fields.items()):
             return like, like
     like = published[0]
-    if module is encoders:
+    if _name(module) not in CONFIG_NAMES:
         return like, {}
     # At other sizes, what the reference's config tells is a checkpoint's choice; the rest is the same for all.
     config = module.config_to_torch(module.MODEL(**like))
@@ -282,8 +288,8 @@ def param_shapes(model: nn.Module) -> dict:
         inputs = (array(1, side, side, 3),)
     else:
         camera = Cameras(c2w=array(1, 1, 4, 4), fxfycxcy=array(1, 1, 4))
-        views = Views(rgb=array(1, 1, model.image_size, model.image_size, 3), cameras=camera)
-        inputs = (views, Rays(origins=array(1, 1, 1, 1, 3), dirs=array(1, 1, 1, 1, 3)))
+        picture = array(1, 1, model.image_size, model.image_size, 3)
+        inputs = (Views(rgb=picture, cameras=camera), Rays(origins=picture, dirs=picture))
     return jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
 
 
@@ -312,6 +318,10 @@ def write_reference(folder: Path, model: nn.Module, params: Mapping) -> list[Pat
     if module is encoders:
         path = folder / "pytorch_model.bin"
         tensor_files.write_torch(path, state)
+        return [path]
+    if name == "lvsm":
+        path = folder / "model.pt"
+        tensor_files.write_torch(path, {"model": state})
         return [path]
     if odd := _fixed_otherwise(model, name):
         logging.warning(

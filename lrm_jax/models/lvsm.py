@@ -47,7 +47,7 @@ VARIANTS = {
     "tiny": dict(patch=4, width=32, num_heads=2, depth=2, image_size=16),
 }
 
-# What a checkpoint holds beside the model: the VGG19 of its training loss.
+# What a checkpoint holds beside the model: the VGG19 of its training loss. It is dropped.
 FROZEN = "loss_computer."
 
 
@@ -277,18 +277,8 @@ def entries(model: LVSM) -> list[torch_layout.Entry]:
 
 
 def from_torch(state: dict[str, np.ndarray], model: LVSM) -> dict:
-    """Parameters of an LVSM state dict.
-
-    Raises:
-      InputError: tensors that are neither the model's nor the training loss's, which are dropped.
-    """
-    table = entries(model)
-    known = {entry.torch for entry in table}
-    if unknown := [k for k in state if k not in known and not k.startswith(FROZEN)]:
-        raise InputError(
-            f"not the tensors of LVSM: {len(unknown)} extra: {', '.join(unknown[:4])}: use an unchanged checkpoint"
-        )
-    return torch_layout.from_torch(table, state)
+    """Parameters of an LVSM state dict."""
+    return torch_layout.from_torch(entries(model), state)
 
 
 def to_torch(params: dict, model: LVSM) -> dict[str, np.ndarray]:

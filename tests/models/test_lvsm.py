@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from lrm_jax import models
+from lrm_jax import convert, models, references, tensor_files
 from lrm_jax.models import lvsm, torch_layout
 from lrm_jax.models.lvsm import LVSM
 from lrm_jax.ops import cameras
@@ -71,12 +71,36 @@ def test_state_round_trips_to_the_bit(goldens, name):
 
 
 @pytest.mark.parametrize("name", GOLDENS)
-def test_the_loss_s_network_is_dropped_and_any_other_tensor_refused(goldens, name):
+def test_a_training_checkpoint_is_recognised_its_loss_s_network_dropped_and_other_tensors_refused(
+    goldens, name, tmp_path
+):
     state, _, _, model, params = read(goldens, name)
     frozen = {"loss_computer.perceptual_loss_module.vgg.conv1_1.weight": np.ones((2, 3))}
-    jax.tree.map(np.testing.assert_array_equal, lvsm.from_torch(state | frozen, model), params)
-    with pytest.raises(InputError, match="1 extra: image_tokenizer.1.bias: use"):
-        lvsm.from_torch(state | {"image_tokenizer.1.bias": np.ones(3)}, model)
+    content = {"model": state | frozen, "optimizer": {"state": {0: {"step": 3}}}}
+    found, found_params = references.from_checkpoint(content, tmp_path)
+    # Pictures of no size are told: that of the first published one, which has no effect.
+    assert found == model.clone(image_size=256)
+    jax.tree.map(np.testing.assert_array_equal, found_params, params)
+    extra = {"image_tokenizer.1.bias": np.ones(3)}
+    with pytest.raises(InputError, match="of LVSM: 1 extra: image_tokenizer.1.bias: use"):
+        references.from_reference(state | extra)
+    with pytest.raises(InputError, match="of LVSM: 1 missing: image_token_decoder.0.weight: use"):
+        references.from_reference(
+            {k: v for k, v in state.items() if k != "image_token_decoder.0.weight"}
+        )
+
+
+@pytest.mark.parametrize("name", GOLDENS)
+def test_lrm_convert_round_trips_a_checkpoint_to_the_bit(goldens, name, tmp_path):
+    state, _, _, model, params = read(goldens, name)
+    tensor_files.write_torch(tmp_path / "published.pt", {"model": state})
+    ours = tmp_path / "ours.safetensors"
+    assert convert.main([str(tmp_path / "published.pt"), str(ours)]) == 0
+    assert convert.main([str(ours), str(tmp_path / "back"), "--to", "torch"]) == 0
+    back, _ = tensor_files.read(tmp_path / "back" / "model.pt")
+    assert back["model"].keys() == state.keys()
+    for key, value in state.items():
+        assert back["model"][key].tobytes() == value.tobytes(), key
 
 
 @pytest.mark.parametrize("variant", PUBLISHED)
