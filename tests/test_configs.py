@@ -1,71 +1,78 @@
+"""Every config loads, says what to expect, and makes a training step of its full size whose shapes agree; nothing is allocated."""
+
 import ast
-from functools import partial
+import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import pytest
 
-from lrm_jax import losses, optim, sharding, train
-from lrm_jax.models import build
-from lrm_jax.types import Batch, Cameras, Views
+from lrm_jax import sharding, train
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+from step_shapes import abstract_networks, needed_flops  # noqa: E402
+
+CONFIGS = ROOT / "configs"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem != "common")
+SIZES = {name: ("small", "base", "large") if "openlrm" in name else ("",) for name in NAMES}
+CASES = [f"{name}:{size}" for name in NAMES for size in (*SIZES[name], "tiny")]
 
 
-def load(name, size=""):
-    config, _, _ = train.parse(
-        ["--config", f"{CONFIGS / name}.py:{size}".rstrip(":"), "--workdir", "unused"]
+def load(case):
+    config, *_ = train.parse(
+        ["--config", f"{CONFIGS}/{case.replace(':', '.py:').rstrip(':')}", "--workdir", "unused"]
     )
     return config
 
 
-def abstract_batch(data):
-    def views(num_views, size):
-        shape = (data.batch_size, num_views)
-        cameras = Cameras(c2w=jnp.zeros((*shape, 4, 4)), fxfycxcy=jnp.zeros((*shape, 4)))
-        return Views(
-            rgb=jnp.zeros((*shape, size, size, 3)),
-            alpha=jnp.zeros((*shape, size, size)),
-            cameras=cameras,
+@pytest.mark.parametrize("case", CASES)
+def test_every_config_makes_a_training_step_whose_shapes_agree(case):
+    config = load(case)
+    device_mesh = sharding.make_device_mesh(**config.sharding)
+    train.check_batch_size(config, device_mesh)
+    run = train.make_run(config, device_mesh)
+    batch = train.abstract_batch(config, device_mesh)
+    with jax.set_mesh(device_mesh):
+        after, scalars = jax.eval_shape(
+            run.step, run.abstract_state, batch, abstract_networks(config.losses)
         )
-
-    def make():
-        num_targets = data.num_source + data.num_target
-        return Batch(
-            source=views(data.num_source, data.source_size),
-            target=views(num_targets, data.target_size),
-        )
-
-    return jax.eval_shape(make)
-
-
-@pytest.mark.parametrize("size", ["", "tiny"])
-@pytest.mark.parametrize("name", NAMES)
-def test_every_config_makes_a_train_step_whose_shapes_agree(name, size):
-    config = load(name, size)
-    schedule = optim.make_schedule(steps=config.train.steps, **config.schedule)
-    optimizer = optim.make_optimizer(schedule, **config.optim)
-    model = build(**config.model)
-    batch = abstract_batch(config.data)
-    # The source's shape is all that init looks at.
-    init = partial(train.init_state, model=model, optimizer=optimizer, seed=config.train.seed)
-    state = jax.eval_shape(
-        lambda: init(source=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), batch.source))
-    )
-    step = partial(
-        train.train_step, model=model, optimizer=optimizer, schedule=schedule, loss_weights=dict(config.losses),
-        source_background=config.data.source_background, patch=config.train.patch, ema_decay=config.train.ema_decay,
-    )  # fmt: skip
-    after, scalars = jax.eval_shape(step, state, batch)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
-        lambda x: (x.shape, x.dtype), state
+        lambda x: (x.shape, x.dtype), run.abstract_state
     )
-    assert scalars["train/loss"].shape == ()
-    assert set(config.losses) <= set(losses.TERMS)
-    sharding.make_device_mesh(**config.sharding)
-    assert {"steps", "log_every", "save_every", "eval_every"} <= set(config.train)
+    weighted = {name for name, weight in config.losses.items() if weight}
+    assert {f"train/{name}" for name in weighted | {"loss"}} <= set(scalars)
+    assert all(value.shape == () for value in scalars.values())
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "tiny" not in case])
+def test_the_pictures_of_a_config_are_those_of_its_model(case):
+    config = load(case)
+    model = train.build_model(**config.model)
+    assert config.data.source_size == getattr(model, "image_size", config.data.source_size)
+    low, high = tuple(config.train.render_size) or (config.data.target_size,) * 2
+    assert config.train.patch <= low <= high <= config.data.target_size
+    # Otherwise a single rank that has no part of the last batch would wait for ever.
+    assert config.data.batch_size % config.train.accumulate == 0
+
+
+def test_the_paper_size_lrm_costs_what_its_sizes_say():
+    """The transformer's products, by hand: 16 layers of 3072 tokens of width 1024, looking at 1025 tokens of width 768."""
+    config = load("lrm:")
+    device_mesh = sharding.make_device_mesh(**config.sharding)
+    run = train.make_run(config, device_mesh)
+    batch = train.abstract_batch(config, device_mesh)
+    with jax.set_mesh(device_mesh):
+        needed = needed_flops(run.model, config.train.patch, run.abstract_state.params, batch)
+    L, M, D, E = 3072, 1025, 1024, 768
+    block = 4 * L * D**2 + 2 * L**2 * D  # self-attention
+    block += 2 * L * D**2 + 2 * M * E * D + 2 * L * M * D  # cross-attention
+    block += 8 * L * D**2
+    encoder = 12 * (12 * M * E**2 + 2 * M**2 * E)
+    samples = 4 * 128**2 * 128 * (8 * 64**2 + 64 * 4)  # the decoder after its first layer
+    by_hand = 3 * 2 * 1024 * (16 * block + encoder + samples)
+    # Missing: upsampling, projection of the planes, the camera's embedding, the patches.
+    assert by_hand < needed < 1.03 * by_hand
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)

@@ -1,10 +1,13 @@
-"""Times the full-size families on this machine: python tools/bench.py [FAMILY:VARIANT ...] [--json FILE]
+"""Times the full-size families, or the training step of a config, on this machine.
 
-For each: encoding one picture, a 128 x 128 view of 128 samples a ray forward, the same forward and backward, and a 256^3
-surface. Weights are random, which costs what trained ones cost; the surface is of a smooth blob that goes through the model's
-own decoder at the same cost, as random weights have no surface. Beside each time: the floating-point operations of its matrix
-products (counted in the jaxpr, twice the multiplications, rematerialised ones included), their rate as a fraction of the plain
-matrix-product rate measured in the same run, and the peak memory of the process.
+    python tools/bench.py [FAMILY:VARIANT ...] [--json FILE]
+    python tools/bench.py train --config configs/nano.py [--config.data.name=procedural ...] [--json FILE]
+
+The second is tools/bench_train.py. The first, for each family: encoding one picture, a 128 x 128 view of 128 samples a ray forward,
+the same forward and backward, and a 256^3 surface. Weights are random, which costs what trained ones cost; the surface is of a
+smooth blob that goes through the model's own decoder at the same cost, as random weights have no surface. Beside each time: the
+floating-point operations of its matrix products (counted by lrm_jax/flops.py, rematerialised ones included), their rate as a
+fraction of the plain matrix-product rate measured in the same run, and the peak memory of the process.
 
 Children run with GLIBC_TUNABLES=glibc.malloc.hugetlb=1 unless you set that variable: large arrays then come in huge pages, without
 which page faults take up to a fifth of the time on a CPU.
@@ -14,10 +17,7 @@ Times are the best of a few runs after one that compiles: machines are shared an
 
 import argparse
 import json
-import math
 import os
-import platform
-import resource
 import subprocess
 import sys
 import time
@@ -26,10 +26,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import jaxprs_in_params
 
-from lrm_jax import models
+from lrm_jax import flops, models
 from lrm_jax.ops import cameras, isosurface
+
+sys.path.insert(0, str(Path(__file__).parent))
+import bench_train  # noqa: E402
+from measure import commit, machine, peak_gb, reset_peak  # noqa: E402
 
 DEFAULT = (
     "triposr:triposr",
@@ -43,6 +46,8 @@ STAGES = ("encode", "view", "gradient", "surface")
 
 def main() -> int:
     """Runs each family in a process of its own, so that its peak memory is its own, and prints a table."""
+    if sys.argv[1:2] == ["train"]:
+        return bench_train.main(sys.argv[2:])
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -135,14 +140,14 @@ def measure(name: str, stages: list[str], repeats: int, dtype: str):
     for stage in stages:
         reset_peak()
         if stage == "surface":
-            seconds, flops = surface(model, decoder, scene)
+            seconds, work = surface(model, decoder, scene)
         else:
             function, *arguments = calls[stage]
-            flops = count_flops(jax.make_jaxpr(function)(*arguments).jaxpr)
+            work = flops.count(function, *arguments)
             seconds = best_time(jax.jit(function), arguments, repeats)
         yield {
-            "family": name, "stage": stage, "seconds": round(seconds, 3), "tflop": round(flops / 1e12, 4),
-            "of_rate": round(flops / seconds / rate, 3), "rate_gflops": round(rate / 1e9, 1), "peak_gb": round(peak_gb(), 2),
+            "family": name, "stage": stage, "seconds": round(seconds, 3), "tflop": round(work / 1e12, 4),
+            "of_rate": round(work / seconds / rate, 3), "rate_gflops": round(rate / 1e9, 1), "peak_gb": round(peak_gb(), 2),
         }  # fmt: skip
 
 
@@ -167,9 +172,7 @@ def surface(model, decoder: dict, scene: dict) -> tuple[float, float]:
     vertices, faces = isosurface.extract(field, 256, model.radius, model.surface_level)
     seconds = time.perf_counter() - start
     assert len(faces) > 10_000
-    per_point = (
-        count_flops(jax.make_jaxpr(query)(decoder, scene, jnp.zeros((2**15, 3))).jaxpr) / 2**15
-    )
+    per_point = flops.count(query, decoder, scene, jnp.zeros((2**15, 3))) / 2**15
     return seconds, per_point * evaluated
 
 
@@ -201,60 +204,6 @@ def best_time(function, arguments, repeats: int) -> float:
         jax.block_until_ready(function(*arguments))
         times.append(time.perf_counter() - start)
     return min(times)
-
-
-def count_flops(jaxpr) -> float:
-    """Operations of the matrix products in a jaxpr: 2 a multiplication, bodies of scans times their length.
-
-    Of alternatives (the kernels of each platform), the costliest counts.
-    """
-    total = 0.0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracting, _), _ = equation.params["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            total += (
-                2
-                * math.prod(equation.outvars[0].aval.shape)
-                * math.prod(left[i] for i in contracting)
-            )
-        inner = [count_flops(sub) for sub in jaxprs_in_params(equation.params)]
-        if equation.primitive.name == "cond":
-            total += max(inner)
-        else:
-            total += sum(inner) * equation.params.get("length", 1)
-    return total
-
-
-def reset_peak() -> None:
-    """Starts the peak of resident memory anew, where Linux lets us."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
-
-
-def peak_gb() -> float:
-    """Peak of the accelerator's memory, or of this process's resident memory since `reset_peak`."""
-    stats = jax.devices()[0].memory_stats()
-    if stats and "peak_bytes_in_use" in stats:
-        return stats["peak_bytes_in_use"] / 1e9
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) * 1024 / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
-def machine() -> str:
-    """Device, cores and versions."""
-    device = jax.devices()[0]
-    return f"{device.device_kind}, {jax.device_count()} device(s), jax {jax.__version__}, Python {platform.python_version()}"
-
-
-def commit() -> str:
-    """The commit that was measured."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
 
 def print_row(row: dict) -> None:

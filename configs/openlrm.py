@@ -1,0 +1,49 @@
+"""OpenLRM 1.1 (https://github.com/3DTopia/OpenLRM at 3108b69, configs/train-sample.yaml and model_card.md): LRM in the open.
+
+    lrm train --config configs/openlrm.py:small --workdir runs/openlrm-small --config.data.root=data/objaverse
+
+Sizes: small, base, large. Only the small one's training file is published, as a sample (8 GPUs with 16 objects each, 60 epochs, "replace
+this"); base and large take their picture sizes from the model card, and the smallest render size in the same proportion. Where
+OpenLRM differs from LRM: DINOv2, 48 to 64 samples and as many by importance, LPIPS at 1.0, TV of the planes, random backgrounds.
+
+Expected: not yet trained, and OpenLRM publishes no table of quality. Its releases of 1.0 took 1.5 days (small, 32 A100 of 80 GB), 2
+days (base, 32) and 5 days (large, 64). `--config configs/openlrm.py:tiny` is a few steps of a tiny model, for trying things out.
+"""
+
+from configs.common import base, shrink
+
+# Side of the source picture; smallest and largest side of the rendered view; side of the window.
+PICTURES = {"small": (224, (64, 192), 64), "base": (336, (96, 288), 96), "large": (448, (128, 384), 128)}  # fmt: skip
+OBJECTS = 730_000  # of Objaverse, as LRM counts them
+EPOCHS = 60
+
+
+def get_config(size: str = "small"):
+    """The config; `size` is "small", "base", "large" or "tiny"."""
+    config = base()
+    name = "small" if size == "tiny" else size
+    source_size, render_size, patch = PICTURES[name]
+    config.model = dict(name="lrm", variant=f"openlrm-{name}-1.1", dtype="bfloat16", ray_chunk=1024)
+    config.data.update(
+        batch_size=128,
+        num_workers=16,
+        num_target=3,  # four views are supervised: the source is one of them
+        source_size=source_size,
+        target_size=render_size[1],
+        source_background=1.0,
+        source_elevation=(-90.0, 90.0),
+        foreground_ratio=None,
+        normalize="source",
+    )
+    config.losses = dict(mse=1.0, lpips=1.0, tv=5e-4)
+    config.networks.lpips = "lpips_vgg16.safetensors"
+    config.schedule.update(learning_rate=4e-4, warmup_steps=3000)
+    config.sharding.update(data=1, fsdp=-1)
+    config.train.update(
+        steps=EPOCHS * OBJECTS // config.data.batch_size,
+        patch=patch,
+        render_size=render_size,
+        backgrounds=(0.0, 0.5, 1.0),
+        keep_every=50_000,
+    )
+    return shrink(config) if size == "tiny" else config

@@ -1,0 +1,27 @@
+"""TripoSR (https://arxiv.org/abs/2403.02151, table 1 and section 2.3): one picture to a triplane, without its camera.
+
+    lrm train --config configs/triposr.py --workdir runs/triposr --config.data.root=data/objaverse
+
+The authors released no training code. From the report: learning rate, warm-up, the weights of LPIPS and mask loss, windows of 128
+pixels out of 512 that prefer the foreground. Not published, and chosen here: the batch (LRM's), the number of steps, how
+strongly windows prefer the foreground, the backgrounds.
+
+Expected: not yet trained. The authors took 22 nodes of 8 A100 of 40 GB for 5 days; the report's F-score@0.2 on GSO is 0.871.
+`--config configs/triposr.py:tiny` is a few steps of a tiny model, for trying things out.
+"""
+
+from configs.common import base, shrink
+
+
+def get_config(size: str = ""):
+    """The config; `size` is "" or "tiny"."""
+    config = base()
+    # 512 rays of each scene at a time: with 16 scenes on a chip, a layer of the decoder is 0.13 GB.
+    config.model = dict(name="triposr", variant="triposr", dtype="bfloat16", ray_chunk=512)
+    config.data.update(batch_size=1024, num_workers=16, num_target=3)
+    config.losses = dict(mse=1.0, lpips=2.0, mask=0.05)
+    config.networks.lpips = "lpips_vgg16.safetensors"
+    config.schedule.update(learning_rate=4e-4, warmup_steps=2000)
+    config.sharding.update(data=1, fsdp=-1)
+    config.train.update(steps=100_000, patch=128, foreground_crops=True, keep_every=10_000)
+    return shrink(config) if size == "tiny" else config

@@ -1,0 +1,22 @@
+"""Fine-tuning of the published TripoSR on one's own objects, on one node.
+
+    python tools/render_objects.py my_objects/ data/mine --views 32 --size 512
+    lrm train --config configs/triposr_finetune.py --workdir runs/mine --config.data.root=data/mine
+
+Starts from a tenth of the learning rate, over 10,000 steps of 32 objects. With one accelerator of 80 GB or less, raise
+`--config.train.accumulate` until it fits. On a machine without network give `--config.train.init_from` the file model.ckpt.
+
+Expected: not yet trained. `--config configs/triposr_finetune.py:tiny` is a few steps of a tiny model, for trying things out.
+"""
+
+from configs import triposr
+from configs.common import shrink
+
+
+def get_config(size: str = ""):
+    """The config; `size` is "" or "tiny"."""
+    config = triposr.get_config()
+    config.data.update(batch_size=32, num_workers=8)
+    config.schedule.update(learning_rate=4e-5, warmup_steps=200)
+    config.train.update(steps=10_000, init_from="hf:stabilityai/TripoSR")
+    return shrink(config) if size == "tiny" else config

@@ -1,0 +1,124 @@
+"""Times the training step of a config and its data loader, on this machine's devices.
+
+    python tools/bench.py train --config configs/nano.py [--config.data.name=procedural ...] [--steps 10] [--json FILE]
+
+Printed, and written as JSON:
+  samples/s, seconds     of the step alone, on batches that are there already; the mean of `--steps` steps after two
+  mfu                    three times the model's forward products, a second, as a share of the peak rate
+  with recomputation     all products that the step as traced has: rematerialisation, the losses' networks
+  peak rate              of lrm_jax/flops.py: from a table, or, where the device has no entry, measured now
+  peak_gb                of the accelerator's memory, or of this process; and what XLA planned for one device
+  loader                 samples/s that the config's data source makes on its own; at least twice what the step eats is wanted
+
+Weights are random, also those of the losses' networks, whose files need not be there.
+"""
+
+import argparse
+import contextlib
+import json
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lrm_jax import flops, sharding, train
+from lrm_jax.types import InputError
+
+sys.path.insert(0, str(Path(__file__).parent))
+import measure  # noqa: E402
+from step_shapes import abstract_networks, needed_flops  # noqa: E402
+
+
+def main(argv: list[str]) -> int:
+    """Measures, prints and writes. Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )  # fmt: skip
+    parser.add_argument("--steps", type=int, default=10, help="steps that are timed (default: 10)")
+    parser.add_argument("--json", type=Path, help="also write the result here")
+    args, rest = parser.parse_known_args(argv)
+    try:
+        config, *_ = train.parse([*rest, "--workdir", "unused"])
+        device_mesh = sharding.make_device_mesh(**config.sharding)
+        train.check_batch_size(config, device_mesh)
+        with contextlib.closing(train.open_data(**config.data).train) as batches:
+            loader = loader_rate(batches, config.data.batch_size, args.steps)
+        row = measure_step(config, device_mesh, args.steps)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    row |= {
+        "loader_samples_per_second": loader,
+        "loader_over_step": loader / row["samples_per_second"],
+    }
+    print_row(row)
+    if args.json:
+        report = {"machine": measure.machine(), "commit": measure.commit(), "config": config.to_dict(), **row}  # fmt: skip
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+def loader_rate(batches, batch_size: int, num_batches: int) -> float:
+    """Samples per second of host batches, after the ones that were made ahead."""
+    for _ in range(3):
+        next(batches)
+    start = time.perf_counter()
+    for _ in range(num_batches):
+        next(batches)
+    return num_batches * batch_size / (time.perf_counter() - start)
+
+
+def measure_step(config, device_mesh, num_steps: int) -> dict[str, float]:
+    """Rates and memory of the step, by name."""
+    with jax.set_mesh(device_mesh):
+        run = train.make_run(config, device_mesh)
+        networks = jax.device_put(
+            jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract_networks(config.losses)),
+            NamedSharding(device_mesh, PartitionSpec()),
+        )
+        data = train.open_data(**config.data)
+        with contextlib.closing(data.train) as loader:
+            which, elements = next(loader)
+            batch = data.finish[which](sharding.global_batch(elements, device_mesh))
+        work = flops.count(run.step, run.abstract_state, batch, networks)
+        needed = needed_flops(run.model, config.train.patch, run.abstract_state.params, batch)
+        measure.reset_peak()
+        state = run.init(None)
+        compiled = run.step.lower(state, batch, networks).compile()
+        planned = compiled.memory_analysis()
+        for _ in range(2):
+            state, scalars = compiled(state, batch, networks)
+        jax.block_until_ready(scalars)
+        start = time.perf_counter()
+        for _ in range(num_steps):
+            state, scalars = compiled(state, batch, networks)
+            jax.block_until_ready(scalars)
+        seconds = (time.perf_counter() - start) / num_steps
+    peak = flops.peak_rate()
+    return {
+        "samples_per_second": config.data.batch_size / seconds,
+        "seconds": seconds,
+        "mfu": needed / seconds / peak,
+        "with_recomputation": work / seconds / peak,
+        "tflop": work / 1e12,
+        "peak_rate_tflops": peak / 1e12,
+        "peak_gb": measure.peak_gb(),
+        "planned_gb": (planned.argument_size_in_bytes + planned.temp_size_in_bytes) / 1e9,
+    }
+
+
+def print_row(row: dict[str, float]) -> None:
+    """The lines that the docstring names."""
+    print(
+        f"step    {row['samples_per_second']:.2f} samples/s, {row['seconds']:.3f} s; {row['tflop']:.3f} TFLOP"
+    )
+    print(
+        f"mfu     {row['mfu']:.1%}, {row['with_recomputation']:.1%} with recomputation; peak rate {row['peak_rate_tflops']:.2f} TFLOP/s"
+    )
+    print(
+        f"memory  {row['peak_gb']:.2f} GB peak; planned for one device {row['planned_gb']:.2f} GB"
+    )
+    print(f"loader  {row['loader_samples_per_second']:.1f} samples/s, {row['loader_over_step']:.1f} times what the step eats")  # fmt: skip
