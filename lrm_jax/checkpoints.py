@@ -35,8 +35,10 @@ def open_folder(
       read_only: the folder may be another's, and being written: nothing is made, cleaned up or deleted.
 
     Raises:
-      InputError: on leaving, the last checkpoint could not be written.
+      InputError: a number is not positive; on leaving, the last checkpoint could not be written.
     """
+    if keep < 1 or (keep_every is not None and keep_every < 1):
+        raise InputError(f"train.keep={keep} train.keep_every={keep_every}: must be 1 or more")
     _quieten_orbax()
     kept = [policies.LatestN(keep)] + ([policies.EveryNSteps(keep_every)] if keep_every else [])
     options = ocp.CheckpointManagerOptions(

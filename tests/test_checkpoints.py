@@ -66,6 +66,12 @@ def test_every_fourth_is_kept_besides_the_last(tmp_path):
     np.testing.assert_array_equal(part["kernel"], 1)
 
 
+@pytest.mark.parametrize("numbers", [dict(keep=0), dict(keep_every=0)], ids=str)
+def test_to_keep_none_is_an_error(tmp_path, numbers):
+    with pytest.raises(InputError, match="must be 1 or more"):
+        checkpoints.open_folder(tmp_path, **numbers).__enter__()
+
+
 def test_an_unfinished_save_is_not_there_and_the_next_run_deletes_it(tmp_path):
     with checkpoints.open_folder(tmp_path) as manager:
         checkpoints.save(manager, 1, {"kernel": np.ones(2)})
