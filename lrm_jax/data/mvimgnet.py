@@ -1,0 +1,246 @@
+"""MVImgNet: photographs of real objects, cut out, with COLMAP's cameras (https://arxiv.org/abs/2303.06042).
+
+    root/<class>/<uid>/images/001.jpg ...       photographs, about 30 on a half circle
+    root/<class>/<uid>/sparse/0/                 cameras.bin, images.bin
+    masks/<class>/<uid>/001.jpg.png ...          white where the object is; 001.png is taken too
+
+written from the description at https://github.com/GAP-LAB-CUHK-SZ/MVImgNet. Not verified against the data, which is handed out on
+request: the names of the mask files, and whether masks and pictures are stored turned by an EXIF tag, which is applied.
+
+LRM and OpenLRM train on it (LRM, https://arxiv.org/abs/2311.04400, section 4.1), but neither has published how: the world
+here is what the cameras and the masks tell. The object's centre is the point that the rays through the middles of the
+masks come closest to, its outline is in the unit sphere, up is what is up in all the pictures. Every picture becomes
+the square one of a camera at the same place that looks at the object's centre and stands upright, as in rendered data: a homography
+of the photograph. What lies outside the photograph is transparent.
+"""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from lrm_jax.data import Source, colmap, pipeline, samples, splits
+from lrm_jax.ops.images import load_image
+from lrm_jax.types import Batch, InputError
+
+NUM_OUTLINES = 8  # masks that the object's place and size are taken from
+MARGIN = 1.1  # side of the pictures over the diameter of the sphere in them
+
+
+def make(
+    root: str | Path,
+    *,
+    split: str,
+    seed: int,
+    masks: str | Path | None = None,
+    source_elevation: tuple[float, float] | None = None,
+    **fields,
+) -> Source:
+    """Opens a copy of MVImgNet.
+
+    Args:
+      root: the folder of the classes.
+      split: "train", "val" or "all", told apart as `objects` does.
+      seed: of the order of the objects and the choice of views.
+      masks: the folder with the masks of the classes; None: root/masks.
+      source_elevation: as all `fields`, see `samples.Recipe`; people hold cameras where they like.
+
+    Raises:
+      InputError: no such folder, or no object in it or in this split. An object that cannot be used is noticed when it is
+        read.
+    """
+    root = Path(root)
+    recipe = samples.make_recipe(split, source_elevation=source_elevation, **fields)
+    uids = _find(root)
+    names = tuple(uids[i] for i in splits.select(uids, split, str(root)))
+    load = functools.partial(
+        _load,
+        root=root,
+        masks=root / "masks" if masks is None else Path(masks),
+        names=names,
+        recipe=recipe,
+        seed=seed,
+    )
+    return Source(pipeline.order(len(names), split, seed).map_with_index(load), names=names)
+
+
+def _find(root: Path) -> list[str]:
+    """All <class>/<uid>."""
+    if not root.is_dir():
+        raise InputError(f"{root}: no such folder: check data.root")
+    classes = sorted(folder for folder in root.iterdir() if folder.is_dir())
+    uids = [
+        f"{folder.name}/{uid.name}"
+        for folder in classes
+        for uid in sorted(folder.iterdir())
+        if (uid / "sparse").is_dir()
+    ]
+    if not uids:
+        raise InputError(f"{root}: no object (<class>/<uid>/images, sparse/0) in it")
+    return uids
+
+
+@dataclasses.dataclass(frozen=True)
+class _Object:
+    """The views of one object, in a world where it is around the origin, within the unit sphere, z up."""
+
+    pictures: tuple[Path, ...]
+    masks: tuple[Path, ...]
+    sizes: np.ndarray  # [V 2] (width, height) of the photographs, pixels
+    c2w: np.ndarray  # [V 4 4] float64, OpenCV axes, of the cameras that look at the origin
+    fxfycxcy: np.ndarray  # [V 4], theirs
+    sides: np.ndarray  # [V] of their pictures, pixels
+    homographies: np.ndarray  # [V 3 3], from pixels of their pictures to those of the photographs
+
+
+def _load(
+    position: int,
+    index: int,
+    *,
+    root: Path,
+    masks: Path,
+    names: tuple[str, ...],
+    recipe: samples.Recipe,
+    seed: int,
+) -> Batch:
+    try:
+        item = _read_object(root / names[index], masks / names[index])
+        read = functools.partial(_read_crop, item)
+        return samples.sample(read, item.c2w, item.fxfycxcy, recipe, seed, position)
+    except InputError as error:
+        raise InputError(f"{root}: {names[index]}: {error}") from None
+
+
+@functools.lru_cache(maxsize=10_000)  # masks are slow to decode, and an object comes again
+def _read_object(folder: Path, masks: Path) -> _Object:
+    cameras = colmap.read(folder / "sparse" / "0")
+    pictures = tuple(folder / "images" / name for name in cameras.names)
+    for path in pictures:
+        if not path.is_file():
+            raise InputError(f"images/{path.name} is missing")
+    mask_files = tuple(_mask_of(masks, path) for path in pictures)
+    some = np.unique(np.linspace(0, len(pictures) - 1, NUM_OUTLINES).astype(int))
+    outlines = [_outline(mask_files[v], cameras.fxfycxcy[v]) for v in some]
+    c2w = _normalize(cameras.c2w, some, outlines)
+    focal = cameras.fxfycxcy * np.tile(cameras.sizes, 2)
+    return _Object(pictures, mask_files, cameras.sizes, *_look_at_origin(c2w, focal))
+
+
+def _mask_of(masks: Path, picture: Path) -> Path:
+    for path in (masks / f"{picture.name}.png", masks / f"{picture.stem}.png"):
+        if path.is_file():
+            return path
+    raise InputError(f"{picture.name} has no mask in {masks}")
+
+
+def _outline(mask: Path, fxfycxcy: np.ndarray) -> np.ndarray:
+    """[N 2] foreground points (x, y) of the plane z = 1, on a coarse grid."""
+    alpha = Image.fromarray(_read_mask(mask)).resize((128, 128), Image.Resampling.BOX)
+    rows, columns = np.nonzero(np.asarray(alpha) > 127)
+    if not len(rows):
+        raise InputError(f"the mask {mask.name} is empty")
+    uv = (np.stack([columns, rows], axis=1) + 0.5) / 128
+    return (uv - fxfycxcy[2:]) / fxfycxcy[:2]
+
+
+def _normalize(c2w: np.ndarray, views: np.ndarray, outlines: list[np.ndarray]) -> np.ndarray:
+    """The poses [V 4 4] in the object's world, which the outlines of some views tell.
+
+    Raises:
+      InputError: the rays to the object do not meet in front of the cameras.
+    """
+    middles = np.stack([(points.min(0) + points.max(0)) / 2 for points in outlines])
+    dirs = np.concatenate([middles, np.ones((len(middles), 1))], axis=1)
+    dirs = np.einsum("vij,vj->vi", c2w[views, :3, :3], dirs)
+    dirs /= np.linalg.norm(dirs, axis=1, keepdims=True)
+    eyes = c2w[views, :3, 3]
+    # The least squared distance from all rays: sum (1 - d d^T) (p - eye) = 0.
+    across = np.eye(3) - dirs[:, :, None] * dirs[:, None, :]
+    system = across.sum(0)
+    if len(views) < 2 or np.linalg.cond(system) > 1e6:
+        raise InputError("the cameras look in parallel: the object's place is not known")
+    centre = np.linalg.solve(system, np.einsum("vij,vj->i", across, eyes))
+    depth = np.einsum("vj,vj->v", centre - eyes, c2w[views, :3, 2])
+    if (depth <= 0).any():
+        raise InputError("the cameras do not look at one object")
+    radii = []
+    for view, points in zip(views, outlines, strict=True):
+        rays = np.concatenate([points, np.ones((len(points), 1))], axis=1) @ c2w[view, :3, :3].T
+        rays /= np.linalg.norm(rays, axis=1, keepdims=True)
+        # The sphere that such a ray touches.
+        radii.append(np.linalg.norm(np.cross(rays, centre - c2w[view, :3, 3]), axis=1).max())
+    # Not the largest: one mask that spills over would shrink the object.
+    radius = np.quantile(radii, 0.9)
+    # Up is at right angles to what is right in the pictures. The mean of their upward directions alone leans away from
+    # a half circle of cameras that look down; it decides where they stand close together.
+    right = c2w[:, :3, 0]
+    up = np.linalg.solve(right.T @ right / len(right) + 0.01 * np.eye(3), -c2w[:, :3, 1].mean(0))
+    up /= np.linalg.norm(up)
+    ahead = (c2w[:, :3, 3] - centre).sum(0)  # towards the cameras: +x
+    ahead -= (ahead @ up) * up
+    if np.linalg.norm(ahead) < 1e-6 * radius:  # a full circle has no such side
+        ahead = np.cross(up, np.eye(3)[np.abs(up).argmin()])
+    ahead /= np.linalg.norm(ahead)
+    axes = np.stack([ahead, np.cross(up, ahead), up])
+    normalized = c2w.copy()
+    normalized[:, :3, :3] = axes @ c2w[:, :3, :3]
+    normalized[:, :3, 3] = (c2w[:, :3, 3] - centre) @ axes.T / radius
+    return normalized
+
+
+def _look_at_origin(
+    c2w: np.ndarray, pixels: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """`c2w`, `fxfycxcy`, `sides`, `homographies` of an `_Object`, from its photographs' poses and intrinsics [V 4] in pixels."""
+    eye = c2w[:, :3, 3]
+    distance = np.linalg.norm(eye, axis=1)
+    forward = -eye / distance[:, None]
+    if (distance <= 1).any() or (np.einsum("vi,vi->v", forward, c2w[:, :3, 2]) <= 0).any():
+        raise InputError("a camera is inside the object's sphere or looks away from it")
+    right = np.cross(forward, [0, 0, 1])
+    overhead = np.linalg.norm(right, axis=1, keepdims=True) < 0.05
+    right = np.where(overhead, c2w[:, :3, 0], right)
+    right -= np.einsum("vi,vi->v", right, forward)[:, None] * forward
+    right /= np.linalg.norm(right, axis=1, keepdims=True)
+    looking = c2w.copy()
+    looking[:, :3, :3] = np.stack([right, np.cross(forward, right), forward], axis=-1)
+    # The unit sphere is seen under the angle asin(1 / distance).
+    focal = np.sqrt(distance**2 - 1) / (2 * MARGIN)  # over the side
+    sides = np.ceil(pixels[:, :2].max(1) / focal).astype(int)  # pixels as large as they were
+    zero, one = np.zeros_like(focal), np.ones_like(focal)
+    from_pixels = np.stack(
+        [1 / focal / sides, zero, -0.5 / focal, zero, 1 / focal / sides, -0.5 / focal, zero, zero, one], 1
+    ).reshape(-1, 3, 3)  # fmt: skip
+    fx, fy, cx, cy = pixels.T
+    to_pixels = np.stack([fx, zero, cx, zero, fy, cy, zero, zero, one], 1).reshape(-1, 3, 3)
+    turn = c2w[:, :3, :3].transpose(0, 2, 1) @ looking[:, :3, :3]
+    homographies = to_pixels @ turn @ from_pixels
+    fxfycxcy = np.stack([focal, focal, one / 2, one / 2], axis=1)
+    return looking, fxfycxcy, sides, homographies / homographies[:, 2:, 2:]
+
+
+def _read_crop(item: _Object, view: int) -> np.ndarray:
+    """[S S 4] uint8: the object, cut out by its mask, as the camera sees it that looks at the origin."""
+    rgba, (width, height) = load_image(item.pictures[view]), item.sizes[view]
+    if rgba.shape[:2] != (height, width):
+        raise InputError(
+            f"images/{item.pictures[view].name} is {rgba.shape[1]}x{rgba.shape[0]}, "
+            f"its camera says {width}x{height}"
+        )
+    mask = Image.fromarray(_read_mask(item.masks[view]))
+    rgba[..., 3] = np.asarray(mask.resize((width, height), Image.Resampling.BILINEAR))
+    # Pillow maps pixel centres, at +0.5 as ours, and interpolates premultiplied colour.
+    picture = Image.fromarray(rgba).transform(
+        (int(item.sides[view]),) * 2,
+        Image.Transform.PERSPECTIVE,
+        item.homographies[view].ravel()[:8].tolist(),
+        Image.Resampling.BILINEAR,
+    )
+    return np.asarray(picture)
+
+
+def _read_mask(path: Path) -> np.ndarray:
+    """[H W] uint8."""
+    return load_image(path)[..., 0]
