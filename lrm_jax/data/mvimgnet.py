@@ -5,7 +5,7 @@
     masks/<class>/<uid>/001.jpg.png ...          white where the object is; 001.png is taken too
 
 written from the description at https://github.com/GAP-LAB-CUHK-SZ/MVImgNet. Not verified against the data, which is handed out on
-request: the names of the mask files, and whether masks and pictures are stored turned by an EXIF tag, which is applied.
+request: the names of the mask files; that no photograph has an EXIF orientation, which would be applied and then not fit its camera.
 
 LRM and OpenLRM train on it (LRM, https://arxiv.org/abs/2311.04400, section 4.1), but neither has published how: the world
 here is what the cameras and the masks tell. The object's centre is the point that the rays through the middles of the

@@ -12,7 +12,6 @@ import jax
 import numpy as np
 
 from lrm_jax.data import Source, folders, pipeline, samples, splits
-from lrm_jax.data.splits import group, in_validation  # noqa: F401
 from lrm_jax.data.store import Settings, Store, get_store
 from lrm_jax.types import Batch, InputError
 
