@@ -1,12 +1,17 @@
-"""`lrm train`: one pure, sharded training step for every family, and the loop around it.
+"""`lrm train`: a sharded, resumable run of any family from a config.
 
     lrm train --config configs/nano.py --workdir runs/nano [--config.train.steps=100]
-    lrm train --config configs/nano.py --workdir runs/nano --export nano.safetensors
 
-The first resumes where the workdir's last checkpoint ends, to the bit: a batch is a function of the step. It leaves there
-`checkpoints/`, `metrics.jsonl` (one object a line: `step`, `train/loss`, ...), `grids/` (source, then target and render of
-each view) and at the end `model.safetensors`. The second only writes the model file of the last checkpoint, also while the
-run is still going.
+Resumes where the workdir's last checkpoint ends, to the bit, also on another device mesh or number of processes. It leaves there
+
+    metrics.jsonl           one object a line: `step`, `train/loss`, every term; the same for TensorBoard
+    checkpoints/            parameters, their running mean, optimiser, step, key and place in the data
+    grids/                  source, then target and render of each view, of held-out scenes
+    config.json, parameters.txt
+    model.safetensors       at the end: the running mean of the parameters (before it: `lrm convert WORKDIR FILE`)
+
+SIGTERM saves and exits with code 143; the same command goes on. Several processes: Slurm, GKE and Cloud TPU are recognised;
+elsewhere give each process --coordinator HOST:PORT --num_processes N --process_id I.
 """
 
 import contextlib
@@ -20,27 +25,31 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from absl import flags
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict, config_flags
 from PIL import Image
 
-from lrm_jax import checkpoints, convert, losses, metrics, optim, sharding
+from lrm_jax import checkpoints, convert, flops, losses, metric_writer, optim, sharding
+from lrm_jax.data import Source, pipeline
 from lrm_jax.models import build
-from lrm_jax.ops import cameras as ops_cameras
 from lrm_jax.report import write_file
-from lrm_jax.types import Batch, InputError, Rays, Rendering, TrainState, Views
+from lrm_jax.step import eval_step, init_state, on_background, train_step
+from lrm_jax.types import Batch, Cameras, InputError, TrainState, Views
 
 INTERRUPTED = 143  # exit code after SIGTERM, 128 + 15: saved, and the same command goes on
+SOURCES = ("objects", "records", "mvimgnet", "procedural")  # modules of lrm_jax.data
+# Fields of `config.data` that every source takes, the procedural one too.
+SHARED = (
+    "seed", "num_source", "num_target", "source_size", "target_size", "source_elevation", "foreground_ratio", "normalize",
+)  # fmt: skip
 
 
 def main(argv: list[str]) -> int:
@@ -48,174 +57,226 @@ def main(argv: list[str]) -> int:
     if {"-h", "--help"} & set(argv):
         print(__doc__)
         return 0
-    config, workdir, export = parse(argv)
-    if export is not None:
-        model, params, info = convert.load_weights(str(workdir))
-        return save_model(export, model, params, info["training"])
-
+    config, workdir, processes = parse(argv)
+    sharding.start(**processes)
     device_mesh = sharding.make_device_mesh(**config.sharding)
-    check_batch_size(config.data.batch_size, device_mesh)
-    model = build_model(**config.model)
-    train_data, val_data, source_background = open_data(**config.data)
-    schedule = optim.make_schedule(steps=config.train.steps, **config.schedule)
-    optimizer = optim.make_optimizer(schedule, **config.optim)
+    check_batch_size(config, device_mesh)
+    networks = losses.load_networks(config.losses, config.networks)
+    data = open_data(*sharding.process_share(device_mesh), **config.data)
+    run = make_run(config, device_mesh)
     claim(workdir, config)
 
-    with jax.set_mesh(device_mesh), checkpoints.open_folder(workdir) as manager:
-        source, seed = train_data.batch(0).source, config.train.seed
-        init = functools.partial(
-            init_state, model=model, optimizer=optimizer, seed=seed, source=source
-        )
-        shapes = jax.eval_shape(init)
-        shardings = sharding.infer(shapes, device_mesh)
-        state = checkpoints.restore(manager, checkpoints.abstract(shapes, shardings))
-        if state is None:
-            state = jax.jit(init, out_shardings=shardings)()
-        step_fn = jax.jit(
-            functools.partial(
-                train_step, model=model, optimizer=optimizer, schedule=schedule, loss_weights=dict(config.losses),
-                source_background=source_background, patch=config.train.patch, ema_decay=config.train.ema_decay,
-            ),
-            donate_argnums=0,
-            out_shardings=(shardings, NamedSharding(device_mesh, PartitionSpec())),
-        )  # fmt: skip
-        eval_fn = jax.jit(
-            functools.partial(eval_step, model=model, source_background=source_background)
-        )
-        state = fit(
-            state,
-            step_fn,
-            eval_fn,
-            train_data,
-            val_data,
-            device_mesh,
-            manager,
-            workdir,
-            config.train,
-        )
+    with (
+        jax.set_mesh(device_mesh),
+        checkpoints.open_folder(
+            workdir, keep=config.train.keep, keep_every=config.train.keep_every
+        ) as manager,
+        contextlib.closing(data.train) as batches,
+    ):
+        restored = checkpoints.restore_run(manager, run.abstract_state)
+        if restored is not None:
+            state, place = restored
+            batches.set_state(place)
+        else:
+            state = run.init(initial_params(run, config.train.init_from))
+        networks = jax.device_put(networks, NamedSharding(device_mesh, PartitionSpec()))
+        state = fit(state, networks, data, run, device_mesh, manager, workdir, config.train)
     if int(state.step) < config.train.steps:
         return INTERRUPTED
-    training = {"steps": int(state.step), "config": config.to_dict()}
-    return save_model(
-        workdir / "model.safetensors", model, jax.device_get(state.ema_params), training
+    params = sharding.to_host(state.ema_params)
+    if jax.process_index() == 0:
+        path = workdir / "model.safetensors"
+        training = {"steps": int(state.step), "config": config.to_dict()}
+        convert.save_model(path, run.model, params, training)
+        print(f"wrote {path} (step {training['steps']})", file=sys.stderr)
+    return 0
+
+
+# -- what a config makes
+
+
+class Run(NamedTuple):
+    """The compiled functions of a run, and the shapes and shardings that they take."""
+
+    model: nn.Module
+    init: Callable[[Any], TrainState]  # from parameters, or from None: random ones
+    step: Callable[[TrainState, Batch, dict], tuple[TrainState, dict]]  # donates the state
+    evaluate: Callable[[Any, Batch], tuple[dict, jax.Array]]
+    abstract_state: TrainState  # ShapeDtypeStructs with shardings
+
+
+def make_run(config: ConfigDict, device_mesh: Mesh) -> Run:
+    """Everything of a run that is jitted. Nothing is allocated or compiled before it is called."""
+    train = config.train
+    model = build_model(**config.model)
+    schedule = optim.make_schedule(steps=train.steps, **config.schedule)
+    optimizer = optim.make_optimizer(schedule, **config.optim)
+    render_size = tuple(train.render_size) or (config.data.target_size,) * 2
+    if not train.patch <= render_size[0] <= render_size[1]:
+        raise InputError(
+            f"train.render_size={render_size}: must be (low, high) with train.patch={train.patch} <= low <= high"
+        )
+    init = functools.partial(
+        init_state,
+        model=model,
+        optimizer=optimizer,
+        seed=train.seed,
+        source=abstract_batch(config, device_mesh).source,
+        patch=train.patch,
+    )
+    shapes = jax.eval_shape(init)
+    shardings = sharding.infer(shapes, device_mesh)
+    replicated = NamedSharding(device_mesh, PartitionSpec())
+
+    def start(params) -> TrainState:
+        if params is None:
+            return jax.jit(init, out_shardings=shardings)()
+
+        def from_params(params):
+            state = init()
+            return state.replace(
+                params=params,
+                ema_params=jax.tree.map(jax.numpy.copy, params),
+                opt_state=optimizer.init(params),
+            )
+
+        return jax.jit(from_params, out_shardings=shardings)(
+            jax.device_put(params, shardings.params)
+        )
+
+    step = functools.partial(
+        train_step,
+        model=model,
+        optimizer=optimizer,
+        schedule=schedule,
+        loss_weights=dict(config.losses),
+        source_background=config.data.source_background,
+        patch=train.patch,
+        render_size=render_size,
+        foreground_crops=train.foreground_crops,
+        backgrounds=tuple(train.backgrounds),
+        accumulate=train.accumulate,
+        ema_decay=train.ema_decay,
+    )
+    evaluate = functools.partial(
+        eval_step, model=model, source_background=config.data.source_background
+    )
+    return Run(
+        model=model,
+        init=start,
+        step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated)),
+        evaluate=jax.jit(evaluate, out_shardings=replicated),
+        abstract_state=checkpoints.abstract(shapes, shardings),
     )
 
 
-# -- the step
+def abstract_batch(config: ConfigDict, device_mesh: Mesh) -> Batch:
+    """The global batch of the config's sizes as ShapeDtypeStructs, split over the device mesh."""
+    data = config.data
+    split = NamedSharding(device_mesh, PartitionSpec(sharding.BATCH_AXES))
+
+    def array(dtype, *shape):
+        return jax.ShapeDtypeStruct((data.batch_size, *shape), dtype, sharding=split)
+
+    def views(count, size):
+        return Views(
+            rgb=array(np.uint8, count, size, size, 3),
+            alpha=array(np.uint8, count, size, size),
+            cameras=Cameras(
+                c2w=array(np.float32, count, 4, 4), fxfycxcy=array(np.float32, count, 4)
+            ),
+        )
+
+    return Batch(
+        source=views(data.num_source, data.source_size),
+        target=views(data.num_source + data.num_target, data.target_size),
+    )
 
 
-def train_step(
-    state: TrainState,
-    batch: Batch,
+class Data(NamedTuple):
+    """What a run reads."""
+
+    train: pipeline.Batches
+    val: Callable[[], pipeline.Batches]  # the validation batches, from the first on
+    finish: list[Callable[[Any], Batch]]  # by source: see `Source.finish`
+
+
+def open_data(
+    process_index: int,
+    process_count: int,
     *,
-    model: nn.Module,
-    optimizer: optax.GradientTransformation,
-    schedule: optax.Schedule,
-    loss_weights: dict[str, float],
+    name: str,
+    mix: tuple[int, int],
+    batch_size: int,
+    num_workers: int,
+    prefetch: int,
     source_background: float,
-    patch: int,
-    ema_decay: float,
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update: a random window of every target view, on a random background, against its rendering.
+    **fields,
+) -> Data:
+    """This process's part of the batches of `lrm_jax.data.<name>`; of mix[0] + mix[1] of them, mix[1] of procedural shapes."""
 
-    Args:
-      state: donated by the caller.
-      batch: target views with straight colour and alpha, or opaque.
-      source_background: grey that the source views are composited on.
-      patch: side of the windows, pixels.
-      ema_decay: of the running mean of the parameters, reached after 10 / (1 - ema_decay) steps.
+    def make(name: str, split: str) -> Source:
+        module = importlib.import_module(f"lrm_jax.data.{name}")
+        kept = {k: v for k, v in fields.items() if k in SHARED} if name == "procedural" else fields
+        return module.make(split=split, **kept)
 
-    Returns:
-      The new state, and scalars by name: the losses and PSNR as `train/...`, the gradient's norm before clipping.
+    if name not in SOURCES:
+        raise InputError(f"data.name={name!r}: must be one of {', '.join(SOURCES)}")
+    sources, weights = [make(name, "train")], [1]
+    if mix:
+        sources, weights = [*sources, make("procedural", "train")], list(mix)
+    val = make(name, "val")
+    share = dict(process_index=process_index, process_count=process_count)
+    train = pipeline.open_batches(
+        list(zip(sources, weights, strict=True)), batch_size, num_workers=num_workers, prefetch=prefetch, **share
+    )  # fmt: skip
+    return Data(
+        train=train,
+        val=lambda: pipeline.open_batches(val, batch_size, prefetch=0, **share),
+        finish=[jax.jit(source.finish) if source.finish else lambda batch: batch for source in sources],
+    )  # fmt: skip
+
+
+def build_model(name: str, variant: str, **fields) -> nn.Module:
+    """`models.build`, with its errors as a person should see them."""
+    try:
+        return build(name, variant, **fields)
+    except ValueError as error:
+        raise InputError(f"config.model: {error}") from None
+
+
+def initial_params(run: Run, init_from: str):
+    """Parameters of `train.init_from`, which is anything that `lrm reconstruct --weights` takes; None where it is empty.
+
+    Raises:
+      InputError: its parameters have other names or shapes than the config's model.
     """
-    background_key, crop_key, render_key = jax.random.split(
-        jax.random.fold_in(state.key, state.step), 3
-    )
-    batch = sharding.constrain_batch(batch)
-    source = on_background(batch.source, source_background)
-    target = random_crops(crop_key, batch.target, patch)
-    rays = ops_cameras.pixel_rays(target.cameras, patch, patch)
-    background = jax.random.uniform(background_key, (*target.rgb.shape[:2], 1, 1, 3))
-    wanted = as_seen(target, background)
-
-    def total_loss(params):
-        rendering = model.apply({"params": params}, source, rays, render_key)
-        seen = blend(rendering, background)
-        terms = losses.terms(seen, wanted, loss_weights)
-        total = sum(loss_weights[name] * value for name, value in terms.items())
-        return total, {"loss": total, **terms, "psnr": metrics.psnr(seen.rgb, wanted.rgb).mean()}
-
-    grads, scalars = jax.grad(total_loss, has_aux=True)(state.params)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
-    ema_params = jax.tree.map(
-        lambda old, new: old + (1 - decay) * (new - old), state.ema_params, params
-    )
-    scalars = {f"train/{name}": value for name, value in scalars.items()}
-    scalars |= {"grad_norm": optax.tree.norm(grads), "learning_rate": schedule(state.step)}
-    state = state.replace(
-        step=state.step + 1, params=params, ema_params=ema_params, opt_state=opt_state
-    )
-    return state, scalars
+    if not init_from:
+        return None
+    model, params, _ = convert.load_weights(init_from)
+    wanted, given = (
+        {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (run.abstract_state.params, params)
+    )  # fmt: skip
+    if wrong := sorted(
+        name for name in wanted | given if wanted.get(name, ()) != given.get(name, ())
+    ):
+        name = wrong[0]
+        raise InputError(
+            f"train.init_from={init_from}: {len(wrong)} parameters are not those of config.model, the first {name}: "
+            f"{given.get(name, 'absent')} there, {wanted.get(name, 'absent')} here: set config.model to that model"
+        )
+    return params
 
 
-def eval_step(
-    params, batch: Batch, *, model: nn.Module, source_background: float
-) -> tuple[jax.Array, jax.Array]:
-    """The whole target views on white, without a key: (PSNR [B V], rendered colour [B V H W 3])."""
-    batch = sharding.constrain_batch(batch)
-    rays = ops_cameras.pixel_rays(batch.target.cameras, *batch.target.rgb.shape[2:4])
-    rendering = model.apply(
-        {"params": params}, on_background(batch.source, source_background), rays
-    )
-    white = jnp.ones((1, 1, 1, 1, 3))
-    seen = blend(rendering, white)
-    return metrics.psnr(seen.rgb, as_seen(batch.target, white).rgb), seen.rgb
-
-
-def random_crops(key: jax.Array, views: Views, size: int) -> Views:
-    """One `size` x `size` window of every view, each with the camera that sees just it."""
-    height, width = views.rgb.shape[2:4]
-    limits = jnp.array([height - size + 1, width - size + 1])
-    corners = jax.random.randint(key, (*views.rgb.shape[:2], 2), 0, limits[None, None])
-
-    def crop(picture, corner):
-        start = (*corner, *(0,) * (picture.ndim - 2))
-        return jax.lax.dynamic_slice(picture, start, (size, size, *picture.shape[2:]))
-
-    crop = jax.vmap(jax.vmap(crop))
-    extent = jnp.array([height, width], jnp.float32)[None, None]
-    return Views(
-        rgb=crop(views.rgb, corners),
-        alpha=None if views.alpha is None else crop(views.alpha, corners),
-        cameras=ops_cameras.crop_cameras(
-            views.cameras, corners / extent, jnp.broadcast_to(size / extent, corners.shape)
-        ),
-    )
-
-
-def on_background(views: Views, background: float) -> Views:
-    """Opaque views, composited on a grey where they have an alpha channel."""
-    if views.alpha is None:
-        return views
-    alpha = views.alpha[..., None]
-    return views.replace(rgb=views.rgb * alpha + background * (1 - alpha), alpha=None)
-
-
-def as_seen(views: Views, background: jax.Array) -> Rendering:
-    """What a perfect model would render, on `background` [B V 1 1 3]."""
-    if views.alpha is None:
-        return Rendering(rgb=views.rgb, alpha=jnp.ones_like(views.rgb[..., 0]))
-    alpha = views.alpha[..., None]
-    return Rendering(rgb=views.rgb * alpha + background * (1 - alpha), alpha=views.alpha)
-
-
-def blend(rendering: Rendering, background: jax.Array) -> Rendering:
-    """A rendering's premultiplied colour on `background` [B V 1 1 3]; as it is where the family draws its own."""
-    if rendering.alpha is None:
-        return rendering
-    return rendering.replace(rgb=rendering.rgb + background * (1 - rendering.alpha[..., None]))
+def check_batch_size(config: ConfigDict, device_mesh: Mesh) -> None:
+    """Raises InputError where the batch does not divide over accumulation steps and the batch axes of the device mesh."""
+    shards = sharding.num_batch_shards(device_mesh) * config.train.accumulate
+    if config.data.batch_size % shards:
+        raise InputError(
+            f"data.batch_size={config.data.batch_size} does not divide by {shards} (sharding.data x sharding.fsdp devices x "
+            "train.accumulate): make it a multiple, or set sharding.tensor"
+        )
 
 
 # -- the loop
@@ -223,10 +284,9 @@ def blend(rendering: Rendering, background: jax.Array) -> Rendering:
 
 def fit(
     state: TrainState,
-    step_fn,
-    eval_fn,
-    train_data,
-    val_data,
+    networks: dict,
+    data: Data,
+    run: Run,
     device_mesh: Mesh,
     manager,
     workdir: Path,
@@ -235,80 +295,76 @@ def fit(
     """Trains to `train.steps`, or to SIGTERM; the state it returns is saved.
 
     Raises:
-      InputError: the loss or the gradient is not finite. Nothing of that state is saved.
+      InputError: no update since the last report could be made. Nothing of that state is saved.
     """
     first = int(state.step)
-    log = open_log(workdir / "metrics.jsonl", first)
+    writer = metric_writer.open_writer(workdir, first, train.tensorboard)
     pending = []  # scalars of the steps since the last report, still on the device
-    clock, images_since = time.perf_counter(), 0
-    with (
-        terminated() as stop,
-        contextlib.closing(prefetch(train_data, first, train.steps)) as batches,
-        log,
-    ):
-        for step, batch in enumerate(batches, first + 1):
-            images_since += batch.source.rgb.shape[0]
-            state, scalars = step_fn(state, sharding.global_batch(batch, device_mesh))
+    work, peak = None, flops.peak_rate()
+    clock, waited = time.perf_counter(), 0.0
+    with terminated() as stop, contextlib.closing(writer):
+        for step in range(first + 1, train.steps + 1):
+            before = time.perf_counter()
+            which, elements = next(data.train)
+            waited += time.perf_counter() - before
+            batch = data.finish[which](sharding.global_batch(elements, device_mesh))
+            if work is None:
+                work = flops.count(run.step, run.abstract_state, batch, networks)
+                write_overview(workdir, state.params)
+            profile(workdir, step - first, train.profile_steps)
+            state, scalars = run.step(state, batch, networks)
             pending.append(scalars)
-            jax.block_until_ready(
-                pending[-2:][0]
-            )  # at most two steps under way: batches are not hoarded
-            last = step == train.steps or stop.is_set()
+            # At most two steps under way: batches are not hoarded.
+            jax.block_until_ready(pending[-2:][0])
+            last = step == train.steps or asked_to_stop(stop, step, train.log_every)
             evaluating = step % train.eval_every == 0 or step == train.steps
             saving = step % train.save_every == 0 or last
             if step % train.log_every == 0 or evaluating or saving:
-                row = {"step": step, **mean_of(pending)}
-                if not math.isfinite(row["train/loss"] + row["grad_norm"]):
+                row = mean_of(pending)
+                if not math.isfinite(row["train/loss"]):
                     raise InputError(
-                        f"the loss is not finite between steps {step - len(pending) + 1} and {step}: the last good "
+                        f"the loss is not finite in any of the steps {step - len(pending) + 1} to {step}: the last good "
                         f"checkpoint is of step {manager.latest_step()}; lower schedule.learning_rate"
                     )
-                row["samples_per_second"] = images_since / (time.perf_counter() - clock)
+                seconds = time.perf_counter() - clock
+                row["samples_per_second"] = len(pending) * batch.source.rgb.shape[0] / seconds
+                row["mfu"] = len(pending) * work / seconds / peak
+                row["data_wait"] = waited / seconds
+                row["bad_records"] = float(sum(data.train.bad.values()))
                 if evaluating:
-                    row |= evaluate(
-                        eval_fn,
-                        state.ema_params,
-                        val_data,
-                        device_mesh,
-                        train.eval_batches,
-                        workdir,
-                        step,
+                    scores, grid = evaluate(run, state.ema_params, data, device_mesh, train)
+                    row |= scores
+                    writer.write_images(step, {"val": grid[None] / 255})
+                    if jax.process_index() == 0:
+                        write_file(workdir / "grids" / f"{step:07d}.png", png(grid))
+                writer.write_scalars(step, row)
+                if jax.process_index() == 0:
+                    line = metric_writer.progress_line(
+                        {"step": step, **row}, train.steps, batch.source.rgb.shape[0]
                     )
-                log.write(json.dumps(row) + "\n")
-                print_progress(row, train.steps, batch.source.rgb.shape[0])
-                pending, images_since = [], 0
+                    print(line, file=sys.stderr, flush=True)  # fmt: skip
+                pending, waited = [], 0.0
                 if saving:
-                    checkpoints.save(manager, step, state)
+                    checkpoints.save(manager, step, state, data.train.get_state())
                 clock = time.perf_counter()
             if last:
                 break
-    manager.wait_until_finished()
+    checkpoints.finish(manager)
     return state
 
 
 def evaluate(
-    eval_fn, params, data, device_mesh: Mesh, num_batches: int, workdir: Path, step: int
-) -> dict[str, float]:
-    """Mean PSNR over the first batches of `data`; the pictures of the first go to `grids/`."""
-    values = []
-    for i in range(num_batches):
-        batch = data.batch(i)
-        psnr, rgb = eval_fn(params, sharding.global_batch(batch, device_mesh))
-        values.append(np.asarray(psnr))
-        if i == 0:
-            write_file(workdir / "grids" / f"{step:07d}.png", grid_png(batch, np.asarray(rgb)))
-    return {"val/psnr": float(np.mean(values))}
-
-
-def prefetch(data, first: int, last: int) -> Iterator[Batch]:
-    """Batches of steps first..last-1; the next one is made in a thread while the device works on this one."""
-    with ThreadPoolExecutor(1) as pool:
-        ahead = pool.submit(data.batch, first)
-        for step in range(first, last):
-            batch = ahead.result()
-            if step + 1 < last:
-                ahead = pool.submit(data.batch, step + 1)
-            yield batch
+    run: Run, params, data: Data, device_mesh: Mesh, train: ConfigDict
+) -> tuple[dict[str, float], np.ndarray]:
+    """Mean scores over the first `train.eval_batches` batches of held-out scenes, and a picture of the first."""
+    values, grid = [], None
+    with contextlib.closing(data.val()) as batches:
+        for _, (_, elements) in zip(range(train.eval_batches), batches, strict=False):
+            batch = data.finish[0](sharding.global_batch(elements, device_mesh))
+            scores, rgb = run.evaluate(params, batch)
+            values.append(jax.device_get(scores))
+            grid = picture_grid(sharding.to_host(batch), np.asarray(rgb)) if grid is None else grid
+    return {f"val/{k}": float(np.mean([row[k] for row in values])) for k in values[0]}, grid
 
 
 @contextlib.contextmanager
@@ -330,61 +386,18 @@ def terminated() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-# -- start and end
+def asked_to_stop(stop: threading.Event, step: int, every: int) -> bool:
+    """Whether to stop after this step: the same answer in every process, which they compare every `every` steps."""
+    if jax.process_count() == 1:
+        return stop.is_set()
+    return step % every == 0 and sharding.any_process(stop.is_set())
 
 
-def init_state(
-    *, model: nn.Module, optimizer: optax.GradientTransformation, seed: int, source: Views
-) -> TrainState:
-    """The state before the first step. Only the shape of one source picture matters."""
-    init_key, key = jax.random.split(jax.random.key(seed))
-    views = jax.tree.map(
-        lambda x: jnp.zeros((1, *x.shape[1:]), x.dtype), source.replace(alpha=None)
-    )
-    rays = Rays(origins=jnp.zeros((1, 1, 1, 1, 3)), dirs=jnp.ones((1, 1, 1, 1, 3)))
-    params = model.init(init_key, views, rays)["params"]
-    ema_params = jax.tree.map(jnp.copy, params)
-    return TrainState(
-        step=jnp.int32(0),
-        params=params,
-        ema_params=ema_params,
-        opt_state=optimizer.init(params),
-        key=key,
-    )
+# -- start
 
 
-def open_data(*, name: str, source_background: float, **fields):
-    """The training and the validation source of `lrm_jax.data.<name>`, and the grey behind the source views."""
-    make = importlib.import_module(f"lrm_jax.data.{name}").make
-    return make(split="train", **fields), make(split="val", **fields), source_background
-
-
-def build_model(name: str, variant: str, **fields) -> nn.Module:
-    """`models.build`, with its errors as a person should see them."""
-    try:
-        return build(name, variant, **fields)
-    except ValueError as error:
-        raise InputError(f"config.model: {error}") from None
-
-
-def check_batch_size(batch_size: int, device_mesh: Mesh) -> None:
-    """Raises InputError where the batch axes of the device mesh do not divide the batch."""
-    shards = sharding.num_batch_shards(device_mesh)
-    if batch_size % shards:
-        raise InputError(
-            f"data.batch_size={batch_size} does not divide over {shards} devices: make it a multiple, or set sharding.tensor"
-        )
-
-
-def save_model(path: Path, model: nn.Module, params, training: dict) -> int:
-    """Writes the model file: the running mean of the parameters, and how they were trained."""
-    convert.save_model(path, model, params, training)
-    print(f"wrote {path} (step {training['steps']})", file=sys.stderr)
-    return 0
-
-
-def parse(argv: list[str]) -> tuple[ConfigDict, Path, Path | None]:
-    """The config with its overrides, the workdir, and the file to export to.
+def parse(argv: list[str]) -> tuple[ConfigDict, Path, dict]:
+    """The config with its overrides, the workdir, and the arguments of `sharding.start`.
 
     Raises:
       InputError: an unknown flag or config key, or a value of the wrong type.
@@ -394,18 +407,15 @@ def parse(argv: list[str]) -> tuple[ConfigDict, Path, Path | None]:
         if path.suffix == ".py":
             if not path.is_file():
                 raise InputError(f"{path}: no such config: check the path")
-            sys.path.insert(
-                0, str(path.absolute().parents[1])
-            )  # a config starts from its siblings: `configs.common`
+            # A config starts from its siblings: `configs.common`.
+            sys.path.insert(0, str(path.absolute().parents[1]))
     values = flags.FlagValues()
     argv = ["lrm train", *argv]
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
-    flags.DEFINE_string(
-        "workdir", None, "folder of the run; an existing one is resumed", flag_values=values
-    )
-    flags.DEFINE_string(
-        "export", None, "only write the last checkpoint's model file here", flag_values=values
-    )
+    flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0", flag_values=values)
+    flags.DEFINE_integer("num_processes", None, "how many there are", flag_values=values)
+    flags.DEFINE_integer("process_id", None, "which one this is", flag_values=values)
     try:
         rest = values(argv)[1:]
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
@@ -415,12 +425,14 @@ def parse(argv: list[str]) -> tuple[ConfigDict, Path, Path | None]:
             ) from None
         message = " ".join(str(error).split()).strip('"')
         raise InputError(f"lrm train: {message}: check it against the config file") from None
-    config = values.config
-    if rest or config is None or values.workdir is None:
+    if rest or values.config is None or values.workdir is None:
         raise InputError(
             "lrm train needs --config FILE --workdir FOLDER, and single keys as --config.train.steps=100"
         )
-    return config, Path(values.workdir), Path(values.export) if values.export else None
+    processes = {
+        name: values[name].value for name in ("coordinator", "num_processes", "process_id")
+    }
+    return values.config, Path(values.workdir), processes
 
 
 def claim(workdir: Path, config: ConfigDict) -> None:
@@ -428,56 +440,57 @@ def claim(workdir: Path, config: ConfigDict) -> None:
     path = workdir / "config.json"
     if path.exists() and json.loads(path.read_text())["model"] != config.model.to_dict():
         raise InputError(f"{workdir} holds a run of another model: choose another --workdir")
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_file(path, config.to_json(indent=2).encode())
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_file(path, config.to_json(indent=2).encode())
 
 
 # -- what a person sees
 
 
-def open_log(path: Path, first: int):
-    """Opens the log for appending, without the lines that a killed run wrote after the step it resumes from."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first]
-    write_file(path, "".join(kept).encode())
-    return path.open("a", buffering=1)
+def write_overview(workdir: Path, params) -> None:
+    """The names, shapes and sizes of all parameters, in `parameters.txt`."""
+    if jax.process_index() == 0:
+        write_file(workdir / "parameters.txt", metric_writer.parameter_overview(params).encode())
+
+
+def profile(workdir: Path, step: int, num_steps: int) -> None:
+    """A trace of `num_steps` steps from the fifth on, in `profile/`, for TensorBoard or Perfetto."""
+    if num_steps and step == 5:
+        jax.profiler.start_trace(workdir / "profile")
+    if num_steps and step == 5 + num_steps:
+        jax.profiler.stop_trace()
 
 
 def mean_of(scalars: list[dict[str, jax.Array]]) -> dict[str, float]:
-    """The mean of each named scalar over some steps."""
-    values = jax.device_get(scalars)
-    return {name: float(np.mean([row[name] for row in values])) for name in values[0]}
+    """The mean of each named scalar over the steps where it is finite (the others were skipped); NaN where it never is."""
+    rows, means = jax.device_get(scalars), {}
+    for name in rows[0]:
+        values = np.array([row[name] for row in rows], np.float64)
+        finite = values[np.isfinite(values)]
+        means[name] = float(finite.mean()) if finite.size else math.nan
+    means["skipped"] = float(rows[-1]["skipped"])
+    return means
 
 
-def print_progress(row: dict, steps: int, batch_size: int) -> None:
-    """One line: step, loss, PSNR, speed and time to go."""
-    seconds = int((steps - row["step"]) * batch_size / row["samples_per_second"])
-    val = f"  val {row['val/psnr']:.2f} dB" if "val/psnr" in row else ""
-    print(
-        f"step {row['step']}/{steps}  loss {row['train/loss']:.4f}  psnr {row['train/psnr']:.2f} dB{val}  "
-        f"{row['samples_per_second']:.1f} samples/s  ETA {seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}",
-        file=sys.stderr, flush=True,
-    )  # fmt: skip
-
-
-def grid_png(batch: Batch, rendered: np.ndarray) -> bytes:
-    """A row a scene: the source, then target and render of each view, on white."""
-    views, size = batch.target, batch.target.rgb.shape[2:4]
-    alpha = np.ones(views.rgb.shape[:-1]) if views.alpha is None else np.asarray(views.alpha)
-    target = np.asarray(views.rgb) * alpha[..., None] + 1 - alpha[..., None]
+def picture_grid(batch: Batch, rendered: np.ndarray) -> np.ndarray:
+    """A row a scene: the source, then target and render of each view, on white. uint8 [height width 3]."""
+    source, target = (
+        np.asarray(on_background(views, 1.0).rgb) for views in (batch.source, batch.target)
+    )
     pairs = np.stack([target, rendered], axis=2)  # [B V 2 H W 3]
-    rows = []
-    for source, pictures in zip(
-        np.asarray(on_background(batch.source, 1.0).rgb[:, 0]), pairs, strict=True
-    ):
-        first = Image.fromarray(to_uint8(source)).resize(size[::-1], Image.Resampling.BOX)
-        rows.append(
-            np.concatenate(
-                [np.asarray(first), *to_uint8(pictures.reshape(-1, *pictures.shape[2:]))], axis=1
-            )
-        )
+    size, rows = target.shape[2:4], []
+    for first, pictures in zip(source[:, 0], pairs, strict=True):
+        first = Image.fromarray(to_uint8(first)).resize(size[::-1], Image.Resampling.BOX)
+        pictures = to_uint8(pictures.reshape(-1, *pictures.shape[2:]))
+        rows.append(np.concatenate([np.asarray(first), *pictures], axis=1))
+    return np.concatenate(rows)
+
+
+def png(picture: np.ndarray) -> bytes:
+    """A uint8 picture as a PNG file."""
     buffer = io.BytesIO()
-    Image.fromarray(np.concatenate(rows)).save(buffer, format="PNG")
+    Image.fromarray(picture).save(buffer, format="PNG")
     return buffer.getvalue()
 
 

@@ -1,0 +1,70 @@
+"""Operations of a traced function, and what the device could do: for model FLOPs utilisation (MFU).
+
+MFU as in PaLM (https://arxiv.org/abs/2204.02311, appendix B): operations of the matrix products that the step has to do, over
+time, as a share of the peak rate. Products that rematerialisation repeats are counted: it is the rate of the hardware.
+"""
+
+import math
+import time
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import jaxprs_in_params
+
+# Dense bfloat16 operations per second of one chip, by jax's `device_kind`; from the makers' data sheets.
+PEAK = {
+    "NVIDIA A100": 312e12,  # https://www.nvidia.com/en-us/data-center/a100/
+    "NVIDIA H100": 989e12,  # SXM: https://www.nvidia.com/en-us/data-center/h100/
+    "NVIDIA H200": 989e12,
+    "TPU v4": 275e12,  # https://cloud.google.com/tpu/docs/v4
+    "TPU v5 lite": 197e12,  # https://cloud.google.com/tpu/docs/v5e
+    "TPU v5": 459e12,  # https://cloud.google.com/tpu/docs/v5p
+    "TPU v6 lite": 918e12,  # https://cloud.google.com/tpu/docs/v6e
+}
+
+
+def count(function, *arguments) -> float:
+    """Operations of the matrix products and convolutions of `function(*arguments)` (arrays or their shapes), traced, not run."""
+    return count_jaxpr(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def count_jaxpr(jaxpr) -> float:
+    """Operations of a jaxpr's products: 2 a multiplication, bodies of scans times their length.
+
+    Of alternatives (the kernels of each platform), the costliest counts.
+    """
+    total = 0.0
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        output = math.prod(equation.outvars[0].aval.shape) if equation.outvars else 0
+        if name == "dot_general":
+            (contracting, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            total += 2 * output * math.prod(left[i] for i in contracting)
+        elif name == "conv_general_dilated":
+            kernel, spec = equation.invars[1].aval.shape, equation.params["dimension_numbers"]
+            total += 2 * output * math.prod(kernel) / kernel[spec.rhs_spec[0]]
+        inner = [count_jaxpr(sub) for sub in jaxprs_in_params(equation.params)]
+        if name == "cond":
+            total += max(inner)
+        else:
+            total += sum(inner) * equation.params.get("length", 1)
+    return total
+
+
+def peak_rate() -> float:
+    """Operations per second of all devices: from `PEAK`, or measured with one product (about a second) where it has no entry."""
+    devices = jax.devices()
+    for kind in sorted(PEAK, key=len, reverse=True):
+        if devices[0].device_kind.startswith(kind):
+            return PEAK[kind] * len(devices)
+    # Virtual CPU devices share the cores, which one product keeps busy.
+    x = jnp.ones((1024, 1024))
+    product = jax.jit(lambda x: x @ x)
+    product(x).block_until_ready()
+    times = []
+    for _ in range(10):
+        start = time.perf_counter()
+        product(x).block_until_ready()
+        times.append(time.perf_counter() - start)
+    return 2 * 1024**3 / min(times)

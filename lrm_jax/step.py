@@ -1,0 +1,241 @@
+"""The training step of every family: crop -> rays -> model -> losses -> gradient -> optimiser -> running mean. Pure functions."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+
+from lrm_jax import losses, metrics, optim, sharding
+from lrm_jax.ops import cameras as ops_cameras
+from lrm_jax.types import Batch, Cameras, Rays, Rendering, TrainState, Views
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    networks: dict[str, Any],
+    *,
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    loss_weights: dict[str, float],
+    source_background: float,
+    patch: int,
+    render_size: tuple[int, int],
+    foreground_crops: bool,
+    backgrounds: tuple[float, ...],
+    accumulate: int,
+    ema_decay: float,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update: a random window of every target view, on a random background, against its rendering.
+
+    Args:
+      state: donated by the caller.
+      batch: straight colour and alpha, or opaque pictures; uint8, or floats in [0, 1].
+      networks: parameters of the frozen networks of the losses, see `losses.terms`.
+      source_background: grey that the source views are composited on.
+      patch, render_size, foreground_crops: see `random_crops`.
+      backgrounds: greys of which each target view gets one (OpenLRM: 0, 0.5, 1); empty: any colour.
+      accumulate: equal parts that the batch is processed in, one after the other; the gradient is their mean.
+      ema_decay: of the running mean of the parameters, reached after 10 / (1 - ema_decay) steps.
+
+    Returns:
+      The new state, and scalars by name: the losses and PSNR as `train/...`; the gradient's norm before clipping, the updates
+      skipped so far, the learning rate.
+    """
+
+    def total_loss(params, part: Batch, key):
+        crop_key, background_key, render_key = jax.random.split(key, 3)
+        source = on_background(part.source, source_background)
+        target, cameras = random_crops(crop_key, part.target, patch, render_size, foreground_crops)
+        rays = ops_cameras.pixel_rays(cameras, patch, patch)
+        background = random_backgrounds(background_key, target.alpha.shape[:2], backgrounds)
+        wanted = blend(target, background)
+        scene, rendering = nn.apply(_encode_and_render, model)(
+            {"params": params}, source, rays, render_key
+        )
+        seen = blend(rendering, background)
+        terms = losses.terms(seen, wanted, loss_weights, scene=scene, networks=networks)
+        total = sum(loss_weights[name] * value for name, value in terms.items())
+        return total, {"loss": total, **terms, "psnr": metrics.psnr(seen.rgb, wanted.rgb).mean()}
+
+    def gradient(part: Batch, key):
+        return jax.grad(total_loss, has_aux=True)(state.params, sharding.constrain_batch(part), key)
+
+    key = jax.random.fold_in(state.key, state.step)
+    if accumulate == 1:
+        grads, scalars = gradient(batch, key)
+    else:
+        grads, scalars = _accumulated(gradient, batch, key, accumulate)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
+    ema_params = jax.tree.map(
+        lambda old, new: old + (1 - decay) * (new - old), state.ema_params, params
+    )
+    scalars = {f"train/{name}": value for name, value in scalars.items()} | {
+        "grad_norm": optim.grad_norm(opt_state),
+        "skipped": optim.num_skipped(opt_state),
+        "learning_rate": schedule(state.step),
+    }
+    state = state.replace(
+        step=state.step + 1, params=params, ema_params=ema_params, opt_state=opt_state
+    )
+    return state, scalars
+
+
+def eval_step(
+    params, batch: Batch, *, model: nn.Module, source_background: float
+) -> tuple[dict[str, jax.Array], jax.Array]:
+    """The whole target views on white, without a key.
+
+    Returns:
+      "psnr" in dB and, where the family renders alpha, "iou" of the foreground, [B V] each; the pictures [B V H W 3].
+    """
+    batch = sharding.constrain_batch(batch)
+    target = premultiplied(batch.target)
+    rays = ops_cameras.pixel_rays(batch.target.cameras, *target.rgb.shape[2:4])
+    rendering = model.apply(
+        {"params": params}, on_background(batch.source, source_background), rays
+    )
+    white = jnp.ones((1, 1, 1, 1, 3))
+    seen = blend(rendering, white)
+    scores = {"psnr": metrics.psnr(seen.rgb, blend(target, white).rgb)}
+    if rendering.alpha is not None:
+        scores["iou"] = metrics.iou(rendering.alpha, target.alpha)
+    return scores, seen.rgb
+
+
+def init_state(
+    *,
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    source: Views,
+    patch: int,
+) -> TrainState:
+    """The state before the first step. Of the source views and the windows only the shapes matter."""
+    init_key, key = jax.random.split(jax.random.key(seed))
+    views = jax.tree.map(lambda x: jnp.zeros((1, *x.shape[1:])), source.replace(alpha=None))
+    shape = (1, 1, patch, patch, 3)
+    rays = Rays(origins=jnp.zeros(shape), dirs=jnp.ones(shape))
+    params = model.init(init_key, views, rays)["params"]
+    return TrainState(
+        step=jnp.int32(0),
+        params=params,
+        ema_params=jax.tree.map(jnp.copy, params),
+        opt_state=optimizer.init(params),
+        key=key,
+    )
+
+
+def random_crops(
+    key: jax.Array, views: Views, patch: int, render_size: tuple[int, int], foreground: bool
+) -> tuple[Rendering, Cameras]:
+    """A window of `patch` x `patch` pixels of every view, premultiplied, and the camera that sees just it.
+
+    Args:
+      views: [B V], square.
+      render_size: the whole picture is first resized, antialiased, to a side drawn from low..high for each scene, so that the
+        window shows more or less of it. OpenLRM: openlrm/datasets/objaverse.py:104-114 at 3108b69.
+      foreground: a window is centred on a pixel of the object nine times out of ten, instead of lying anywhere. TripoSR
+        (https://arxiv.org/abs/2403.02151, section 2.3) crops so "to focus on the foreground", without saying how.
+    """
+    size_key, corner_key, pixel_key = jax.random.split(key, 3)
+    whole, shape = premultiplied(views), views.rgb.shape[:2]
+    height, width = views.rgb.shape[2:4]
+    low, high = render_size
+    side_B1 = jax.random.randint(size_key, (shape[0], 1), low, high + 1)
+    free_BV1 = jnp.broadcast_to(side_B1, shape)[..., None] - patch  # room for the corner
+    place_BV2 = jax.random.uniform(corner_key, (*shape, 2))
+    if foreground:
+        place_BV2 = _around_foreground(pixel_key, whole.alpha, place_BV2, patch, free_BV1)
+    corner_BV2 = jnp.minimum(jnp.floor(place_BV2 * (free_BV1 + 1)), free_BV1)
+
+    def crop(picture_HWC, corner, side):
+        scale = side / jnp.array([height, width], jnp.float32)
+        return jax.image.scale_and_translate(
+            picture_HWC, (patch, patch, picture_HWC.shape[-1]), (0, 1), scale, -corner, "linear"
+        )
+
+    stacked = jnp.concatenate([whole.rgb, whole.alpha[..., None]], axis=-1)
+    sides_BV = jnp.broadcast_to(side_B1, shape)
+    cropped = jax.vmap(jax.vmap(crop))(stacked, corner_BV2, sides_BV)
+    extent_BV1 = 1.0 / sides_BV[..., None].astype(jnp.float32)
+    cameras = ops_cameras.crop_cameras(
+        views.cameras,
+        corner_BV2 * extent_BV1,
+        jnp.broadcast_to(patch * extent_BV1, corner_BV2.shape),
+    )
+    return Rendering(rgb=cropped[..., :3], alpha=cropped[..., 3]), cameras
+
+
+def _around_foreground(key, alpha_BVHW, place_BV2, patch, free_BV1):
+    """Places in [0, 1] whose windows are centred on a pixel of the object; one in ten stays as it is."""
+    which_key, pixel_key = jax.random.split(key)
+    height, width = alpha_BVHW.shape[2:]
+    pixel_BV = jax.random.categorical(
+        pixel_key, jnp.log(alpha_BVHW.reshape(*alpha_BVHW.shape[:2], -1) + 1e-6)
+    )
+    pixel_BV2 = jnp.stack([pixel_BV // width + 0.5, pixel_BV % width + 0.5], axis=-1)
+    centre_BV2 = pixel_BV2 / jnp.array([[[height, width]]]) * (free_BV1 + patch) - patch / 2
+    around_BV2 = jnp.clip(centre_BV2 / jnp.maximum(free_BV1, 1), 0.0, 1.0)
+    anywhere = jax.random.bernoulli(which_key, 0.1, place_BV2.shape[:-1])[..., None]
+    return jnp.where(anywhere, place_BV2, around_BV2)
+
+
+def random_backgrounds(key: jax.Array, shape: tuple[int, int], greys: tuple[float, ...]):
+    """A colour for every view, [B V 1 1 3]: one of `greys`, or, where there are none, any."""
+    if not greys:
+        return jax.random.uniform(key, (*shape, 1, 1, 3))
+    grey = jax.random.choice(key, jnp.array(greys, jnp.float32), (*shape, 1, 1, 1))
+    return jnp.broadcast_to(grey, (*shape, 1, 1, 3))
+
+
+def as_float(x: jax.Array) -> jax.Array:
+    """Pictures in [0, 1]: 8-bit ones are divided by 255."""
+    return x.astype(jnp.float32) / 255 if x.dtype == jnp.uint8 else x
+
+
+def on_background(views: Views, background: float) -> Views:
+    """Opaque float views, composited on a grey where they have an alpha channel."""
+    whole = premultiplied(views)
+    return views.replace(rgb=whole.rgb + background * (1 - whole.alpha[..., None]), alpha=None)
+
+
+def premultiplied(views: Views) -> Rendering:
+    """Views as what a perfect model would render: premultiplied colour and alpha, 1 where the picture has none."""
+    rgb = as_float(views.rgb)
+    if views.alpha is None:
+        return Rendering(rgb=rgb, alpha=jnp.ones(rgb.shape[:-1]))
+    alpha = as_float(views.alpha)
+    return Rendering(rgb=rgb * alpha[..., None], alpha=alpha)
+
+
+def blend(rendering: Rendering, background: jax.Array) -> Rendering:
+    """A rendering's premultiplied colour on `background` [B V 1 1 3]; as it is where the family draws its own."""
+    if rendering.alpha is None:
+        return rendering
+    return rendering.replace(rgb=rendering.rgb + background * (1 - rendering.alpha[..., None]))
+
+
+def _encode_and_render(model, source, rays, key):
+    scene = model.encode(source)
+    return scene, model.render(scene, rays, key)
+
+
+def _accumulated(gradient, batch: Batch, key, count: int):
+    """The mean gradient and scalars over `count` parts of the batch, one after the other."""
+    parts = sharding.micro_batches(batch, count)
+
+    def add(total, inputs):
+        part, index = inputs
+        new = gradient(part, jax.random.fold_in(key, index))
+        return jax.tree.map(lambda a, b: a + b / count, total, new), None
+
+    shapes = jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], parts), key)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    total, _ = jax.lax.scan(add, zeros, (parts, jnp.arange(count)))
+    return total

@@ -1,0 +1,186 @@
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from balls import ball, batch
+
+from lrm_jax import losses, optim, sharding, step
+from lrm_jax.models import build
+from lrm_jax.ops import cameras
+from lrm_jax.types import Cameras, Rendering, Views
+
+SETTINGS = dict(b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.05, clip_norm=1.0)
+STEP = dict(
+    loss_weights={"mse": 1.0, "mask": 0.05},
+    source_background=0.5,
+    patch=8,
+    render_size=(16, 16),
+    foreground_crops=False,
+    backgrounds=(),
+    accumulate=1,
+    ema_decay=0.99,
+)
+
+
+def functions(source, **changed):
+    """`init_state` and `train_step` of a tiny TripoSR."""
+    model = build("triposr", "tiny")
+    schedule = optim.make_schedule(1e-2, warmup_steps=1, steps=100)
+    optimizer = optim.make_optimizer(schedule, **SETTINGS)
+    init = partial(
+        step.init_state, model=model, optimizer=optimizer, seed=0, source=source, patch=8
+    )
+    update = partial(
+        step.train_step, model=model, optimizer=optimizer, schedule=schedule, **(STEP | changed)
+    )
+    return init, update
+
+
+def started(device_mesh, source, **changed):
+    """A state and the compiled step."""
+    init, update = functions(source, **changed)
+    shardings = sharding.infer(jax.eval_shape(init), device_mesh)
+    update = jax.jit(update, donate_argnums=0, out_shardings=(shardings, None))
+    return jax.jit(init, out_shardings=shardings)(), update
+
+
+def test_one_step_on_two_by_four_devices_equals_one_device_and_the_loss_falls():
+    scenes = batch(0, 4, 2, 32, 16)
+    device_meshes = (
+        sharding.make_device_mesh(1, 2, 4),
+        sharding.make_device_mesh(1, 1, 1, jax.devices()[:1]),
+    )
+    results = []
+    for device_mesh in device_meshes:
+        with jax.set_mesh(device_mesh):
+            state, update = started(device_mesh, scenes.source)
+            kernel = state.params["backbone"]["blocks"]["fc1"]["kernel"]
+            assert kernel.addressable_shards[0].data.size * device_mesh.size == kernel.size
+            state, first = update(state, sharding.global_batch(scenes, device_mesh), {})
+            results.append(jax.device_get((first, state.opt_state)))
+            params = jax.device_get(state.params)
+            results[-1] += (params,)
+    for a, b in zip(jax.tree.leaves(results[0]), jax.tree.leaves(results[1]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)  # sums in another order, float32
+    # The scalars, which no division by small second moments has amplified.
+    for name, value in results[0][0].items():
+        np.testing.assert_allclose(value, results[1][0][name], rtol=1e-5, err_msg=name)
+
+    with jax.set_mesh(device_meshes[1]):
+        for _ in range(80):
+            state, last = update(state, scenes, {})
+    assert last["train/loss"] < 0.5 * first["train/loss"]
+    assert last["train/psnr"] > first["train/psnr"] + 3
+    assert int(state.step) == 81 and int(last["skipped"]) == 0
+    same = [np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (state.params, state.ema_params)), strict=True)]  # fmt: skip
+    assert not all(same)
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch():
+    # Deterministic but for windows and backgrounds: one grey, and windows that are the whole view.
+    fixed = dict(patch=16, backgrounds=(1.0,), loss_weights={"mse": 1.0})
+    scenes, norms = batch(0, 4, 1, 32, 16), []
+    for accumulate in (1, 2):
+        init, update = functions(scenes.source, **fixed, accumulate=accumulate)
+        state, scalars = jax.jit(update)(jax.jit(init)(), scenes, {})
+        norms.append((scalars["grad_norm"], scalars["train/loss"]))
+    # Samples along the rays are jittered with other keys: 8 a ray of a small model hardly feel it.
+    np.testing.assert_allclose(norms[0], norms[1], rtol=0.05)
+
+
+def test_a_poisoned_batch_is_skipped_and_counted():
+    scenes = batch(0, 2, 1, 32, 16)
+    init, update = functions(scenes.source)
+    before = jax.jit(init)()
+    poisoned = scenes.replace(target=scenes.target.replace(rgb=scenes.target.rgb * np.nan))
+    after, scalars = jax.jit(update)(before, poisoned, {})
+    assert int(scalars["skipped"]) == 1 and not np.isfinite(scalars["grad_norm"])
+    for a, b in zip(*map(jax.tree.leaves, (before.params, after.params)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert int(after.step) == 1
+
+
+@pytest.mark.parametrize("foreground", [False, True])
+def test_a_crop_is_what_its_camera_sees(foreground):
+    target = batch(0, 2, 3, 8, 32).target
+    centre, radius = np.zeros(3, np.float32), np.float32(0.5)
+    rays = jax.tree.map(np.asarray, cameras.pixel_rays(target.cameras, 32, 32))
+    rgb, alpha = ball(rays, centre, radius)
+    crops, crop_cameras = step.random_crops(
+        jax.random.key(0), target.replace(rgb=rgb, alpha=alpha), 12, (32, 32), foreground
+    )
+    assert crops.rgb.shape == (2, 3, 12, 12, 3)
+    rays = jax.tree.map(np.asarray, cameras.pixel_rays(crop_cameras, 12, 12))
+    expected_rgb, expected_alpha = ball(rays, centre, radius)
+    assert 0.1 < expected_alpha.mean() < 0.99  # neither empty nor full
+    np.testing.assert_array_equal(crops.alpha, expected_alpha)
+    inside = expected_alpha > 0
+    np.testing.assert_allclose(
+        crops.rgb[inside], expected_rgb[inside], atol=1e-3
+    )  # float32 at grazing rays
+
+
+def gradient_views(size):
+    """One view whose red is its column and green its row, in fractions."""
+    at = (np.arange(size, dtype=np.float32) + 0.5) / size
+    rgb = np.stack([np.tile(at, (size, 1)), np.tile(at[:, None], size), np.zeros((size, size))], -1)
+    camera = Cameras(
+        c2w=np.eye(4, dtype=np.float32)[None, None], fxfycxcy=np.array([[[1, 1, 0.5, 0.5]]], np.float32)
+    )  # fmt: skip
+    return Views(rgb=np.float32(rgb)[None, None], cameras=camera)
+
+
+def test_a_resized_crop_is_what_its_camera_sees():
+    views, patch = gradient_views(64), 8
+    for seed in range(6):
+        crops, camera = step.random_crops(jax.random.key(seed), views, patch, (16, 40), False)
+        # With c2w = identity and f = 1, c = 0.5 the place in the picture is direction + 0.5.
+        rays = cameras.pixel_rays(camera, patch, patch)
+        place = rays.dirs[..., :2] / rays.dirs[..., 2:] + 0.5
+        # The filter is not quite exact between pixels: half a pixel off would be 1e-2.
+        inner = ((place > 0.08) & (place < 0.92)).all(-1)
+        np.testing.assert_allclose(crops.rgb[..., :2][inner], place[inner], atol=2e-3)
+        extent = 1 / camera.fxfycxcy[0, 0, 0]
+        assert patch / 40 - 1e-6 <= extent <= patch / 16 + 1e-6
+
+
+def test_windows_on_the_foreground_hold_a_small_object():
+    views = gradient_views(64)
+    alpha = np.zeros((1, 1, 64, 64), np.float32)
+    alpha[..., 10:14, 50:54] = 1
+    views, seen = views.replace(alpha=alpha), {}
+    for foreground in (False, True):
+        crop = jax.jit(
+            lambda key, f=foreground: step.random_crops(key, views, 8, (64, 64), f)[0].alpha.max()
+        )
+        seen[foreground] = np.mean([float(crop(jax.random.key(i))) for i in range(40)])
+    assert seen[True] > 0.8 and seen[False] < 0.3
+
+
+def test_a_perfect_rendering_has_no_loss_on_any_background():
+    target = step.premultiplied(batch(0, 2, 2, 8, 8).target)
+    background = step.random_backgrounds(jax.random.key(0), (2, 2), ())
+    wanted = step.blend(target, background)
+    rendering = Rendering(rgb=target.rgb, alpha=target.alpha)
+    np.testing.assert_allclose(losses.mse(step.blend(rendering, background), wanted), 0, atol=1e-12)
+    corner = jnp.broadcast_to(background[:, :, 0, 0], wanted.rgb[:, :, 0, 0].shape)
+    np.testing.assert_allclose(wanted.rgb[:, :, 0, 0], corner, rtol=1e-6)  # no ball in the corner
+
+
+def test_backgrounds_are_of_the_greys_asked_for():
+    colours = step.random_backgrounds(jax.random.key(0), (8, 8), (0.0, 0.5, 1.0))
+    assert set(np.unique(colours)) == {0.0, 0.5, 1.0}
+    assert np.ptp(np.asarray(colours), axis=-1).max() == 0
+
+
+def test_bytes_and_floats_are_the_same_pictures():
+    source = batch(0, 1, 1, 8, 8).source
+    as_bytes = source.replace(
+        rgb=np.uint8(source.rgb * 255 + 0.5), alpha=np.uint8(source.alpha * 255)
+    )
+    a, b = (step.on_background(views, 0.5) for views in (source, as_bytes))
+    assert a.alpha is None and b.alpha is None
+    np.testing.assert_array_equal(a.rgb[0, 0, 0, 0], 0.5)  # the corner has no ball
+    np.testing.assert_allclose(a.rgb, b.rgb, atol=0.5 / 255 + 1e-6)  # rounding to 8 bits
