@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 torch_linear_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
@@ -14,21 +14,31 @@ def attention(
     q_BLNK: Float[Array, "B L N K"],
     k_BMNK: Float[Array, "B M N K"],
     v_BMNK: Float[Array, "B M N K"],
+    num_keys_B: Int[Array, "B"] | None = None,
 ) -> Float[Array, "B L N K"]:
     """Scaled dot-product attention, eq. 1 of https://arxiv.org/abs/1706.03762, softmax in float32.
 
     One kernel a platform: cuDNN's fused one for 16-bit inputs on a GPU, per-head matrix products on a CPU, XLA's elsewhere.
+
+    Args:
+      num_keys_B: how many keys of each sequence count, 1 or more; the later ones are padding. None: all.
     """
     # cuDNN's backward pass takes even lengths only.
     even = q_BLNK.shape[1] % 2 == k_BMNK.shape[1] % 2 == 0
     if jax.default_backend() == "gpu" and q_BLNK.dtype in (jnp.bfloat16, jnp.float16) and even:
-        return jax.nn.dot_product_attention(q_BLNK, k_BMNK, v_BMNK, implementation="cudnn")
+        return jax.nn.dot_product_attention(
+            q_BLNK, k_BMNK, v_BMNK, key_value_seq_lengths=num_keys_B, implementation="cudnn"
+        )
     return jax.lax.platform_dependent(
-        q_BLNK, k_BMNK, v_BMNK, cpu=_attention_by_head, default=jax.nn.dot_product_attention
+        q_BLNK, k_BMNK, v_BMNK, num_keys_B, cpu=_attention_by_head, default=_attention_by_xla
     )
 
 
-def _attention_by_head(q_BLNK, k_BMNK, v_BMNK):
+def _attention_by_xla(q_BLNK, k_BMNK, v_BMNK, num_keys_B):
+    return jax.nn.dot_product_attention(q_BLNK, k_BMNK, v_BMNK, key_value_seq_lengths=num_keys_B)
+
+
+def _attention_by_head(q_BLNK, k_BMNK, v_BMNK, num_keys_B):
     """Plain 2-D products, head after head: XLA's CPU back end runs them at full rate, unlike a batched product.
 
     The division by the softmax's sum comes after the second product: L*K divisions instead of L*M. The largest score is
@@ -37,12 +47,15 @@ def _attention_by_head(q_BLNK, k_BMNK, v_BMNK):
     num_heads, width = q_BLNK.shape[2:]
 
     @jax.checkpoint  # the L x M scores of all heads would not fit a training step
-    def head(qkv):
-        q_LK, k_MK, v_MK = qkv
+    def head(inputs):
+        q_LK, k_MK, v_MK, num_keys = inputs
         q_LK = q_LK * width**-0.5
 
         def attend(shift):
             scores_LM = (q_LK @ k_MK.T).astype(jnp.float32)
+            if num_keys is not None:
+                counts_M = jnp.arange(k_MK.shape[0]) < num_keys
+                scores_LM = jnp.where(counts_M[None], scores_LM, -jnp.inf)
             if shift:
                 scores_LM = scores_LM - jnp.max(scores_LM, axis=-1, keepdims=True)
             weights_LM = jnp.exp(scores_LM)
@@ -58,7 +71,8 @@ def _attention_by_head(q_BLNK, k_BMNK, v_BMNK):
     def heads_first(x_BLNK):
         return x_BLNK.transpose(0, 2, 1, 3).reshape(-1, *x_BLNK.shape[1::2])
 
-    out_ZLK = jax.lax.map(head, (heads_first(q_BLNK), heads_first(k_BMNK), heads_first(v_BMNK)))
+    num_keys_Z = None if num_keys_B is None else jnp.repeat(num_keys_B, num_heads)
+    out_ZLK = jax.lax.map(head, (*map(heads_first, (q_BLNK, k_BMNK, v_BMNK)), num_keys_Z))
     return out_ZLK.reshape(-1, num_heads, *out_ZLK.shape[1:]).transpose(0, 2, 1, 3)
 
 

@@ -206,7 +206,7 @@ class Block(nn.Module):
             return norm(heads(name)).astype(self.dtype)
 
         y_BLD = _norm("norm1")(x_BLD)
-        out_BLNK = _attention(normed_heads("q"), normed_heads("k"), heads("v"), num_keys)
+        out_BLNK = attention(normed_heads("q"), normed_heads("k"), heads("v"), num_keys)
         x_BLD = x_BLD + dense(width, "out")(out_BLNK.reshape(x_BLD.shape))
         x_BLF = dense(4 * width, "fc1")(_norm("norm2")(x_BLD))
         x_BLD = x_BLD + dense(width, "fc2")(nn.gelu(x_BLF, approximate=False))
@@ -226,12 +226,6 @@ def _attend_to(blocks, x_BLD, context_BMD, num_context):
     num_keys = None if num_context is None else L + num_context
     (x_BLD, _), _ = blocks((x_BLD, jnp.float32(0)), num_keys)
     return x_BLD[:, :L]
-
-
-def _attention(q_BLNK, k_BLNK, v_BLNK, num_keys):
-    if num_keys is None:
-        return attention(q_BLNK, k_BLNK, v_BLNK)
-    return jax.nn.dot_product_attention(q_BLNK, k_BLNK, v_BLNK, key_value_seq_lengths=num_keys)
 
 
 # -- names of the reference

@@ -200,7 +200,7 @@ def test_a_padded_source_view_has_no_influence(architecture):
         one_source, one_rays = jax.tree.map(lambda x, s=scene: x[s : s + 1], (source, rays))
         one_source = jax.tree.map(lambda x, n=count: x[:, :n], one_source)
         alone = drawing(model)(params, one_source, one_rays)
-        # Another kernel, which masks keys.
+        # Sums of another length.
         np.testing.assert_allclose(together[scene : scene + 1], alone, atol=1e-5)
 
 
