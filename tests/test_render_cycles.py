@@ -47,7 +47,7 @@ for view in range(len(job["c2w"])):
         shutil.copy({str(GOLDEN)!r}, stem.with_suffix(".exr"))
     print("Fra:1 noise of Blender's")
     print("finished view", view, flush=True)
-{ends}
+    {ends}
 """)
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     return str(program)
@@ -109,7 +109,7 @@ def test_what_ends_blender_is_the_cause_of_the_failure(tmp_path):
     blender = cycles.find_blender(stand_in(tmp_path, ends=ends), threads=1)
     settings = dataclasses.replace(SETTINGS, size=9)
     cause = objects.write_object("thing", path, None, tmp_path / "out", settings, blender)
-    assert cause == "Blender ended with code 3: Error: out of memory"
+    assert cause == "Blender ended with code 3 after 1 views: Error: out of memory"
     assert not any((tmp_path / "out").iterdir())
 
 

@@ -327,6 +327,18 @@ def test_a_file_that_kills_its_process_fails_alone(tmp_path):
     assert "crashed" in results["b"] and results["a"] is None
 
 
+def touch(uid: str, out: Path) -> None:
+    (out / uid).touch()
+
+
+def test_an_interrupted_run_begins_nothing_more(tmp_path):
+    work = functools.partial(touch, out=tmp_path)
+    results = processes.run_in_processes(work, dict.fromkeys("abcdef", ()), tmp_path, 1)
+    assert next(results) == ("a", None)
+    results.close()  # as Ctrl-C leaves it
+    assert {path.name for path in tmp_path.iterdir()} <= {"a", "b"}
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [

@@ -19,13 +19,15 @@ import signal
 import sys
 from pathlib import Path
 
-import bpy
-import mathutils
+# Ctrl-C ends this process at once: of Python's exception for it, the start of Blender would only print a notice, and a picture
+# would be finished first.
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import bpy  # noqa: E402
+import mathutils  # noqa: E402
 
 
 def main(path: str) -> None:
-    # The parent's workers ignore Ctrl-C, and so would this process, by inheritance.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
     job = json.loads(Path(path).read_text())
     bpy.ops.wm.read_factory_settings(use_empty=True)
     for addon in ("cycles", "io_scene_gltf2"):

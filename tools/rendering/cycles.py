@@ -79,21 +79,26 @@ def render(
     path.write_text(json.dumps(_job(file, triangles, cameras, lighting, settings, blender, folder)))
     # -I: Blender has modules of its own by the names of those beside the script (cycles), and on a PYTHONPATH of ours.
     command = [blender.python, "-I", str(SCRIPT), str(path)]
-    last = collections.deque(maxlen=20)
+    finished, last = 0, collections.deque(maxlen=20)
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     ) as process:
         try:
             for line in process.stdout:
                 if line.startswith("finished view "):
-                    yield _read_view(folder / f"{int(line.split()[-1]):03d}", settings.geometry)
+                    yield _read_view(folder / f"{finished:03d}", settings.geometry)
+                    finished += 1
                 elif line.strip():
                     last.append(line.strip())
-        finally:
-            process.kill()  # in case the reader stops early; it has ended otherwise
-    if process.returncode:
+        except BaseException:
+            process.kill()
+            raise
+    # Not the exit code: Blender can crash while it tidies up, when all is done.
+    if finished < len(cameras.c2w):
         said = next((line for line in reversed(last) if "Error" in line), last[-1] if last else "")
-        raise InputError(f"Blender ended with code {process.returncode}: {said[:160]}")
+        raise InputError(
+            f"Blender ended with code {process.returncode} after {finished} views: {said[:160]}"
+        )
 
 
 def _job(file, triangles, cameras, lighting, settings, blender, folder) -> dict:

@@ -1,10 +1,12 @@
 """Many objects at a time, in processes: 3D files are read by C libraries, which can take their process down with them."""
 
 import concurrent.futures
+import itertools
 import multiprocessing
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED
 from pathlib import Path
 
 from rendering.output import unfinished
@@ -18,20 +20,27 @@ def run_in_processes(
     A file that brings its process down fails alone: the objects that were under way then, by their unfinished folders in
     `out`, are tried again one by one.
     """
-    # jax has threads, which do not survive a fork. Ctrl-C is the parent's to handle.
-    context, quiet = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_IGN)
+    # jax has threads, which do not survive a fork. Ctrl-C is the parent's to handle; a handler that does nothing, because to
+    # ignore the signal is inherited by Blender, which is to end.
+    context, quiet = multiprocessing.get_context("spawn"), (signal.SIGINT, _nothing)
     batches = [dict(objects)]
     while batches:
         batch = batches.pop()
         with concurrent.futures.ProcessPoolExecutor(
             min(workers, len(batch) or 1), context, signal.signal, quiet
         ) as pool:
-            jobs = {pool.submit(function, uid, *where): uid for uid, where in batch.items()}
+            waiting, running = iter(list(batch.items())), {}
             try:
-                for job in concurrent.futures.as_completed(jobs):
-                    result = job.result()
-                    del batch[jobs[job]]
-                    yield jobs[job], result
+                while True:
+                    # No more than can run: what a pool has queued, it would begin even after an interruption.
+                    for uid, where in itertools.islice(waiting, workers - len(running)):
+                        running[pool.submit(function, uid, *where)] = uid
+                    if not running:
+                        break
+                    for job in concurrent.futures.wait(running, return_when=FIRST_COMPLETED).done:
+                        result, uid = job.result(), running.pop(job)
+                        del batch[uid]
+                        yield uid, result
                 continue
             except concurrent.futures.BrokenExecutor:
                 pass  # outside, where the pool is shut down
@@ -52,3 +61,7 @@ def run_in_processes(
             batches += [{uid: where} for uid, where in suspects.items()]
         if rest := {uid: where for uid, where in batch.items() if uid not in suspects}:
             batches.append(rest)
+
+
+def _nothing(*_) -> None:
+    pass
