@@ -84,7 +84,7 @@ def finish(manager: ocp.CheckpointManager) -> None:
         manager.wait_until_finished()
 
 
-def restore_run(manager: ocp.CheckpointManager, abstract_state: Any) -> tuple[Any, dict] | None:
+def restore(manager: ocp.CheckpointManager, abstract_state: Any) -> tuple[Any, dict] | None:
     """The latest step's (state, data_state), or None if there is none.
 
     Args:
@@ -111,12 +111,6 @@ def restore_run(manager: ocp.CheckpointManager, abstract_state: Any) -> tuple[An
             f"choose another --workdir, or delete this folder to {onward}"
         ) from error
     return restored["state"], restored["data"]
-
-
-def restore(manager: ocp.CheckpointManager, abstract_state: Any) -> Any | None:
-    """`restore_run` without the data iterator's state."""
-    restored = restore_run(manager, abstract_state)
-    return None if restored is None else restored[0]
 
 
 def restore_part(manager: ocp.CheckpointManager, shapes: dict) -> dict:

@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
         ) as manager,
         contextlib.closing(data.train) as batches,
     ):
-        restored = checkpoints.restore_run(manager, run.abstract_state)
+        restored = checkpoints.restore(manager, run.abstract_state)
         if restored is not None:
             state, place = restored
             batches.set_state(place)

@@ -48,7 +48,7 @@ def test_the_last_two_are_kept_and_restored_onto_another_device_mesh(tmp_path, s
     other = state_at(0, device_mesh, P("fsdp", "tensor"))
     with checkpoints.open_folder(tmp_path, read_only=True) as manager:
         assert sorted(manager.all_steps()) == [2, 3]
-        restored, data_state = checkpoints.restore_run(manager, abstract_of(other))
+        restored, data_state = checkpoints.restore(manager, abstract_of(other))
     assert data_state == {"next": 30}
     assert restored.params["kernel"].sharding == other.params["kernel"].sharding
     assert_equal(restored, saved[3])
@@ -88,7 +88,7 @@ def test_an_unfinished_save_is_not_there_and_the_next_run_deletes_it(tmp_path):
 
 def test_an_empty_folder_restores_nothing(tmp_path):
     with checkpoints.open_folder(tmp_path) as manager:
-        assert checkpoints.restore_run(manager, {}) is None
+        assert checkpoints.restore(manager, {}) is None
 
 
 @pytest.mark.filterwarnings(
@@ -125,7 +125,7 @@ def test_a_checkpoint_with_any_file_cut_short_is_restored_whole_or_one_line_with
         damage(folder / name)
         with checkpoints.open_folder(tmp_path, read_only=True) as manager:
             try:
-                restored, data_state = checkpoints.restore_run(manager, abstract_of(state))
+                restored, data_state = checkpoints.restore(manager, abstract_of(state))
             except InputError as error:
                 fatal.add(str(name))
                 assert str(error).startswith(f"{folder}: damaged, or of another model ("), name
@@ -155,7 +155,7 @@ def test_a_checkpoint_that_does_not_fit_is_one_line_with_its_folder(tmp_path, fa
         with pytest.raises(
             InputError, match="checkpoints/7: damaged, or of another model.*to start again$"
         ) as error:
-            checkpoints.restore_run(manager, abstract_of(wanted.get(fault, state)))
+            checkpoints.restore(manager, abstract_of(wanted.get(fault, state)))
     assert "\n" not in str(error.value)
 
 
@@ -226,7 +226,7 @@ def test_a_full_disk_is_one_line_and_what_was_saved_is_still_there(tmp_path):
     with checkpoints.open_folder(tmp_path) as manager:
         assert manager.all_steps() == [1]
         wanted = {"w": np.random.default_rng(0).random(10)}
-        restored, _ = checkpoints.restore_run(manager, wanted)
+        restored, _ = checkpoints.restore(manager, wanted)
         np.testing.assert_array_equal(restored["w"], wanted["w"])
         checkpoints.save(manager, 4, restored)  # room was made: the run goes on
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "4"]

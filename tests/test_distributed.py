@@ -108,7 +108,7 @@ def one_of_two(coordinator, process_id, workdir):
     device_mesh = sharding.make_device_mesh(1, 4, 2)
     with jax.set_mesh(device_mesh), checkpoints.open_folder(workdir) as manager:
         _, step, abstract_state = start_run(device_mesh)
-        state, data_state = checkpoints.restore_run(manager, abstract_state)
+        state, data_state = checkpoints.restore(manager, abstract_state)
         assert data_state == {"next": 0}
         state, losses = train(state, step, device_mesh)
         kernel = state["params"]["fc1"]["kernel"]
@@ -153,7 +153,7 @@ def test_two_processes_agree_with_one_and_each_goes_on_from_the_others_checkpoin
 
         with checkpoints.open_folder(tmp_path, read_only=True) as manager:
             assert sorted(manager.all_steps()) == [0, STEPS]
-            state, data_state = checkpoints.restore_run(manager, abstract_state)
+            state, data_state = checkpoints.restore(manager, abstract_state)
     assert data_state == {"next": STEPS}
     # The same device mesh, but sums over processes: float32 in another order.
     for got, want in zip(jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True):

@@ -8,7 +8,6 @@ import functools
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from lrm_jax.data import Source, folders, pipeline, samples, splits
@@ -22,7 +21,6 @@ def make(
     split: str,
     seed: int,
     cache: bool = True,
-    batch_size: int | None = None,
     **fields,
 ) -> Source:
     """Opens a folder of rendered objects.
@@ -50,8 +48,7 @@ def make(
     else:
         names = tuple(uids[i] for i in splits.select(uids, split, str(root)))
         load = functools.partial(_read, root=root, names=names, recipe=recipe, seed=seed)
-    source = Source(pipeline.order(len(names), split, seed).map_with_index(load), names=names)
-    return source if batch_size is None else _BatchByStep(source, batch_size)
+    return Source(pipeline.order(len(names), split, seed).map_with_index(load), names=names)
 
 
 def _usable(store: Store, recipe: samples.Recipe, root: Path) -> np.ndarray:
@@ -116,16 +113,3 @@ def _read(
         return samples.sample(read, cameras.c2w, cameras.fxfycxcy, recipe, seed, position)
     except InputError as error:
         raise InputError(f"{root}: {names[index]}: {error}") from None
-
-
-class _BatchByStep:
-    """What `train` used before `pipeline.open_batches`: float batches by step."""
-
-    def __init__(self, source: Source, batch_size: int):
-        self.source, self.batch_size = source, batch_size
-
-    def batch(self, step: int) -> Batch:
-        first = step * self.batch_size
-        elements = [self.source.samples[first + i] for i in range(self.batch_size)]
-        batch = jax.tree.map(lambda *leaves: np.stack(leaves), *elements)
-        return jax.tree.map(lambda x: x / np.float32(255) if x.dtype == np.uint8 else x, batch)
