@@ -15,8 +15,13 @@ from step_shapes import abstract_networks, needed_flops  # noqa: E402
 
 CONFIGS = ROOT / "configs"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem != "common")
-SIZES = {name: ("small", "base", "large") if "openlrm" in name else ("",) for name in NAMES}
-CASES = [f"{name}:{size}" for name in NAMES for size in (*SIZES[name], "tiny")]
+SIZES = {"openlrm": ("small", "base", "large", "tiny")}
+# Fine-tuning takes the sizes of its sibling: one of them is enough.
+CASES = [
+    f"{name}:{size}"
+    for name in NAMES
+    for size in SIZES.get(name, ("",) if name.endswith("_finetune") else ("", "tiny"))
+]
 
 
 def load(case):
@@ -52,7 +57,6 @@ def test_the_pictures_of_a_config_are_those_of_its_model(case):
     assert config.data.source_size == getattr(model, "image_size", config.data.source_size)
     low, high = tuple(config.train.render_size) or (config.data.target_size,) * 2
     assert config.train.patch <= low <= high <= config.data.target_size
-    # Otherwise a single rank that has no part of the last batch would wait for ever.
     assert config.data.batch_size % config.train.accumulate == 0
 
 

@@ -44,7 +44,9 @@ def main(argv: list[str]) -> int:
         config, *_ = train.parse([*rest, "--workdir", "unused"])
         device_mesh = sharding.make_device_mesh(**config.sharding)
         train.check_batch_size(config, device_mesh)
-        with contextlib.closing(train.open_data(**config.data).train) as batches:
+        with contextlib.closing(
+            train.open_data(*sharding.process_share(device_mesh), **config.data).train
+        ) as batches:
             loader = loader_rate(batches, config.data.batch_size, args.steps)
         row = measure_step(config, device_mesh, args.steps)
     except InputError as error:
@@ -79,7 +81,7 @@ def measure_step(config, device_mesh, num_steps: int) -> dict[str, float]:
             jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract_networks(config.losses)),
             NamedSharding(device_mesh, PartitionSpec()),
         )
-        data = train.open_data(**config.data)
+        data = train.open_data(*sharding.process_share(device_mesh), **config.data)
         with contextlib.closing(data.train) as loader:
             which, elements = next(loader)
             batch = data.finish[which](sharding.global_batch(elements, device_mesh))
