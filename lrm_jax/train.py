@@ -45,7 +45,7 @@ from lrm_jax.step import eval_step, init_state, on_background, train_step
 from lrm_jax.types import Batch, Cameras, InputError, TrainState, Views
 
 INTERRUPTED = 143  # exit code after SIGTERM, 128 + 15: saved, and the same command goes on
-SOURCES = ("objects", "records", "mvimgnet", "procedural")  # modules of lrm_jax.data
+SOURCES = ("objects", "records", "mvimgnet", "scenes", "procedural")  # modules of lrm_jax.data
 # Fields of `config.data` that every source takes, the procedural one too.
 SHARED = (
     "seed", "num_source", "num_target", "source_size", "target_size", "source_elevation", "foreground_ratio", "normalize",

@@ -11,6 +11,7 @@ endless and shuffled anew in every epoch; "val" and "all" end, in a fixed order,
     objects    folders of rendered pictures, OpenLRM's layout, decoded once into a memory-mapped cache or on the fly
     records    the same objects as ArrayRecord shards, which `tools/build_dataset.py` writes
     mvimgnet   MVImgNet's photographs with COLMAP's cameras
+    scenes     frames of videos and photographs of whole scenes: RealEstate10K, NeRF's and COLMAP's folders
     procedural random shapes, ray-traced on the device; no files
 
 To write another: `pipeline.order` gives the shuffled positions, `samples.sample` makes the element of one object from

@@ -1,0 +1,61 @@
+"""LVSM on scenes (https://arxiv.org/abs/2410.17242; https://github.com/Haian-Jin/LVSM at 2fea924, configs/): RealEstate10K.
+
+    lrm train --config configs/lvsm_scenes.py:decoder-only-256 --workdir runs/lvsm-scenes --config.data.root=data/re10k
+    lrm train --config configs/lvsm_scenes.py:decoder-only-512 --workdir runs/lvsm-scenes-512 --config.data.root=data/re10k \\
+        --config.train.init_from=runs/lvsm-scenes
+
+Names: decoder-only-256 (the default), encoder-decoder-256, and -512 of both, which go on from a 256 px run: nothing but the picture
+size changes. The data is in pixelSplat's or LVSM's layout, or folders with transforms.json or COLMAP's cameras (lrm_jax/data/scenes.py).
+From the code: 2 source and 6 target views, steps, batch (64 GPUs with 8 scenes each), optimiser, warm-up of 3000 steps (the paper
+says 2500), losses, the update guard at 5. Chosen here, not compared with the paper: steps, rate and batch of the 512 px runs.
+
+Expected: not yet trained. `:small` (22 M parameters, 128 px) is meant for one 80 GB GPU and an hour, not yet measured;
+`--config configs/lvsm_scenes.py:tiny` is a few steps of a tiny model, for trying things out.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.common import base, shrink
+
+
+def get_config(size: str = ""):
+    """The config; `size` is a variant of LVSM ("" is "decoder-only-256"), "small" or "tiny"."""
+    config = base()
+    variant = "decoder-only-256" if size in ("", "small", "tiny") else size
+    side = int(variant.rpartition("-")[2])
+    config.model = dict(name="lvsm", variant=variant, dtype="bfloat16")
+    config.data = ConfigDict(
+        dict(
+            name="scenes",
+            mix=(),
+            batch_size=512,
+            num_workers=16,
+            prefetch=2,
+            source_background=1.0,  # no effect: the pictures are opaque
+            root="data/re10k",
+            seed=0,
+            num_source=2,
+            num_target=4,  # as everywhere besides the sources: six target views, drawn from all eight of a window
+            source_size=side,
+            target_size=side,
+            normalize="all_views",  # the published weights'; "source_views": by what is given alone
+            min_gap=25,  # frames from the first source to the second
+            max_gap=192,
+        )
+    )
+    config.losses = dict(mse=1.0, perceptual=0.5)
+    config.networks.perceptual = "vgg19.safetensors"
+    config.schedule.update(learning_rate=4e-4, warmup_steps=3000)
+    config.optim.skip_norm = 5.0
+    config.train.update(steps=100_000, patch=side, backgrounds=(1.0,), keep_every=10_000)
+    if side == 512:
+        config.data.batch_size = 128
+        config.schedule.update(learning_rate=1e-4, warmup_steps=1000)
+        config.train.steps = 20_000
+    if size == "small":
+        config.model.update(width=384, num_heads=6, depth=12, image_size=128)
+        config.data.update(batch_size=64, source_size=128, target_size=128)
+        config.losses.perceptual = 0.0  # it takes a network's file
+        config.schedule.warmup_steps = 500
+        config.train.update(steps=8000, patch=128)
+    return shrink(config) if size == "tiny" else config

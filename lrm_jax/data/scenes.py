@@ -1,0 +1,354 @@
+"""Whole scenes from posed frames of videos and photographs: RealEstate10K, and any folder with cameras (see `scene_files`).
+
+How LVSM chooses views, crops pictures and normalises poses (https://arxiv.org/abs/2410.17242;
+https://github.com/Haian-Jin/LVSM/blob/2fea924/data/dataset_scene.py#L54-L180), and the evaluation of pixelSplat's index file.
+"""
+
+import dataclasses
+import functools
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import grain
+import numpy as np
+from PIL import Image
+
+from lrm_jax.data import Source, pipeline, samples, scene_files
+from lrm_jax.types import Batch, Cameras, InputError, Views
+
+NORMALIZATIONS = ("all_views", "source_views", None)
+MARGIN = 1.35  # the largest coordinate of a camera is 1 / MARGIN
+WIDTH_STEP = 8  # LVSM's patch: what the width of a resized picture is rounded to
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a sample is made from a scene's frames: fields of `make`."""
+
+    num_source: int
+    num_target: int
+    size: int
+    normalize: str | None
+    min_gap: int
+    max_gap: int
+
+
+def make(
+    root: str | Path,
+    *,
+    split: str,
+    seed: int,
+    num_source: int,
+    num_target: int,
+    source_size: int,
+    target_size: int,
+    normalize: str | None = "all_views",
+    min_gap: int = 25,
+    max_gap: int = 192,
+) -> Source:
+    """Opens a folder of scenes.
+
+    A sample is of a random window of the video. Its two ends are the sources (further ones are drawn from between), and as
+    many frames are drawn from between as there are targets; the targets are drawn from all of these frames, the sources
+    included. The pictures are opaque.
+
+    Args:
+      root: the folder, in one of the layouts of `scene_files`.
+      split: "train", "val" or "all", see `scene_files.find`.
+      seed: of the order of the scenes and the choice of views.
+      num_source: views that are given. One: an end of the window.
+      num_target: as in all sources there are num_source + num_target target views: LVSM's 6 for 2 sources are num_target = 4.
+      source_size, target_size: side of the square pictures, pixels; the same.
+      normalize: see `world_motion`.
+      min_gap, max_gap: frames from one end of a window to the other, both cut to what the video has.
+
+    Raises:
+      InputError: no scene, or a field is out of its range. A scene that cannot be used is noticed when it is read.
+    """
+    if num_source < 1 or num_target < 0 or not 1 <= min_gap <= max_gap:
+        raise InputError(
+            f"data.num_source={num_source}, num_target={num_target}, min_gap={min_gap}, max_gap={max_gap}: "
+            "must be at least 1 and 0, and 1 <= min_gap <= max_gap"
+        )
+    if source_size != target_size:
+        raise InputError(
+            f"data.source_size={source_size}, data.target_size={target_size}: a scene's pictures have one size"
+        )
+    check_normalize(normalize, num_source)
+    root = Path(root)
+    places = tuple(scene_files.find(root, split))
+    recipe = Recipe(num_source, num_target, source_size, normalize, min_gap, max_gap)
+    load = functools.partial(_load, root=root, places=places, recipe=recipe, seed=seed)
+    return Source(
+        _order(places, split, seed).map_with_index(load),
+        names=tuple(place.name for place in places),
+    )
+
+
+class EvaluationViews(Sequence):
+    """The source and target views of every scene of an index: (name, Batch without the B axis) by position.
+
+    Reading a scene that cannot be used raises InputError with its name; the next ones can still be read.
+    """
+
+    def __init__(
+        self, root: Path, items: list, absent: list[str], unused: list[str], size: int, normalize
+    ):
+        self.absent = tuple(absent)  # scenes of the index that are not in the folder
+        self.unused = tuple(unused)  # those that the index gives no views
+        self._root, self._items, self._size, self._normalize = root, items, size, normalize
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, position: int) -> tuple[str, Batch]:
+        place, sources, targets = self._items[position]
+        try:
+            frames = place.read()
+            if max(*sources, *targets) >= len(frames.c2w):
+                raise InputError(
+                    f"{len(frames.c2w)} frames, but the index asks for frame {max(*sources, *targets)}"
+                )
+            num_source, num_views = len(sources), len(sources) + len(targets)
+            return place.name, assemble(
+                frames, [*sources, *targets], num_source, range(num_source, num_views), self._size, self._normalize
+            )  # fmt: skip
+        except InputError as error:
+            raise InputError(f"{self._root}: {place.name}: {error}") from None
+
+
+def evaluation_views(
+    root: str | Path, index_path: str | Path, size: int, normalize: str | None = "all_views"
+) -> EvaluationViews:
+    """The views that pixelSplat's index file names, file by file: https://github.com/dcharatan/pixelsplat, assets/.
+
+    All scenes of the index are there but those that it gives no views (null), and those absent from the folder, which are
+    reported on stderr.
+
+    Args:
+      root: scenes in one of the layouts of `scene_files`; both of its splits are looked through.
+      index_path: {scene: {"context": [i, j], "target": [a, b, c]} or null}, JSON.
+      size: side of the square pictures, pixels.
+      normalize: see `world_motion`; LVSM's published numbers and weights are of "all_views".
+
+    Raises:
+      InputError: no such file or folder, not such an index, or none of its scenes is in the folder.
+    """
+    root, index = Path(root), _read_index(Path(index_path))
+    posed = {name: views for name, views in index.items() if views}
+    check_normalize(normalize, min((len(sources) for sources, _ in posed.values()), default=2))
+    places = {place.name: place for place in scene_files.find(root, "all")}
+    items = [(places[name], *views) for name, views in posed.items() if name in places]
+    items.sort(key=lambda item: str(item[0].path))
+    absent = [name for name in posed if name not in places]
+    for name in absent:
+        print(f"{root}: absent: {name}", file=sys.stderr)
+    if absent:
+        print(f"{root}: {len(absent)} of {len(posed)} scenes of {index_path} are absent", file=sys.stderr)  # fmt: skip
+    if not items:
+        raise InputError(
+            f"{root}: none of the {len(posed)} scenes of {index_path} is in it: the test split?"
+        )
+    unused = [name for name, views in index.items() if not views]
+    return EvaluationViews(root, items, absent, unused, size, normalize)
+
+
+def _read_index(path: Path) -> dict[str, tuple[list[int], list[int]] | None]:
+    """scene -> (source frames, target frames), or None."""
+    try:
+        index = json.loads(path.read_text())
+        read = {
+            name: None if views is None else (_numbers(views["context"]), _numbers(views["target"]))
+            for name, views in index.items()
+        }
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist: it is in pixelSplat's assets/") from None
+    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{path} is no index of pixelSplat's: {{scene: {{context, target}}}} ({type(error).__name__})"
+        ) from None
+    return read
+
+
+def _numbers(frames: list) -> list[int]:
+    if not frames or any(frame != int(frame) or frame < 0 for frame in frames):
+        raise ValueError("frames are whole numbers from 0")
+    return [int(frame) for frame in frames]
+
+
+# -- one sample
+
+
+def _order(places: Sequence[scene_files.Place], split: str, seed: int) -> grain.MapDataset:
+    """As `pipeline.order`, but the scenes of one file follow each other, so that it is opened once an epoch."""
+    shuffled = pipeline.order(len(places), split, seed)
+    if split != "train":
+        return shuffled
+    files = np.unique([str(place.path) for place in places], return_inverse=True)[1]
+    return grain.MapDataset.range(sys.maxsize).map(_Shuffled(files, seed))
+
+
+class _Shuffled:
+    """position -> index of a scene: files in random order, and within each its scenes, anew in every epoch."""
+
+    def __init__(self, files: np.ndarray, seed: int):
+        self.files, self.seed, self.epochs = files, seed, {}
+
+    def __call__(self, position: int) -> int:
+        epoch, place = divmod(position, len(self.files))
+        if (shuffled := self.epochs.get(epoch)) is None:
+            rng = np.random.default_rng((self.seed, epoch))
+            rank = rng.permutation(self.files.max() + 1)[self.files]
+            shuffled = np.lexsort((rng.random(len(rank)), rank))
+            # The two epochs that batches ahead and behind can be of.
+            self.epochs = {epoch - 1: self.epochs.get(epoch - 1), epoch: shuffled}
+        return int(shuffled[place])
+
+
+def _load(
+    position: int,
+    index: int,
+    *,
+    root: Path,
+    places: Sequence[scene_files.Place],
+    recipe: Recipe,
+    seed: int,
+) -> Batch:
+    place = places[index]
+    try:
+        frames = place.read()
+        rng = np.random.default_rng((seed, position, 1))
+        views, targets = draw(len(frames.c2w), recipe, rng)
+        return assemble(frames, views, recipe.num_source, targets, recipe.size, recipe.normalize)
+    except InputError as error:
+        raise InputError(f"{root}: {place.name}: {error}") from None
+
+
+def draw(
+    num_frames: int, recipe: Recipe, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """(frames that are looked at, the sources first; which of these are the targets) of a scene, see `make`.
+
+    Raises:
+      InputError: the scene is too short.
+    """
+    num_target = recipe.num_source + recipe.num_target
+    count = max(recipe.num_source, 2) + num_target
+    if num_frames < count:
+        raise InputError(
+            f"{num_frames} frames for {count}: the {recipe.num_source} sources and as many between as targets"
+        )
+    # At least as long as it takes for frames to be all different.
+    low = max(min(recipe.min_gap, num_frames - 1), count - 1)
+    high = max(min(recipe.max_gap, num_frames - 1), low)
+    gap = rng.integers(low, high, endpoint=True)
+    start = rng.integers(num_frames - gap)
+    between = start + 1 + rng.choice(gap - 1, count - 2, replace=False)
+    return np.array([start, start + gap, *between]), rng.choice(count, num_target, replace=False)
+
+
+def assemble(
+    frames: scene_files.Frames,
+    views: Sequence[int],
+    num_source: int,
+    targets: Sequence[int],
+    size: int,
+    normalize: str | None,
+) -> Batch:
+    """A sample without the B axis, opaque uint8 pictures [V size size 3].
+
+    Args:
+      views: frames that are looked at; the first `num_source` are the sources.
+      targets: which of `views` are the target views.
+
+    Raises:
+      InputError: a picture cannot be read, or the cameras cannot be normalised.
+    """
+    views = np.asarray(views)
+    motion, scale = world_motion(frames.c2w[views], num_source, normalize)
+    c2w = motion @ frames.c2w[views]
+    c2w[:, :3, 3] *= scale
+    sources, targets = np.arange(num_source), np.asarray(targets)
+    crops = {
+        view: crop(scene_files.read_picture(frames, view), size)
+        for view in {*views[sources].tolist(), *views[targets].tolist()}
+    }
+
+    def chosen(which: np.ndarray) -> Views:
+        rgb, boxes = zip(*(crops[view] for view in views[which].tolist()), strict=True)
+        fxfycxcy = samples.crop_intrinsics(frames.fxfycxcy[views[which]], np.stack(boxes))
+        cameras = Cameras(c2w=c2w[which].astype(np.float32), fxfycxcy=fxfycxcy)
+        return Views(rgb=np.stack(rgb), cameras=cameras)
+
+    return Batch(source=chosen(sources), target=chosen(targets))
+
+
+def crop(rgb: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The middle of a picture [H W 3], [size size 3], and its (top, left, height, width) as fractions of the whole.
+
+    The shorter side becomes `size`, the longer one the nearest multiple of WIDTH_STEP: not quite to scale, which the fractions
+    account for.
+    """
+    height, width = rgb.shape[:2]
+    if height <= width:
+        height, width = size, _rounded(size / height * width, size)
+    else:
+        height, width = _rounded(size / width * height, size), size
+    resized = Image.fromarray(rgb).resize((width, height), Image.Resampling.LANCZOS)
+    top, left = (height - size) // 2, (width - size) // 2
+    box = np.array([top / height, left / width, size / height, size / width])
+    return np.asarray(resized)[top : top + size, left : left + size], box
+
+
+def _rounded(length: float, size: int) -> int:
+    return max(size, round(length / WIDTH_STEP) * WIDTH_STEP)
+
+
+def world_motion(
+    c2w: np.ndarray, num_source: int, normalize: str | None
+) -> tuple[np.ndarray, float]:
+    """(rigid motion [4 4] to be multiplied from the left to all poses, factor of their positions after it).
+
+    The mean position becomes the origin, the mean forward and downward directions z and y, and the largest coordinate of any position
+    1 / MARGIN.
+
+    Args:
+      c2w: [V 4 4], the first `num_source` of the sources.
+      normalize: "all_views": of all views, those asked for included, as LVSM's checkpoints were trained and evaluated: a
+        prediction then depends on what else is asked for. "source_views": of the sources alone: it does not. None: the world
+        is as it was.
+
+    Raises:
+      InputError: the cameras look in opposite directions, or all stand at one place.
+    """
+    if normalize is None:
+        return np.eye(4), 1.0
+    c2w = c2w[:num_source] if normalize == "source_views" else c2w
+    forward = c2w[:, :3, 2].mean(0)
+    right = np.cross(c2w[:, :3, 1].mean(0), forward)
+    if np.linalg.norm(right) < 1e-6:
+        raise InputError("the cameras' mean direction is not defined: they look in opposite ones")
+    forward /= np.linalg.norm(forward)
+    right /= np.linalg.norm(right)
+    rotation = np.stack([right, np.cross(forward, right), forward])
+    motion = np.eye(4)
+    motion[:3, :3] = rotation
+    motion[:3, 3] = -rotation @ c2w[:, :3, 3].mean(0)
+    positions = c2w[:, :3, 3] @ rotation.T + motion[:3, 3]
+    farthest = np.abs(positions).max()
+    # Against the size of the coordinates it is a rounding error.
+    if farthest <= 1e-9 * max(1.0, np.abs(c2w[:, :3, 3]).max()):
+        raise InputError("the cameras stand at one place: there is no length to normalise by")
+    return motion, 1 / (MARGIN * farthest)
+
+
+def check_normalize(normalize: str | None, num_source: int) -> None:
+    """Raises InputError for a way to normalise that there is not, or that so few sources do not allow."""
+    if normalize not in NORMALIZATIONS:
+        raise InputError(f"normalize {normalize!r}: must be all_views, source_views or None")
+    if normalize == "source_views" and num_source < 2:
+        raise InputError(
+            "normalize 'source_views' takes two sources: one has no distance to another"
+        )

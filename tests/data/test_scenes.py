@@ -1,0 +1,508 @@
+"""Scenes in every layout come out as the same pictures and cameras; LVSM's views, crops and poses are what it says they are."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from lrm_jax import tensor_files
+from lrm_jax.data import pipeline, scene_files, scenes
+from lrm_jax.types import InputError
+
+NUM_FRAMES, WIDTH, HEIGHT = 14, 48, 32
+FOCAL, CENTRE = (40.0, 44.0), (25.0, 15.0)
+FIELDS = dict(seed=0, num_source=2, num_target=2, source_size=16, target_size=16, min_gap=6, max_gap=9)  # fmt: skip
+
+
+def trajectory(seed: int = 0, count: int = NUM_FRAMES) -> np.ndarray:
+    """[V 4 4] poses, OpenCV axes, of a camera that moves on, sways and turns a little."""
+    rng = np.random.default_rng(seed)
+    poses = np.tile(np.eye(4), (count, 1, 1))
+    start = np.linalg.qr(rng.normal(size=(3, 3)))[0]
+    start *= np.sign(np.linalg.det(start))
+    for i, pose in enumerate(poses):
+        a = 0.05 * i
+        turn = np.array([[np.cos(a), 0, np.sin(a)], [0, 1, 0], [-np.sin(a), 0, np.cos(a)]])
+        pose[:3, :3] = start @ turn
+        pose[:3, 3] = start @ [0.2 * i, 0.1 * np.sin(i), 0.5 * i] + [3, -1, 7]
+    return poses
+
+
+def picture(seed: int, frame: int) -> Image.Image:
+    """Smooth, so that JPEG keeps it; the blue channel tells which frame it is."""
+    x, y = np.meshgrid(np.linspace(0, 1, WIDTH), np.linspace(0, 1, HEIGHT))
+    rgb = np.stack([80 + 100 * x, 80 + 100 * y, np.full_like(x, 10 * frame + 40 + seed)], -1)
+    return Image.fromarray(rgb.astype(np.uint8))
+
+
+def fractions() -> list[float]:
+    return [FOCAL[0] / WIDTH, FOCAL[1] / HEIGHT, CENTRE[0] / WIDTH, CENTRE[1] / HEIGHT]
+
+
+def write_frames(folder: Path, seed: int, count: int) -> list[str]:
+    folder.mkdir(parents=True)
+    names = [f"frame_{frame}.png" for frame in range(count)]  # not padded with zeros: 10 after 9
+    for frame, name in enumerate(names):
+        picture(seed, frame).save(folder / name)
+    return names
+
+
+def write_nerfstudio(root: Path, name: str, seed: int, count: int = NUM_FRAMES) -> None:
+    names = write_frames(root / name / "images", seed, count)
+    opengl = trajectory(seed, count) * [1, -1, -1, 1]  # y up, z backward: two columns change signs
+    frames = [
+        dict(file_path=f"images/{file}", transform_matrix=pose.tolist())
+        for file, pose in zip(names, opengl, strict=True)
+    ][::-1]
+    content = dict(
+        w=WIDTH, h=HEIGHT, fl_x=FOCAL[0], fl_y=FOCAL[1], cx=CENTRE[0], cy=CENTRE[1], frames=frames
+    )
+    (root / name / "transforms.json").write_text(json.dumps(content))
+
+
+def write_lvsm(root: Path, name: str, seed: int, count: int = NUM_FRAMES) -> None:
+    """`root` is a stage. The paths are those of the machine where it was made."""
+    names = write_frames(root / "images" / name, seed, count)
+    frames = [
+        dict(
+            image_path=f"/elsewhere/re10k/test/images/{name}/{file}",
+            fxfycxcy=[*FOCAL, *CENTRE],
+            w2c=np.linalg.inv(pose).tolist(),
+        )
+        for file, pose in zip(names, trajectory(seed, count), strict=True)
+    ]
+    (root / "metadata").mkdir(exist_ok=True)
+    content = dict(scene_name=name, frames=frames)
+    (root / "metadata" / f"{name}.json").write_text(json.dumps(content))
+
+
+def write_chunk(root: Path, file: str, scene_seeds: dict[str, int], count=NUM_FRAMES) -> None:
+    """One chunk of pixelSplat's layout; adds it to the index."""
+    root.mkdir(parents=True, exist_ok=True)
+    content = []
+    for name, seed in scene_seeds.items():
+        images = []
+        for frame in range(count):
+            path = root / "frame.jpg"
+            picture(seed, frame).save(path, quality=100, subsampling=0)
+            images.append(np.frombuffer(path.read_bytes(), np.uint8))
+            path.unlink()
+        w2c = np.linalg.inv(trajectory(seed, count))[:, :3].reshape(count, 12)
+        intrinsics = np.tile([*fractions(), 0, 0], (count, 1))
+        cameras = np.concatenate([intrinsics, w2c], axis=1).astype(np.float32)
+        timestamps = np.arange(count, dtype=np.int64)
+        content.append(
+            dict(url="", timestamps=timestamps, cameras=cameras, images=images, key=name)
+        )
+    tensor_files.write_torch(root / file, content)
+    index = root / "index.json"
+    known = json.loads(index.read_text()) if index.exists() else {}
+    index.write_text(json.dumps(known | dict.fromkeys(scene_seeds, file)))
+    scene_files._chunk.cache_clear()
+
+
+def write_colmap(root: Path, name: str, seed: int, count: int = NUM_FRAMES) -> None:
+    names = write_frames(root / name / "images", seed, count)
+    sparse = root / name / "sparse" / "0"
+    sparse.mkdir(parents=True)
+    (sparse / "cameras.txt").write_text(
+        f"1 PINHOLE {WIDTH} {HEIGHT} {FOCAL[0]} {FOCAL[1]} {CENTRE[0]} {CENTRE[1]}\n"
+    )
+    lines = []
+    for pose in trajectory(seed, count):
+        w2c = np.linalg.inv(pose)
+        r = w2c[:3, :3]
+        # The quaternion is the eigenvector of Bar-Itzhack's matrix to its largest eigenvalue.
+        k = np.zeros((4, 4))
+        k[0] = [np.trace(r), r[2, 1] - r[1, 2], r[0, 2] - r[2, 0], r[1, 0] - r[0, 1]]
+        k[:, 0] = k[0]
+        k[1:, 1:] = r + r.T - np.trace(r) * np.eye(3)
+        quaternion = np.linalg.eigh(k)[1][:, -1]
+        lines += [" ".join(map(repr, map(float, [*quaternion, *w2c[:3, 3]])))]
+    text = "".join(f"{i} {line} 1 {names[i]}\n\n" for i, line in enumerate(lines))
+    (sparse / "images.txt").write_text(text)
+
+
+def write_pixelsplat(root: Path, name: str, seed: int, count: int = NUM_FRAMES) -> None:
+    write_chunk(root, f"{name}.torch", {name: seed}, count)
+
+
+LAYOUTS = dict(
+    nerfstudio=write_nerfstudio, lvsm=write_lvsm, pixelsplat=write_pixelsplat, colmap=write_colmap
+)
+
+
+def make(root: Path, split: str = "all", **fields):
+    return scenes.make(root, split=split, **{**FIELDS, **fields})
+
+
+def frame_of(rgb: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Which frames the pictures [V H W 3] are."""
+    return np.round((rgb[..., 2].mean((1, 2)) - 40 - seed) / 10).astype(int)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_gives_the_cameras_and_pictures_that_were_written(tmp_path, layout):
+    for seed, name in enumerate(["attic", "barn"]):
+        LAYOUTS[layout](tmp_path, name, seed)
+    places = scene_files.find(tmp_path, "all")
+    assert [place.name for place in places] == ["attic", "barn"]
+    for seed, place in enumerate(places):
+        frames = place.read()
+        shown = [scene_files.read_picture(frames, view) for view in range(NUM_FRAMES)]
+        assert list(frame_of(np.stack(shown), seed)) == list(range(NUM_FRAMES))
+        # float32 in pixelSplat's files, at coordinates of 10.
+        np.testing.assert_allclose(frames.c2w, trajectory(seed), atol=1e-5)
+        np.testing.assert_allclose(
+            frames.fxfycxcy, np.tile(fractions(), (NUM_FRAMES, 1)), atol=1e-6
+        )
+        error = np.abs(shown[3].astype(int) - np.asarray(picture(seed, 3)))
+        assert error.max() <= (6 if layout == "pixelsplat" else 0)  # JPEG
+
+
+def test_lvsm_intrinsics_may_be_fractions_and_paths_relative(tmp_path):
+    write_lvsm(tmp_path, "attic", 0, count=2)
+    path = tmp_path / "metadata" / "attic.json"
+    content = json.loads(path.read_text())
+    for view, frame in enumerate(content["frames"]):
+        frame["fxfycxcy"] = fractions()
+        del frame["image_path"]
+        frame["file_path"] = f"images/attic/frame_{view}.png"
+    path.write_text(json.dumps(content))
+    (place,) = scene_files.find(tmp_path, "all")
+    frames = place.read()
+    np.testing.assert_allclose(frames.fxfycxcy, np.tile(fractions(), (2, 1)))
+    assert frame_of(scene_files.read_picture(frames, 1)[None]) == [1]
+
+
+def test_fields_of_view_alone_are_enough_and_what_is_transparent_is_white(tmp_path):
+    """As in Blender's scenes of NeRF, one of which is the root itself."""
+    rgba = np.zeros((HEIGHT, WIDTH, 4), np.uint8)
+    rgba[:, : WIDTH // 2] = [200, 7, 30, 255]
+    (tmp_path / "train").mkdir()
+    Image.fromarray(rgba).save(tmp_path / "train" / "r_0.png")
+    frame = dict(file_path="./train/r_0", transform_matrix=np.eye(4).tolist())
+    content = dict(camera_angle_x=np.pi / 2, frames=[frame])
+    (tmp_path / "transforms_train.json").write_text(json.dumps(content))
+    (place,) = scene_files.find(tmp_path, "all")
+    frames = place.read()
+    assert place.name == tmp_path.name
+    np.testing.assert_allclose(frames.fxfycxcy, [[0.5, 0.5 * WIDTH / HEIGHT, 0.5, 0.5]])
+    np.testing.assert_array_equal(frames.c2w[0], np.diag([1, -1, -1, 1]))
+    rgb = scene_files.read_picture(frames, 0)
+    np.testing.assert_array_equal(rgb[:, : WIDTH // 2], rgba[:, : WIDTH // 2, :3])
+    np.testing.assert_array_equal(rgb[:, WIDTH // 2 :], 255)
+
+
+def test_train_and_test_folders_are_the_splits_and_otherwise_names_decide(tmp_path):
+    write_chunk(tmp_path / "train", "0.torch", {"a": 0, "b": 1}, count=1)
+    write_chunk(tmp_path / "test", "0.torch", {"c": 2}, count=1)
+
+    def names(root, split):
+        return {place.name for place in scene_files.find(root, split)}
+
+    assert names(tmp_path, "train") == {"a", "b"}
+    assert names(tmp_path, "val") == {"c"}
+    assert names(tmp_path, "all") == {"a", "b", "c"}
+    assert names(tmp_path / "test", "all") == {"c"}
+    flat = tmp_path / "flat"
+    write_chunk(flat, "0.torch", {f"{i:x}b": 0 for i in range(40)}, count=1)
+    train, val = names(flat, "train"), names(flat, "val")
+    assert val and not train & val and train | val == names(flat, "all")
+
+
+def test_the_views_of_a_window_are_lvsms():
+    recipe = scenes.Recipe(2, 4, 16, None, min_gap=25, max_gap=192)
+    gaps, share = [], np.zeros(8)
+    for seed in range(300):
+        frames, targets = scenes.draw(400, recipe, np.random.default_rng(seed))
+        first, last = frames[:2]
+        assert 0 <= first < last < 400 and len(set(frames)) == 8
+        assert ((first < frames[2:]) & (frames[2:] < last)).all()
+        assert len(set(targets)) == 6
+        gaps.append(last - first)
+        share[targets] += 1 / 300
+    assert 25 <= min(gaps) < 35 and 182 < max(gaps) <= 192  # uniform: 300 draws of 168 values
+    # Six of eight, the sources included: 3/4 each, whose deviation is 0.025.
+    np.testing.assert_allclose(share, 0.75, atol=0.1)
+
+
+def test_a_window_is_cut_to_the_video_and_a_short_video_is_refused():
+    recipe = scenes.Recipe(2, 4, 16, None, min_gap=25, max_gap=192)
+    for count in (8, 20):
+        frames, _ = scenes.draw(count, recipe, np.random.default_rng(0))
+        assert list(frames[:2]) == [0, count - 1]
+    with pytest.raises(InputError, match="7 frames for 8"):
+        scenes.draw(7, recipe, np.random.default_rng(0))
+    one = scenes.Recipe(1, 2, 16, None, min_gap=1, max_gap=3)  # too near for five different frames
+    frames, targets = scenes.draw(5, one, np.random.default_rng(0))
+    assert sorted(frames) == [0, 1, 2, 3, 4] and frames[0] == 0 and len(targets) == 3
+
+
+def test_a_sample_is_of_the_frames_that_its_cameras_stand_at(tmp_path):
+    write_nerfstudio(tmp_path, "attic", 0)
+    source = make(tmp_path, normalize=None)
+    batch = source.samples[0]
+    assert batch.source.rgb.shape == (2, 16, 16, 3) and batch.target.rgb.shape == (4, 16, 16, 3)
+    assert batch.source.rgb.dtype == np.uint8 and batch.source.alpha is None
+    for views in (batch.source, batch.target):
+        # LANCZOS overshoots only at edges, of which there are none in blue.
+        np.testing.assert_allclose(views.cameras.c2w, trajectory()[frame_of(views.rgb)], atol=1e-6)
+    first, last = frame_of(batch.source.rgb)
+    assert 6 <= last - first <= 9
+
+
+@pytest.mark.parametrize("size", [(48, 32), (50, 32), (32, 48), (640, 360), (20, 20)])
+def test_cropped_cameras_see_what_the_crop_shows(size):
+    """A ramp in x and y is resized and cropped to the ramp that the box says, whatever the width was rounded to."""
+    width, height = size
+    x, y = np.meshgrid((np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height)
+    rgb = np.stack([255 * x, 255 * y, 0 * x], -1).round().astype(np.uint8)
+    cropped, (top, left, box_height, box_width) = scenes.crop(rgb, 16)
+    assert cropped.shape == (16, 16, 3)
+    assert round(16 / min(box_height, box_width)) % scenes.WIDTH_STEP == 0
+    assert max(box_height, box_width) == 1  # the shorter side is whole
+    along = (np.arange(16) + 0.5) / 16
+    # Within the middle: LANCZOS's kernel is cut off at the picture's edges. 2 levels: rounding, twice.
+    inner = slice(4, 12)
+    wanted_x = np.broadcast_to(255 * (left + box_width * along)[None, :], (16, 16))
+    wanted_y = np.broadcast_to(255 * (top + box_height * along)[:, None], (16, 16))
+    np.testing.assert_allclose(cropped[inner, inner, 0], wanted_x[inner, inner], atol=2)
+    np.testing.assert_allclose(cropped[inner, inner, 1], wanted_y[inner, inner], atol=2)
+
+
+def test_intrinsics_are_scaled_and_shifted_with_the_crop(tmp_path):
+    """By hand in pixels: 48 x 32 becomes 24 x 16, of which four columns are cut off on each side."""
+    write_nerfstudio(tmp_path, "attic", 0)
+    fxfycxcy = make(tmp_path).samples[0].target.cameras.fxfycxcy * 16
+    wanted = [FOCAL[0] / 2, FOCAL[1] / 2, CENTRE[0] / 2 - 4, CENTRE[1] / 2]
+    np.testing.assert_allclose(fxfycxcy, np.tile(wanted, (4, 1)), rtol=1e-6)  # float32
+
+
+@pytest.mark.parametrize("normalize", ["all_views", "source_views"])
+def test_the_mean_pose_is_the_identity_and_the_largest_coordinate_has_a_margin(normalize):
+    c2w = trajectory()[[2, 9, 4, 6, 7]]
+    motion, scale = scenes.world_motion(c2w, 2, normalize)
+    moved = motion @ c2w
+    moved[:, :3, 3] *= scale
+    by = moved[:2] if normalize == "source_views" else moved
+    np.testing.assert_allclose(by[:, :3, 3].mean(0), 0, atol=1e-12)
+    assert abs(np.abs(by[:, :3, 3]).max() - 1 / 1.35) < 1e-12
+    forward = by[:, :3, 2].mean(0)
+    np.testing.assert_allclose(forward / np.linalg.norm(forward), [0, 0, 1], atol=1e-12)
+    down = by[:, :3, 1].mean(0)
+    assert abs(down[0]) < 1e-12 and down[1] > 0
+    # A motion and one length: the views stand to each other as before.
+    np.testing.assert_allclose(motion[:3, :3] @ motion[:3, :3].T, np.eye(3), atol=1e-12)
+    assert np.linalg.det(motion[:3, :3]) > 0
+    relative = np.linalg.inv(c2w[0]) @ c2w[3]
+    relative[:3, 3] *= scale
+    np.testing.assert_allclose(np.linalg.inv(moved[0]) @ moved[3], relative, atol=1e-12)
+
+
+@pytest.mark.parametrize("normalize", ["all_views", "source_views"])
+def test_the_world_does_not_matter(normalize):
+    """Of any rigidly moved and scaled copy of a scene the normalised poses are the same."""
+    c2w, world = trajectory()[[0, 9, 4]], trajectory(5)[3]
+    copy = world @ c2w
+    copy[:, :3, 3] *= 7.5
+    normalized = []
+    for poses in (c2w, copy):
+        motion, scale = scenes.world_motion(poses, 2, normalize)
+        poses = motion @ poses
+        poses[:, :3, 3] *= scale
+        normalized.append(poses)
+    np.testing.assert_allclose(*normalized, atol=1e-12)
+
+
+def test_only_normalised_by_the_sources_a_view_does_not_depend_on_what_else_is_asked_for(tmp_path):
+    write_nerfstudio(tmp_path, "attic", 0)
+    frames = scene_files.read_folder(tmp_path / "attic")
+    for normalize, same in (("source_views", True), ("all_views", False)):
+        few = scenes.assemble(frames, [1, 9, 4], 2, [2], 16, normalize)
+        many = scenes.assemble(frames, [1, 9, 4, 13, 12], 2, [2, 3, 4], 16, normalize)
+        pairs = [
+            (few.source.cameras.c2w, many.source.cameras.c2w),
+            (few.target.cameras.c2w, many.target.cameras.c2w[:1]),
+        ]
+        assert all(np.array_equal(a, b) == same for a, b in pairs)
+
+
+def test_poses_without_a_direction_or_a_length_are_refused():
+    c2w = trajectory()[[0, 0]]
+    for normalize in ("all_views", "source_views"):
+        with pytest.raises(InputError, match="stand at one place"):
+            scenes.world_motion(c2w, 2, normalize)
+    opposite = np.stack([c2w[0], c2w[0] @ np.diag([-1, 1, -1, 1])])
+    with pytest.raises(InputError, match="opposite"):
+        scenes.world_motion(opposite, 2, "all_views")
+    motion, scale = scenes.world_motion(c2w, 2, None)
+    assert scale == 1 and np.array_equal(motion, np.eye(4))
+
+
+def test_training_reads_chunk_after_chunk_and_every_scene_once_an_epoch(tmp_path):
+    for chunk in range(4):
+        write_chunk(tmp_path, f"{chunk}.torch", {f"{chunk}{c}q": 0 for c in "abc"}, count=1)
+    places = scene_files.find(tmp_path, "all")
+    order = scenes._order(places, "train", seed=3)
+    epochs = [[int(order[12 * epoch + i]) for i in range(12)] for epoch in range(3)]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(12))
+        files = [places[i].path.name for i in epoch]
+        assert all(len(set(files[i : i + 3])) == 1 for i in range(0, 12, 3))
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert [int(order[i]) for i in range(11, -1, -1)] == epochs[0][::-1]  # in any order of reading
+    assert [int(scenes._order(places, "train", seed=4)[i]) for i in range(12)] != epochs[0]
+    assert [int(scenes._order(places, "val", seed=3)[i]) for i in range(12)] == list(range(12))
+
+
+def test_samples_are_functions_of_seed_and_position_and_make_batches(tmp_path):
+    for seed, name in enumerate(["attic", "barn", "cellar"]):
+        write_nerfstudio(tmp_path, name, seed)
+    batches = pipeline.open_batches(make(tmp_path), 3, prefetch=0)
+    _, batch = next(batches)
+    assert batch.target.rgb.shape == (3, 4, 16, 16, 3)
+    again = make(tmp_path)
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x[2], y), batch, again.samples[2])
+    assert again.names == ("attic", "barn", "cellar")
+    other = make(tmp_path, seed=1).samples[2]
+    assert not np.array_equal(other.target.cameras.c2w, batch.target.cameras.c2w[2])
+
+
+def test_scenes_that_cannot_be_used_are_named_and_replaced(tmp_path, capsys):
+    for seed, name in enumerate(["attic", "barn", "cellar"]):
+        write_nerfstudio(tmp_path, name, seed)
+    for frame in range(NUM_FRAMES):
+        (tmp_path / "attic" / "images" / f"frame_{frame}.png").unlink()
+    broken = json.loads((tmp_path / "barn" / "transforms.json").read_text())
+    broken["frames"][3]["transform_matrix"][0] = [2, 0, 0, 0]
+    (tmp_path / "barn" / "transforms.json").write_text(json.dumps(broken))
+    source = make(tmp_path)
+    with pytest.raises(InputError, match=r"attic: .*frame_\d+.png does not exist"):
+        source.samples[0]
+    with pytest.raises(InputError, match="barn: the pose of frame 10 is no rotation"):
+        source.samples[1]
+    _, batch = next(pipeline.open_batches(source, 3, prefetch=0))
+    np.testing.assert_array_equal(batch.source.rgb[0], batch.source.rgb[2])
+    assert capsys.readouterr().err.count("bad record") == 2
+
+
+def test_bad_cameras_are_one_line(tmp_path):
+    write_nerfstudio(tmp_path, "attic", 0)
+    path = tmp_path / "attic" / "transforms.json"
+    good = json.loads(path.read_text())
+    for change, cause in (
+        (dict(frames=[]), "no frame|of 0 frames"),
+        (dict(frames=[{}]), "KeyError: 'file_path'"),
+        (dict(fl_x=None), "TypeError"),
+        (dict(fl_x=-3.0), "not positive"),
+        (dict(cx=2000.0), "the centre must be in the picture"),
+        (dict(k1=0.5), "OPENCV lens moves the corners"),
+        (dict(camera_model="OPENCV_FISHEYE"), "OPENCV_FISHEYE camera is not a pinhole"),
+    ):
+        path.write_text(json.dumps(good | change))
+        with pytest.raises(InputError, match=cause):
+            scene_files.read_folder(tmp_path / "attic")
+    path.write_text(json.dumps(good | dict(w=HEIGHT, h=WIDTH, cx=10, cy=10)))
+    frames = scene_files.read_folder(tmp_path / "attic")
+    with pytest.raises(InputError, match="frame_0.png is 48x32, which has not the proportions"):
+        scene_files.read_picture(frames, 0)
+    path.write_text("[")
+    with pytest.raises(InputError, match="transforms.json cannot be read"):
+        scene_files.read_folder(tmp_path / "attic")
+    with pytest.raises(InputError, match="neither transforms.json nor"):
+        scene_files.read_folder(tmp_path)
+
+
+def test_bad_chunks_and_frames_of_re10k_are_one_line(tmp_path):
+    write_chunk(tmp_path / "a", "0.torch", {"x": 0}, count=2)
+    index = tmp_path / "a" / "index.json"
+    index.write_text(json.dumps({"x": "0.torch", "y": "0.torch", "z": "1.torch"}))
+    source = make(tmp_path / "a")
+    with pytest.raises(InputError, match="x: 2 frames for 6"):
+        source.samples[0]
+    with pytest.raises(InputError, match="y: 0.torch lacks it"):
+        source.samples[1]
+    with pytest.raises(InputError, match="z: .*1.torch: cannot be read"):
+        source.samples[2]
+    tensor_files.write_torch(tmp_path / "a" / "1.torch", {"model": np.zeros(3, np.float32)})
+    with pytest.raises(InputError, match="not a chunk of pixelSplat's"):
+        source.samples[2]
+    index.unlink()
+    with pytest.raises(InputError, match="index.json is missing"):
+        make(tmp_path / "a")
+    write_lvsm(tmp_path / "b", "w", 0)
+    path = tmp_path / "b" / "metadata" / "w.json"
+    content = json.loads(path.read_text())
+    del content["frames"][2]["w2c"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="w: w.json cannot be read .KeyError: 'w2c'"):
+        make(tmp_path / "b").samples[0]
+
+
+def test_a_real_torch_file_is_read_without_torch(tmp_path):
+    """As pixelSplat writes them; where torch is installed."""
+    torch = pytest.importorskip("torch")
+    write_chunk(tmp_path, "0.torch", {"x": 0}, count=2)
+    content, _ = tensor_files.read(tmp_path / "0.torch")
+    scene = {k: torch.tensor(v) if isinstance(v, np.ndarray) else v for k, v in content[0].items()}
+    scene["images"] = [torch.tensor(image) for image in content[0]["images"]]
+    torch.save([scene], tmp_path / "0.torch")
+    scene_files._chunk.cache_clear()
+    (place,) = scene_files.find(tmp_path, "all")
+    frames = place.read()
+    assert frame_of(scene_files.read_picture(frames, 1)[None]) == [1]
+    np.testing.assert_allclose(frames.c2w, trajectory(0, 2), atol=1e-5)  # float32
+
+
+def test_evaluation_views_are_those_of_the_index_and_none_is_dropped(tmp_path, capsys):
+    write_chunk(tmp_path / "test", "0.torch", {"a": 0, "b": 1, "short": 2})
+    write_chunk(tmp_path / "train", "0.torch", {"other": 3}, count=1)
+    index = tmp_path / "index.json"
+    views = dict(context=[1, 9], target=[2, 5, 8])
+    index.write_text(json.dumps({"b": views, "gone": views, "a": views, "unposed": None, "short": dict(context=[1, 14], target=[3])}))  # fmt: skip
+    evaluation = scenes.evaluation_views(tmp_path, index, 16, "all_views")
+    assert len(evaluation) == 3 and evaluation.absent == ("gone",)
+    assert evaluation.unused == ("unposed",)
+    assert "absent: gone" in (error := capsys.readouterr().err)
+    assert "1 of 4 scenes" in error
+    name, batch = evaluation[0]
+    assert name == "b"
+    assert list(frame_of(batch.source.rgb, 1)) == [1, 9]
+    assert list(frame_of(batch.target.rgb, 1)) == [2, 5, 8]
+    motion, scale = scenes.world_motion(trajectory(1)[[1, 9, 2, 5, 8]], 2, "all_views")
+    wanted = motion @ trajectory(1)[[2, 5, 8]]
+    wanted[:, :3, 3] *= scale
+    np.testing.assert_allclose(batch.target.cameras.c2w, wanted, atol=1e-5)  # float32
+    assert evaluation[1][0] == "a"
+    with pytest.raises(InputError, match="short: 14 frames, but the index asks for frame 14"):
+        list(evaluation)
+    index.write_text(json.dumps({"gone": views}))
+    with pytest.raises(InputError, match="none of the 1 scenes"):
+        scenes.evaluation_views(tmp_path, index, 16)
+    for text in ("{", "[]", '{"a": {"context": [0.5], "target": [1]}}', '{"a": {"context": [0]}}'):
+        index.write_text(text)
+        with pytest.raises(InputError, match="is no index of pixelSplat's"):
+            scenes.evaluation_views(tmp_path, index, 16)
+
+
+def test_fields_out_of_range_and_empty_folders_are_refused(tmp_path):
+    with pytest.raises(InputError, match="no scene in it"):
+        make(tmp_path)
+    with pytest.raises(InputError, match="no such folder"):
+        make(tmp_path / "nowhere")
+    write_nerfstudio(tmp_path, "attic", 0, count=1)
+    for fields, cause in (
+        (dict(source_size=8), "one size"),
+        (dict(normalize="azimuth"), "must be all_views"),
+        (dict(normalize="source_views", num_source=1), "takes two sources"),
+        (dict(min_gap=10), "min_gap=10"),
+        (dict(num_source=0), "num_source=0"),
+        (dict(split="test"), "must be train"),
+        (dict(split="train", seed=-1), "seed"),
+    ):
+        with pytest.raises(InputError, match=cause):
+            make(tmp_path, **fields)
