@@ -329,6 +329,9 @@ def test_only_normalised_by_the_sources_a_view_does_not_depend_on_what_else_is_a
             (few.target.cameras.c2w, many.target.cameras.c2w[:1]),
         ]
         assert all(np.array_equal(a, b) == same for a, b in pairs)
+    # What is looked at counts, not what is asked for of it: in training all eight frames of a window.
+    one = scenes.assemble(frames, [1, 9, 4, 13, 12], 2, [2], 16, "all_views")
+    np.testing.assert_array_equal(one.target.cameras.c2w, many.target.cameras.c2w[:1])
 
 
 def test_poses_without_a_direction_or_a_length_are_refused():
