@@ -8,7 +8,7 @@ def base() -> ConfigDict:
     config = ConfigDict()
     config.model = dict(name="triposr", variant="triposr")  # models.build
     config.data = dict(  # train.open_data; from `root` on lrm_jax.data.<name>.make, for "train" and for "val"
-        name="objects",  # objects, records, mvimgnet, or procedural, which needs no files
+        name="objects",  # objects, records, mvimgnet, scenes, or procedural, which needs no files
         mix=(),  # (3, 1): of four batches three of `name` and one procedural
         batch_size=8,  # of all devices and processes together
         num_workers=0,  # processes that read; 0: threads
@@ -63,7 +63,9 @@ def base() -> ConfigDict:
 def shrink(config: ConfigDict) -> ConfigDict:
     """Any config at the size of a test: a few steps on a CPU."""
     config.model.variant = "tiny"
-    config.data.update(batch_size=8, source_size=32, target_size=32, num_target=2, num_workers=0)
+    config.data.update(
+        batch_size=8, source_size=32, target_size=32, num_target=2, num_workers=0, mix=()
+    )
     config.schedule.warmup_steps = 1
     config.sharding.update(data=-1, fsdp=1, tensor=1)
     config.losses.update(lpips=0.0, perceptual=0.0)

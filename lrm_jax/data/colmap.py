@@ -44,7 +44,7 @@ def read(folder: Path) -> Reconstruction:
     parse_cameras = _binary_cameras if suffix == ".bin" else _text_cameras
     parse_images = _binary_images if suffix == ".bin" else _text_images
     cameras = {
-        number: (_pinhole(model, width, height, params), (width, height))
+        number: (pinhole(model, width, height, params), (width, height))
         for number, model, width, height, params in _parse(
             folder / f"cameras{suffix}", parse_cameras
         )
@@ -123,7 +123,7 @@ def _text_images(path: Path) -> list[tuple]:
     return images
 
 
-def _pinhole(model: int, width: int, height: int, params: tuple[float, ...]) -> np.ndarray:
+def pinhole(model: int, width: int, height: int, params: tuple[float, ...]) -> np.ndarray:
     """(fx, fy, cx, cy) as fractions, of a camera that is nearly a pinhole."""
     name, num_params, num_focal = _MODELS[model]
     if len(params) != num_params or not np.isfinite(params).all():

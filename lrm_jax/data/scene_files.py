@@ -268,7 +268,7 @@ def _pinhole(frame: dict, picture: Path) -> tuple[np.ndarray, float]:
         raise InputError(
             f"a lens with k3={lens[4]}, k4={lens[5]} is not a pinhole: undistort the pictures first"
         )
-    return colmap._pinhole(4, w, h, (*focal, *lens[:4])), w / h  # 4: OPENCV
+    return colmap.pinhole(4, w, h, (*focal, *lens[:4])), w / h  # 4: OPENCV
 
 
 def _with_suffix(path: Path) -> Path:

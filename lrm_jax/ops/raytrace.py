@@ -14,11 +14,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 MIN_INVERSE_DEPTH = 1e-3  # nothing is seen beyond a depth of 1000
 _INFINITE = 1e6  # inverse depth of what is nearer than anything
-_RELIEF_STEPS = 16
+_RELIEF_STEPS = 12
+_NUM_FACES = 9  # 8 planes, the top first, and the quadric
 _OUTLINE_Z = np.array([-1, -0.92, -0.71, -0.38, 0, 0.38, 0.71, 0.92, 1], np.float32)
 _OUTLINE_ANGLE = np.arange(24, dtype=np.float32) * np.float32(np.pi / 12)  # corners are among them
 
@@ -38,7 +39,7 @@ class Geometry:
 
     solids: Solids  # [*B K]
     holes: Solids  # [*B H]
-    cuts: jax.Array  # [*B K H] bool, whether a hole cuts a solid
+    cuts: jax.Array  # [*B C H] bool, whether a hole cuts a solid; the solids from C on are whole
     # [*B N 4] amplitude, two wave numbers (of the solid's own x and y) and phase: the top is at 1 - sum of the waves.
     relief: jax.Array
 
@@ -73,52 +74,91 @@ def first_hits(
     The camera must be outside of all solids. Where holes of one solid open into each other, a ray may pass through all of them, then
     once more through each in the order of their numbers.
     """
-    num_holes = geometry.cuts.shape[1]
-    holes = _pencils(geometry.holes, c2w)
-    openings = [_spans(_select(holes, i), x, y) for i in range(num_holes)]
-    solids = _pencils(geometry.solids, c2w)
-    first, rest = _select(solids, 0), _select(solids, slice(1, None))
+    num_cut, num_holes = geometry.cuts.shape
+    num_solids = len(geometry.solids.sides)
+    # The number of a solid replaces the last bits of its inverse depth (4e-6 of it for 32 solids): one array to be stored for
+    # a solid instead of two, for each of which XLA would find the intervals anew.
+    last_bits = (1 << (num_solids - 1).bit_length()) - 1
 
-    def visit(best, low, high, cuts, number):
-        nearest, which = best
-        s, code = _cut(low, high, cuts, openings)
-        nearer = (s > low) & (s > nearest)
-        code = code + number * (num_holes + 1)
-        return jnp.where(nearer, s, nearest), jnp.where(nearer, code, which)
+    def coded(s, number):
+        return jax.lax.bitcast_convert_type(s, jnp.int32) & ~last_bits | number
 
-    low, high = _spans(first, x, y)
+    def nearer(best, low, high, s, number):
+        return jnp.maximum(best, jnp.where((high > low) & (s > low), coded(s, number), 0))
+
+    def visit_cut(best, part):
+        pencil, number, cuts = part
+        low, high = _spans(pencil, x, y)
+        return nearer(best, low, high, _cut(high, cuts, openings), number), None
+
+    def visit_whole(best, part):
+        pencil, number = part
+        low, high = _spans(pencil, x, y)
+        return nearer(best, low, high, high, number), None
+
+    pencils = _pencils(_both(geometry), c2w)
+    solids, holes = _select(pencils, slice(num_solids)), _select(pencils, slice(num_solids, None))
+    openings = jax.vmap(_spans, (0, None, None))(holes, x, y)
+    numbered = solids, jnp.arange(num_solids, dtype=jnp.int32)
+    low, high = _spans(_select(solids, 0), x, y)
     high = _climb(geometry, c2w, x, y, low, high)
-    best = visit((jnp.zeros_like(x), jnp.zeros(x.shape, jnp.int32)), low, high, geometry.cuts[0], 0)
-    best, _ = jax.lax.scan(
-        lambda best, part: (visit(best, *_spans(part[0], x, y), part[1], part[2]), None),
-        best,
-        (rest, geometry.cuts[1:], jnp.arange(1, len(geometry.cuts), dtype=jnp.int32)),
+    best = nearer(
+        jnp.zeros(x.shape, jnp.int32), low, high, _cut(high, geometry.cuts[0], openings), 0
     )
-    return Hits(best[0], best[1] // (num_holes + 1), best[1] % (num_holes + 1) - 1)
+    cut = (*_select(numbered, slice(1, num_cut)), geometry.cuts[1:])
+    best, _ = jax.lax.scan(visit_cut, best, cut)
+    best, _ = jax.lax.scan(visit_whole, best, _select(numbered, slice(num_cut, None)))
+    # The same number but for those bits, not just a close one, where the far end of a hole is what is seen.
+    hole = jnp.full(x.shape, -1, jnp.int32)
+    for number in range(num_holes):
+        hole = jnp.where(coded(openings[0][number], best & last_bits) == best, number, hole)
+    return Hits(
+        jax.lax.bitcast_convert_type(best & ~last_bits, jnp.float32),
+        best & last_bits,
+        jnp.where(best > 0, hole, -1),
+    )
 
 
-def normals(geometry: Geometry, hits: Hits, xyz: Float[Array, "*R 3"]) -> Float[Array, "*R 3"]:
-    """Unit outward normals in the world at the hits, which are at xyz: of the face whose equation holds there."""
-    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), geometry.solids, geometry.holes)
-    is_hole = hits.hole >= 0
-    row = jnp.where(is_hole, hits.hole + len(geometry.cuts), hits.solid)
-    own = jax.tree.map(lambda a: a.at[row].get(mode="promise_in_bounds"), both)
+def points(
+    c2w: Float[Array, "4 4"], x: Float[Array, "*R"], y: Float[Array, "*R"], hits: Hits
+) -> Float[Array, "*R 3"]:
+    """World points of hits of a camera's rays (x, y, 1); those that met nothing are at the depth 1."""
+    depth = jnp.where(hits.inverse_depth > 0, 1 / jnp.maximum(hits.inverse_depth, 1e-6), 1.0)
+    components = [a + depth * (b * x + c * y + d) for b, c, d, a in c2w[:3]]
+    return jnp.stack(components, axis=-1)
+
+
+def faces(geometry: Geometry, hits: Hits, xyz: Float[Array, "*R 3"]) -> Int[Array, "*R"]:
+    """On which face hits at xyz are: the one whose equation holds there. Faces of solids and holes are numbered through, 9 of each."""
+    row = _row(geometry, hits)
+    own = rows(_both(geometry), row)
     x, y, z = to_local(own.to_local, xyz)
-    height, slope_x, slope_y = (
-        jnp.where(row == 0, value, flat)
-        for value, flat in zip(_relief(geometry.relief, x, y), (1, 0, 0), strict=True)
-    )
+    top = jnp.where(row == 0, _relief(geometry.relief, x, y)[0], 1)
     # The largest value is 0 up to rounding; the others are negative.
-    best, normal = z - height, (-slope_x, -slope_y, jnp.ones_like(z))
-    for value, gradient in (*_side_values(own, x, y, z), _quadric_value(own.quadric, x, y, z)):
-        larger = value > best
-        best = jnp.where(larger, value, best)
-        normal = tuple(jnp.where(larger, g, n) for g, n in zip(gradient, normal, strict=True))
-    side = jnp.where(is_hole, -1.0, 1.0)
-    world = [sum(own.to_local[..., i, j] * normal[i] for i in range(3)) for j in range(3)]
-    world = jnp.stack(world, axis=-1)
-    length = jnp.sqrt(jnp.sum(world**2, axis=-1) + 1e-20)
-    return world * (side / length)[..., None]
+    best, face = z - top, jnp.zeros(z.shape, jnp.int32)
+    values = (*_side_values(own, x, y, z), _quadric_value(own.quadric, x, y, z))
+    for number, value in enumerate(values, start=1):
+        face = jnp.where(value > best, number, face)
+        best = jnp.maximum(value, best)
+    return row * _NUM_FACES + face
+
+
+def normals(
+    geometry: Geometry, hits: Hits, face: Int[Array, "*R"], xyz: Float[Array, "*R 3"]
+) -> Float[Array, "*R 3"]:
+    """Unit outward normals in the world of hits at xyz, on the faces that `faces` says."""
+    own = rows(_gradients(_both(geometry)).reshape(-1, 12), face)
+    first = geometry.solids.to_local[0]
+    x, y, _ = to_local(first, xyz)
+    # The relief's top, face 0 of solid 0: the slopes are added to what is the normal of the slab.
+    slopes = [jnp.where(face == 0, slope, 0) for slope in _relief(geometry.relief, x, y)[1:]]
+    sides = jnp.where(hits.hole >= 0, -1.0, 1.0)
+    normal = []
+    for i in range(3):
+        gradient = sum(own[..., 4 * i + j] * xyz[..., j] for j in range(3)) + own[..., 4 * i + 3]
+        normal.append(gradient - slopes[0] * first[0, i] - slopes[1] * first[1, i])
+    scale = sides / jnp.sqrt(sum(n * n for n in normal) + 1e-20)
+    return jnp.stack([n * scale for n in normal], axis=-1)
 
 
 def contains(geometry: Geometry, xyz: Float[Array, "Q 3"]) -> Bool[Array, "Q"]:
@@ -129,16 +169,16 @@ def contains(geometry: Geometry, xyz: Float[Array, "Q 3"]) -> Bool[Array, "Q"]:
         x, y, z = to_local(own.to_local, xyz)
         terms = (*_side_values(own, x, y, z), _quadric_value(own.quadric, x, y, z))
         inside = z <= _relief(relief, x, y)[0]
-        for value, _ in terms:
+        for value in terms:
             inside &= value <= 0
         return inside
 
     flat = jnp.zeros_like(geometry.relief)
     in_hole = [within(geometry.holes, i, flat) for i in range(geometry.cuts.shape[1])]
     matter = jnp.zeros(xyz.shape[:1], bool)
-    for k in range(len(geometry.cuts)):
+    for k in range(len(geometry.solids.sides)):
         inside = within(geometry.solids, k, geometry.relief if k == 0 else flat)
-        for i, hole in enumerate(in_hole):
+        for i, hole in enumerate(in_hole if k < len(geometry.cuts) else []):
             inside &= ~(hole & geometry.cuts[k, i])
         matter |= inside
     return matter
@@ -166,33 +206,69 @@ def outlines(solids: Solids, relief: Float[Array, "N 4"]) -> Float[Array, "K M 3
     )
 
 
+def rows(tables, which: Int[Array, "*R"]):
+    """The rows of tables [K ...] for all rays [*R ...]."""
+    return jax.tree.map(lambda a: a.at[which].get(mode="promise_in_bounds"), tables)
+
+
 def to_local(
-    affine: Float[Array, "*#R 3 4"], xyz: Float[Array, "*#R 3"]
-) -> tuple[Float[Array, "*#R"], Float[Array, "*#R"], Float[Array, "*#R"]]:
-    """x, y and z of world points in the frames of solids. Sums, since a matrix product may be rounded to bfloat16."""
+    affine: Float[Array, "*#R 3 4"], xyz: Float[Array, "*R 3"]
+) -> tuple[Float[Array, "*R"], Float[Array, "*R"], Float[Array, "*R"]]:
+    """x, y and z of world points in the frames of solids, or of one. Sums, since a matrix product may be rounded to bfloat16."""
     return tuple(
         sum(affine[..., i, j] * xyz[..., j] for j in range(3)) + affine[..., i, 3] for i in range(3)
     )
 
 
-def _side_values(solid: Solids, x: Array, y: Array, z: Array) -> list[tuple]:
-    """(value, gradient) of the seven planes but that of the top: the value is positive outside."""
-    cos, sin, hx, kx, hs, ks = jnp.moveaxis(solid.sides, -1, 0)
-    one, zero = jnp.ones_like(z), jnp.zeros_like(z)
-    pairs = [(one, zero, hx, kx), (cos * one, sin * one, hs, ks), (cos * one, -sin * one, hs, ks)]
-    values = [(-z - 1, (zero, zero, -one))]
-    for nx, ny, h, k in pairs:
-        across = nx * x + ny * y
-        sign = jnp.where(across < 0, -1.0, 1.0)
-        values.append((sign * across + k * z - h, (sign * nx, sign * ny, k * one)))
-    return values
+def _both(geometry: Geometry) -> Solids:
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), geometry.solids, geometry.holes)
 
 
-def _quadric_value(quadric: Array, x: Array, y: Array, z: Array) -> tuple:
-    """(value, gradient) of e (x^2 + y^2) + a z^2 - (p - q z)^2, halved."""
-    e, a, p, q = jnp.moveaxis(quadric, -1, 0)
+def _row(geometry: Geometry, hits: Hits) -> Array:
+    """Of the solid, or of the hole whose wall it is, in `_both`."""
+    return jnp.where(hits.hole >= 0, hits.hole + len(geometry.solids.sides), hits.solid)
+
+
+def _planes(sides: Array) -> Array:
+    """[*B 8 4] of sides [*B 6]: outward normal and distance in the own frame, of the top, the bottom and the three pairs."""
+    cos, sin, hx, kx, hs, ks = jnp.moveaxis(sides, -1, 0)
+    zero, one = jnp.zeros_like(cos), jnp.ones_like(cos)
+    planes = (
+        (zero, zero, one, one), (zero, zero, -one, one),
+        (one, zero, kx, hx), (-one, zero, kx, hx),
+        (cos, sin, ks, hs), (-cos, -sin, ks, hs),
+        (cos, -sin, ks, hs), (-cos, sin, ks, hs),
+    )  # fmt: skip
+    return jnp.stack([jnp.stack(plane, axis=-1) for plane in planes], axis=-2)
+
+
+def _side_values(solid: Solids, x: Array, y: Array, z: Array) -> list[Array]:
+    """The equations of the planes but the top's, positive outside, in the order of `_planes`."""
+    cos, sin, hx, kx, hs, ks = (solid.sides[..., i] for i in range(6))
+    across, one, other = x, cos * x + sin * y, cos * x - sin * y
+    limit_x, limit_s = hx - kx * z, hs - ks * z
+    values = [-z - 1, across - limit_x, -across - limit_x]
+    return values + [one - limit_s, -one - limit_s, other - limit_s, -other - limit_s]
+
+
+def _quadric_value(quadric: Array, x: Array, y: Array, z: Array) -> Array:
+    """e (x^2 + y^2) + a z^2 - (p - q z)^2, halved."""
+    e, a, p, q = (quadric[..., i] for i in range(4))
     w = p - q * z
-    return 0.5 * (e * (x * x + y * y) + a * z * z - w * w), (e * x, e * y, a * z + q * w)
+    return 0.5 * (e * (x * x + y * y) + a * z * z - w * w)
+
+
+def _gradients(solids: Solids) -> Array:
+    """[K 9 3 4]: the gradients in the world of the equations of all faces, affine in the point."""
+    linear, offset = solids.to_local[..., :3], solids.to_local[..., 3]
+    flat = jnp.einsum("kij,kpi->kpj", linear, _planes(solids.sides)[..., :3], precision="highest")
+    flat = jnp.concatenate([jnp.zeros((*flat.shape, 3)), flat[..., None]], axis=-1)
+    e, a, p, q = jnp.moveaxis(solids.quadric, -1, 0)
+    second = jnp.stack([e, e, a - q * q], axis=-1)
+    constant = second * offset + jnp.stack([0 * e, 0 * e, p * q], axis=-1)
+    inner = jnp.concatenate([second[..., None] * linear, constant[..., None]], axis=-1)
+    curved = jnp.einsum("kij,kil->kjl", linear, inner, precision="highest")
+    return jnp.concatenate([flat, curved[:, None]], axis=1)
 
 
 def _pencils(solids: Solids, c2w: Float[Array, "4 4"]) -> _Pencil:
@@ -200,20 +276,7 @@ def _pencils(solids: Solids, c2w: Float[Array, "4 4"]) -> _Pencil:
     # [K 3] the camera's position and [K 3 3] its axes, in the frames of the solids.
     eye = jnp.einsum("kij,j->ki", affine, c2w[:, 3], precision="highest")
     axes = jnp.einsum("kij,jl->kil", affine[..., :3], c2w[:3, :3], precision="highest")
-    cos, sin, hx, kx, hs, ks = jnp.moveaxis(solids.sides, -1, 0)
-    zero, one = jnp.zeros_like(cos), jnp.ones_like(cos)
-    planes_K84 = jnp.stack(
-        [
-            jnp.stack(plane, axis=-1)
-            for plane in (
-                (zero, zero, one, one), (zero, zero, -one, one),
-                (one, zero, kx, hx), (-one, zero, kx, hx),
-                (cos, sin, ks, hs), (-cos, -sin, ks, hs),
-                (cos, -sin, ks, hs), (-cos, sin, ks, hs),
-            )
-        ],
-        axis=1,
-    )  # fmt: skip
+    planes_K84 = _planes(solids.sides)
     outside = jnp.einsum("kpi,ki->kp", planes_K84[..., :3], eye, precision="highest")
     outside = _away_from_0(outside - planes_K84[..., 3])
     slopes = -jnp.einsum("kpi,kij->kpj", planes_K84[..., :3], axes, precision="highest")
@@ -276,14 +339,12 @@ def _spans(pencil: _Pencil, x: Array, y: Array) -> tuple[Array, Array]:
     return low, jnp.minimum(high, middle + end[2] * half + end[3])
 
 
-def _cut(low: Array, high: Array, cuts: Array, openings: list) -> tuple[Array, Array]:
-    """(inverse depth where a ray first is in the solid and in none of its holes, 0 or 1 + the number of the last hole left)."""
-    s, code = high, jnp.zeros(high.shape, jnp.int32)
+def _cut(s: Array, cuts: Array, openings: tuple[Array, Array]) -> Array:
+    """The inverse depth where a ray that has come to s has left all holes [H *R] that cut the solid."""
     for _ in range(2):
-        for number, (hole_low, hole_high) in enumerate(openings):
-            inside = (s <= hole_high) & (s > hole_low) & cuts[number]
-            s, code = jnp.where(inside, hole_low, s), jnp.where(inside, number + 1, code)
-    return jnp.where(high > low, s, 0), code
+        for i, (low, high) in enumerate(zip(*openings, strict=True)):
+            s = jnp.where((s <= high) & (s > low) & cuts[i], low, s)
+    return s
 
 
 def _relief(relief: Array, x: Array, y: Array) -> tuple[Array, Array, Array]:
@@ -314,17 +375,15 @@ def _climb(geometry: Geometry, c2w: Array, x: Array, y: Array, low: Array, high:
         px, py, pz = (eye[i] + t * dirs[i] for i in range(3))
         return pz - _relief(geometry.relief, px, py)[0]
 
-    def advance(i, state):
-        found, before = state
-        t = near + step * i
+    after = gap(near)
+    found = jnp.where(after <= 1e-5, high, 0)  # a side wall, or flat
+    for i in range(1, _RELIEF_STEPS + 1):
+        t, before = near + step * i, after
         after = gap(t)
         crossing = t - step * after / jnp.minimum(after - before, -1e-9)
-        is_new = (after <= 0) & (found == 0)
-        return jnp.where(is_new, jnp.where(before > 0, 1 / crossing, found), found), after
-
-    start = gap(near)
-    found = jnp.where(start <= 1e-5, high, 0)  # a side wall, or flat
-    return jax.lax.fori_loop(1, _RELIEF_STEPS + 1, advance, (found, start))[0]
+        is_first = (after <= 0) & (before > 0) & (found == 0)
+        found = jnp.where(is_first, 1 / crossing, found)
+    return found
 
 
 def _inverse(matrix: Float[Array, "K 3 3"]) -> Float[Array, "K 3 3"]:

