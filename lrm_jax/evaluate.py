@@ -1,12 +1,15 @@
-"""`lrm evaluate`: how near a model comes to objects that are known from all sides.
+"""`lrm evaluate`: how near a model comes to objects that are known from all sides, or to videos of scenes.
 
     lrm evaluate --data data/kaykit --split val --baseline-data data/kaykit         the bundled model
     lrm evaluate --weights hf:stabilityai/TripoSR --data data/gso --lpips lpips_vgg16.safetensors
+    lrm evaluate --weights scene_decoder_only_256.pt --data data/re10k --index evaluation_index_re10k.json
 
-One view of each object is given to the model. Other views are compared with what it renders (PSNR, SSIM, LPIPS, foreground
-IoU), the surface that it finds with the true one (Chamfer distance, F-scores), and both with the mean object, a guess that looks
-at no picture. Prints a table; leaves `evaluation.json` and `evaluation.html`. An object that cannot be read, or has no
-surface, is named and left out of the means.
+One view of each object is given to the model, or to a family that takes posed views (LVSM) as many as it was trained with.
+Other views are compared with what it renders (PSNR, SSIM, LPIPS, foreground IoU), the surface that it finds with the true one
+(Chamfer distance, F-scores), and both with the mean object, a guess that looks at no picture. With --index, views of scenes
+are compared: given and asked for are those that pixelSplat's index names, of all scenes, and the guess is the nearest given picture.
+Prints a table; leaves `evaluation.json` and `evaluation.html`. An object that cannot be read, or has no surface, is named and
+left out of the means.
 """
 
 import argparse
@@ -34,12 +37,12 @@ from lrm_jax import (
     report,
     surface_metrics,
 )
-from lrm_jax.data import held_out, samples
+from lrm_jax.data import held_out, samples, scenes
 from lrm_jax.data.held_out import HeldOut
 from lrm_jax.ops import cameras as ops_cameras
 from lrm_jax.ops import images, surface
 from lrm_jax.reconstruct import versions
-from lrm_jax.types import Cameras, InputError, Views
+from lrm_jax.types import Batch, Cameras, InputError, Views
 
 PICTURE_NAMES = ("psnr", "ssim", "lpips", "iou")
 NAMES = (*PICTURE_NAMES, *surface_metrics.NAMES)
@@ -48,37 +51,43 @@ SEEN_BY_SOURCE = ("lrm",)
 BATCH = 4  # objects that go through the model together
 
 
+@dataclasses.dataclass(frozen=True)
+class PosedViews:
+    """How training gives views to a family that takes them with their cameras: fields of the config's `data`."""
+
+    num_source: int
+    source_size: int
+    foreground_ratio: float | None
+    normalize: str | None
+    source_background: float
+
+
 def main(argv: list[str]) -> int:
     """Runs `lrm evaluate`. Returns the exit code: 0 where at least one object could be evaluated."""
     args = parse(argv)
     stages = report.Stages()
     report.check_writable(args.out)
-    folders = held_out.find(args.data, args.split)
+    folders = [] if args.index else held_out.find(args.data, args.split)
     network = None if args.lpips is None else lpips.load(args.lpips)
     with stages("load", f" {args.weights or 'the bundled model'}"):
         model, params, info = convert.load_weights(args.weights)
-    if not hasattr(model, "prepare"):
-        raise InputError(
-            f"{info['family']} does not take single pictures: give weights of another family"
+    if args.index:
+        results, skipped, words = evaluate_scenes(model, params, network, info, args, stages)
+    else:
+        results, skipped, words = evaluate_objects(
+            model, params, network, info, folders, args, stages
         )
-    args.scale = args.scale or ("data" if info["training"] else "picture")
-    programs = compiled(model, params, network, args.size)
-    with stages("average", " the mean object"):
-        others, baseline_from = baseline_objects(args, folders)
-        read = (item for _, item in read_ahead(others, args) if isinstance(item, HeldOut))
-        mean = mean_object.average(read, args.size)
-    with stages("evaluate", f" {len(folders)} objects of {args.data}"):
-        results, skipped = evaluate(model, programs, mean, folders, args)
     tell(skipped)
+    count = len(results.keys() | skipped.keys())
     if not results:
         uid, cause = next(iter(skipped.items()))
         raise InputError(
-            f"{args.data}: none of {len(folders)} objects can be used: the first, {uid}: {cause}"
+            f"{args.data}: none of {count} objects can be used: the first, {uid}: {cause}"
         )
     summary = summarize(results, skipped) | {
-        "protocol": protocol(args, model, baseline_from),
+        "protocol": words,
         "model": {k: info[k] for k in ("family", "variant", "path", "training")},
-        "data": {"path": str(args.data), "split": args.split, "objects": len(folders)},
+        "data": {"path": str(args.data), "split": args.index or args.split, "objects": count},
         "seconds": stages.seconds,
         "versions": versions(),
     }
@@ -89,6 +98,24 @@ def main(argv: list[str]) -> int:
     print(evaluation_page.table(summary))
     stages.say(f"done: {', '.join(str(args.out / name) for name in files)}")
     return 0
+
+
+def evaluate_objects(model, params, network, info: dict, folders: list[Path], args, stages):
+    """Results by uid, causes of absence by uid, and the protocol, of objects."""
+    args.size = args.size or 128
+    posed = None if hasattr(model, "prepare") else posed_views(info)
+    if posed is None and args.sources not in (None, 1):
+        raise InputError(f"--sources {args.sources}: {info['family']} takes one picture")
+    args.sources = args.sources or (1 if posed is None else posed.num_source)
+    args.scale = args.scale or ("data" if info["training"] else "picture")
+    programs = compiled(model, params, network, args.size)
+    with stages("average", " the mean object"):
+        others, baseline_from = baseline_objects(args, folders)
+        read = (item for _, item in read_ahead(others, args) if isinstance(item, HeldOut))
+        mean = mean_object.average(read, args.size)
+    with stages("evaluate", f" {len(folders)} objects of {args.data}"):
+        results, skipped = evaluate(model, programs, mean, folders, posed, args)
+    return results, skipped, protocol(args, model, posed, baseline_from)
 
 
 def baseline_objects(args: argparse.Namespace, folders: list[Path]) -> tuple[list[Path], str]:
@@ -112,7 +139,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--data",
         type=Path,
         required=True,
-        help="folder of rendered objects (tools/render_objects.py)",
+        help="folder of rendered objects (tools/render_objects.py); with --index, of scenes",
+    )
+    add(
+        "--index",
+        metavar="FILE",
+        help="pixelSplat's file of the views of each scene: evaluate scenes, with a family that takes posed views",
+    )
+    add(
+        "--sources",
+        type=int,
+        help="views of an object that are given, to a family that takes posed views (default: as in training)",
     )
     add(
         "--weights",
@@ -126,7 +163,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="which objects: val are those that training on this folder holds out (default: all)",
     )
     add("--views", type=int, default=8, help="target views of each object (default: 8)")
-    add("--size", type=int, default=128, help="side of the compared pictures (default: 128)")
+    add(
+        "--size",
+        type=int,
+        help="side of the compared pictures (default: 128; with --index, that of the model's)",
+    )
     add(
         "--resolution",
         type=int,
@@ -150,40 +191,58 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "models with a record of training, picture for the references' checkpoints)",
     )
     args = parser.parse_args(argv)
-    for name, low, high in (("views", 1, 1000), ("size", 16, 2048), ("resolution", 8, 2048)):
-        if not low <= getattr(args, name) <= high:
-            raise InputError(
-                f"--{name} {getattr(args, name)} is out of range: choose {low} to {high}"
-            )
+    for name, low, high in (
+        ("views", 1, 1000),
+        ("size", 16, 2048),
+        ("resolution", 8, 2048),
+        ("sources", 1, 100),
+    ):
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            raise InputError(f"--{name} {value} is out of range: choose {low} to {high}")
     return args
 
 
-def protocol(args: argparse.Namespace, model, baseline_from: str) -> dict[str, str | dict]:
-    """What was measured, in words."""
+def protocol(
+    args: argparse.Namespace, model, posed: PosedViews | None, baseline_from: str
+) -> dict[str, str | dict]:
+    """What was measured of objects, in words."""
     low, high = held_out.SOURCE_ELEVATION
-    world = (
-        "that of the source camera (0, -d, 0), looking along +y"
-        if models.name_of(model) in SEEN_BY_SOURCE
-        else "the data's, turned about its vertical so that the source camera is at azimuth 0"
+    world = {
+        "source": "that of the source camera (0, -d, 0), looking along +y",
+        "azimuth": "the data's, turned about its vertical so that the source camera is at azimuth 0",
+        None: "the data's",
+    }[normalization(model, posed)]
+    given = (
+        f"the first view with an elevation of {low:g} to {high:g} degrees, prepared as `lrm reconstruct` does"
+        if posed is None
+        else f"{args.sources} views with an elevation of {low:g} to {high:g} degrees, with their true cameras, as in training"
     )
     scale = {
         "data": "as in the data",
         "picture": "by the size in the source picture: that which the model's assumed source camera would see",
     }
     return {
-        "source": f"the first view with an elevation of {low:g} to {high:g} degrees, prepared as `lrm reconstruct` does",
+        "source": given,
         "targets": f"{args.views} other views, evenly spread over their order, {args.size} x {args.size} pixels, on white",
         "world": f"the model's is {world}; scale: {scale[args.scale]}",
-        "psnr": "dB, of a view; an object's value is the mean over its target views",
-        "ssim": "Gaussian window of 11 pixels, sigma 1.5, of a view, in colour",
-        "lpips": "VGG16, version 0.1, of a view" if args.lpips else f"not computed: {lpips.REMEDY}",
-        "iou": "of the foregrounds (alpha above 0.5) of a view",
+        **picture_protocol(args),
+        "iou": "of the foregrounds (alpha above 0.5) of a view; a family without alpha has none",
         "surface": f"where the field is {getattr(model, 'surface_level', None)}, on {args.resolution}^3 lattice points"
         if hasattr(model, "query")
         else "this family has none",
         "surface metrics": surface_metrics.PROTOCOL,
         "unaligned": "the same surface metrics in the data's own world and unit: nothing is normalised or aligned",
         "baseline": f"the mean {baseline_from}; of two guesses at the pictures, and two at the surface, the better one",
+    }
+
+
+def picture_protocol(args: argparse.Namespace) -> dict[str, str]:
+    """What is measured of pictures, in words."""
+    return {
+        "psnr": "dB, of a view; an object's value is the mean over its target views",
+        "ssim": "Gaussian window of 11 pixels, sigma 1.5, of a view, in colour",
+        "lpips": "VGG16, version 0.1, of a view" if args.lpips else f"not computed: {lpips.REMEDY}",
     }
 
 
@@ -249,8 +308,8 @@ def world_of(
       assumed: the one that `model.prepare` takes the picture that it has made of it to be seen by.
       scale: "data": none. "picture": what the true camera sees of the data's world, the assumed one sees as large of the model's.
     """
-    normalize = "source" if models.name_of(model) in SEEN_BY_SOURCE else "azimuth"
-    motion = samples.world_motion(np.asarray(camera.c2w), normalize).astype(np.float64)
+    motion = samples.world_motion(np.asarray(camera.c2w), normalization(model, None))
+    motion = motion.astype(np.float64)
     if scale == "data":
         return motion
     ratio = getattr(model, "foreground_ratio", None)
@@ -259,6 +318,13 @@ def world_of(
     size = focal / np.linalg.norm(camera.c2w[:3, 3])
     assumed_size = assumed.fxfycxcy[1] / np.linalg.norm(assumed.c2w[:3, 3])
     return np.diag([*(size / assumed_size).repeat(3), 1]) @ motion
+
+
+def normalization(model, posed: PosedViews | None) -> str | None:
+    """How the data's world becomes the model's: `samples.Recipe.normalize`."""
+    if posed is not None:
+        return posed.normalize
+    return "source" if models.name_of(model) in SEEN_BY_SOURCE else "azimuth"
 
 
 def moved(world: np.ndarray, c2w: np.ndarray) -> np.ndarray:
@@ -276,7 +342,7 @@ class Given:
     """One object as the model is given it: cameras in its world."""
 
     item: HeldOut
-    source: Views  # [1 1]
+    source: Views  # [1 N]
     targets: Cameras  # [V]
     world: np.ndarray  # [4 4] from the data's world to the model's
 
@@ -292,14 +358,14 @@ class Result:
 
 
 def evaluate(
-    model, programs: Programs, mean, folders: list[Path], args: argparse.Namespace
+    model, programs: Programs, mean, folders: list[Path], posed, args: argparse.Namespace
 ) -> tuple[dict[str, Result], dict[str, str]]:
     """Results by uid; and the causes by uid of what is absent: of the whole object, or of its surface metrics."""
     results, skipped, jobs = {}, {}, {}
     shapes = mean_object.shapes(mean, surface_metrics.NUM_POINTS, np.random.default_rng(0))
     # The device is fed from this thread; surfaces are aligned beside it.
     with ThreadPoolExecutor() as pool:
-        items = given(model, folders, skipped, args)
+        items = given(model, folders, skipped, posed, args)
         while group := list(itertools.islice(items, BATCH)):
             scene, found = predict(programs, mean, group)
             for i, (x, result) in enumerate(zip(group, found, strict=True)):
@@ -308,6 +374,8 @@ def evaluate(
                     skipped[uid] = "what the model renders of it is not finite"
                     continue
                 results[uid] = result
+                if programs.field is None:
+                    continue
                 try:
                     one = jax.tree.map(lambda x, i=i: x[i : i + 1], scene)
                     points = surface_points(model, programs, one, x, args.resolution)
@@ -343,7 +411,7 @@ def read_ahead(
 
     def read(folder: Path) -> HeldOut | InputError:
         try:
-            return held_out.read(folder, args.views, args.size)
+            return held_out.read(folder, args.views, args.size, args.sources)
         except InputError as error:
             return error
 
@@ -356,14 +424,14 @@ def read_ahead(
 
 
 def given(
-    model, folders: list[Path], skipped: dict[str, str], args: argparse.Namespace
+    model, folders: list[Path], skipped: dict[str, str], posed, args: argparse.Namespace
 ) -> Iterator[Given]:
     """The objects that can be evaluated; notes the others."""
     for folder, item in read_ahead(folders, args):
-        if isinstance(item, HeldOut) and item.source[..., 3].any():
-            yield prepare(model, item, args.scale)
+        if isinstance(item, HeldOut) and item.sources[..., 3].any((1, 2)).all():
+            yield prepare(model, item, args.scale) if posed is None else pose(item, posed)
         elif isinstance(item, HeldOut):
-            skipped[folder.name] = "its source view is transparent everywhere"
+            skipped[folder.name] = "a source view is transparent everywhere"
         else:
             skipped[folder.name] = str(item)
 
@@ -378,6 +446,38 @@ def prepare(model, item: HeldOut, scale: str) -> Given:
         view = view.replace(cameras=true.replace(c2w=moved(world, true.c2w)))
     targets = item.target_cameras.replace(c2w=moved(world, item.target_cameras.c2w))
     return Given(item, view, targets, world)
+
+
+def posed_views(info: dict) -> PosedViews:
+    """The record that training left with a model.
+
+    Raises:
+      InputError: there is none, or it was not trained on objects.
+    """
+    data = info["training"].get("config", {}).get("data", {})
+    names = [field.name for field in dataclasses.fields(PosedViews)]
+    if not set(names) <= set(data):
+        raise InputError(
+            f"{info['path']}: {info['family']} takes views with cameras, and how objects were given to this one is not known: "
+            "give a model that `lrm train` has trained on objects, or evaluate scenes with --index"
+        )
+    return PosedViews(**{name: data[name] for name in names})
+
+
+def pose(item: HeldOut, posed: PosedViews) -> Given:
+    """The source pictures and the cameras as training has them."""
+    crops = [samples.source_crop(rgba, posed.source_size, posed.foreground_ratio, item.uid) for rgba in item.sources]  # fmt: skip
+    pictures, boxes = (np.stack(x) for x in zip(*crops, strict=True))
+    rgba = mean_object.premultiplied(pictures)
+    rgb = rgba[..., :3] + (1 - rgba[..., 3:]) * posed.source_background
+    world = samples.world_motion(item.source_camera.c2w, posed.normalize).astype(np.float64)
+    given = Cameras(
+        c2w=moved(world, item.source_cameras.c2w),
+        fxfycxcy=samples.crop_intrinsics(item.source_cameras.fxfycxcy, boxes),
+    )
+    targets = item.target_cameras.replace(c2w=moved(world, item.target_cameras.c2w))
+    source = jax.tree.map(lambda x: x[None], Views(rgb=rgb, cameras=given))
+    return Given(item, source, targets, world)
 
 
 def predict(programs: Programs, mean, group: list[Given]) -> tuple[Any, list[Result | None]]:
@@ -445,6 +545,61 @@ def score_surface(
     return aligned, surface_metrics.scores(points, truth), guesses
 
 
+# -- scene by scene
+
+
+def evaluate_scenes(model, params, network, info: dict, args: argparse.Namespace, stages):
+    """Results by scene, causes of absence by scene, and the protocol, of the views that an index names."""
+    if hasattr(model, "prepare"):
+        raise InputError(
+            f"{info['family']} reconstructs objects from one picture: evaluate it without --index"
+        )
+    args.size = args.size or model.image_size
+    trained = info["training"].get("config", {}).get("data", {}).get("normalize")
+    normalize = trained if trained in scenes.NORMALIZATIONS[:2] else "all_views"
+    views = scenes.evaluation_views(args.data, args.index, args.size, normalize)
+    programs = compiled(model, params, network, args.size)
+    results, skipped = {}, dict.fromkeys(views.absent, f"absent from {args.data}")
+    with stages("evaluate", f" {len(views)} scenes of {args.data} (compiled first)"):
+        for i in report.progress(range(len(views)), len(views), "scenes"):
+            try:
+                results[views.names[i]] = score_scene(programs, views[i][1])
+            except InputError as error:
+                skipped[views.names[i]] = str(error)
+    source = "the views that the index calls context"
+    words = {
+        "source": source,
+        "targets": f"the views that the index calls target, {args.size} x {args.size} pixels",
+        "world": f"poses are normalised by {normalize.replace('_', ' ')}",
+        **picture_protocol(args),
+        "baseline": "for each target the source picture whose camera stands nearest to it",
+    }
+    return results, skipped, words
+
+
+def score_scene(programs: Programs, batch: Batch) -> Result:
+    """One scene [V], all its targets at once.
+
+    Raises:
+      InputError: what is rendered is not finite.
+    """
+    given, target = (x.rgb.astype(np.float32)[None] / 255 for x in (batch.source, batch.target))
+    cameras = jax.tree.map(lambda x: x[None], (batch.source.cameras, batch.target.cameras))
+    _, rgb, _ = programs.predict(Views(rgb=given, cameras=cameras[0]), cameras[1])
+    if not np.isfinite(rgb).all():
+        raise InputError("what the model renders of it is not finite")
+    places = [x.c2w[0, :, :3, 3] for x in cameras]
+    distance = np.linalg.norm(places[1][:, None] - places[0], axis=-1)
+    guess = given[:, distance.argmin(1)]
+    scores, guessed = jax.tree.map(
+        lambda x: float(x.mean()),
+        (programs.compare(rgb, None, target, None), programs.compare_guess(guess, None, target, None)),
+    )  # fmt: skip
+    opaque = np.pad(batch.source.rgb[0], ((0, 0), (0, 0), (0, 1)), constant_values=255)
+    strip = evaluation_page.strip(opaque, target[0], np.asarray(rgb[0]))
+    return Result(scores, {"nearest picture": guessed}, strip)
+
+
 # -- all in all
 
 
@@ -468,17 +623,20 @@ def summarize(results: dict[str, Result], skipped: dict[str, str]) -> dict:
 
 def baseline(guesses: list[dict[str, dict[str, float]]]) -> dict:
     """The means of all guesses [object][guess][value], and those of the better guess at pictures and at surfaces."""
-    means = {}
-    for names, values in ((mean_object.PICTURES, PICTURE_NAMES), (mean_object.SHAPES, surface_metrics.NAMES)):  # fmt: skip
-        for name in names:
-            rows = [x[name] for x in guesses if name in x]
-            if rows:
-                means[name] = over(rows, np.mean, values)
-    pictures = max(mean_object.PICTURES, key=lambda name: means[name]["psnr"])
-    shapes = [name for name in mean_object.SHAPES if name in means]
-    shape = min(shapes, key=lambda name: means[name]["chamfer"], default=None)
-    best = means[pictures] | means.get(shape, dict.fromkeys(surface_metrics.NAMES))
-    return {"mean": best, "pictures": pictures, "surface": shape, "guesses": means}
+
+    def values(name):
+        return surface_metrics.NAMES if name in mean_object.SHAPES else PICTURE_NAMES
+
+    names = dict.fromkeys(name for x in guesses for name in x)
+    means = {
+        name: over([x[name] for x in guesses if name in x], np.mean, values(name)) for name in names
+    }
+    picture = max((x for x in means if "psnr" in means[x]), key=lambda x: means[x]["psnr"])
+    shapes = [x for x in means if "chamfer" in means[x]]
+    shape = min(shapes, key=lambda x: means[x]["chamfer"], default=None)
+    best = means[picture] | means.get(shape, dict.fromkeys(surface_metrics.NAMES))
+    name = "mean object" if picture in mean_object.PICTURES else picture
+    return {"name": name, "mean": best, "pictures": picture, "surface": shape, "guesses": means}
 
 
 def over(

@@ -42,7 +42,7 @@ def table(summary: dict, worst: int = 5) -> str:
         "": summary["mean"],
         "mean": summary["mean"].values(),
         "median": summary["median"].values(),
-        "mean object (baseline)": summary["baseline"]["mean"].values(),
+        f"{summary['baseline']['name']} (baseline)": summary["baseline"]["mean"].values(),
         "objects": summary["count"].values(),
     }
     ranked = worst_first(summary["objects"])[:worst]
@@ -100,7 +100,7 @@ def page(summary: Mapping, strips: Mapping[str, bytes]) -> bytes:
         _row("td", ["median", *summary["median"].values()]),
         _row(
             "td",
-            ["mean object (baseline)", *summary["baseline"]["mean"].values()],
+            [f"{summary['baseline']['name']} (baseline)", *summary["baseline"]["mean"].values()],
             " class=baseline",
         ),
         _row("td", ["objects", *summary["count"].values()]),

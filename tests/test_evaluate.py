@@ -231,7 +231,7 @@ def test_a_model_file_with_bad_objects_beside_good_ones(lrm, tmp_path):
         "no_points": "no surface metrics: points.npy is missing",
         "nan_pose": "pose/001.npy has values that are not finite",
         "no_picture": "002.png is not a picture",
-        "few": "3 views for a source and 3 targets",
+        "few": "3 views are too few for 1 as source and 3 as targets",
         "clear": "transparent everywhere",
     }
     assert set(summary["skipped"]) == set(causes)
@@ -331,7 +331,7 @@ def test_the_worst_come_first():
 def test_names_are_escaped_on_the_page():
     values = {"psnr": 1.0, "iou": None}
     summary = {
-        "mean": values, "median": values, "count": {"psnr": 1, "iou": 0}, "baseline": {"mean": values},
+        "mean": values, "median": values, "count": {"psnr": 1, "iou": 0}, "baseline": {"name": "<b>", "mean": values},
         "model": {"path": "<m>"}, "data": {"path": "d", "split": "all", "objects": 1}, "protocol": {"x": {"y": "a & b"}},
         "skipped": {"<b>": "1 < 2"}, "objects": {"<b>": values},
     }  # fmt: skip
@@ -361,13 +361,100 @@ def test_bad_arguments_are_one_line(lrm, argv, message):
     assert code == 2 and len(lines) == 1 and message in lines[0] and "Traceback" not in stderr
 
 
-def test_a_family_without_single_pictures_is_refused(lrm):
-    class Bare(nn.Module):
-        pass
+class Posed(nn.Module):
+    """Takes posed views, and draws the first of them wherever it is asked to: greyed where it stands elsewhere than the balls tell."""
 
-    write_object(Path("data/a"))
-    code, _, stderr = lrm("--data", "data", model=Bare())
-    assert code == 2 and "does not take single pictures" in stderr
+    world: tuple = tuple(map(tuple, upright()))
+    image_size: int = SIZE
+
+    @jax.numpy_rank_promotion("allow")
+    def encode(self, source):
+        """Whether the given pictures are what the given cameras see of the balls."""
+        world = np.array(self.world)
+        balls = jnp.asarray(BALLS @ world[:3, :3].T + world[:3, 3], jnp.float32)
+        rays = cameras.pixel_rays(source.cameras, *source.rgb.shape[2:4])
+        seen = draw(rays, balls, jnp.asarray(RADII, jnp.float32))
+        seen = seen.rgb + 0.5 * (1 - seen.alpha[..., None])
+        return {
+            "error": jnp.abs(source.rgb - seen).mean((1, 2, 3, 4)),
+            "balls": jnp.broadcast_to(balls, (len(source.rgb), 3, 3)),
+        }
+
+    @jax.numpy_rank_promotion("allow")
+    def render(self, scene, rays, key=None):
+        seen = draw(rays, scene["balls"][0], jnp.asarray(RADII, jnp.float32))
+        rgb = seen.rgb + (1 - seen.alpha[..., None])
+        wrong = scene["error"][:, None, None, None, None] > 0.03
+        return Rendering(rgb=jnp.where(wrong, 0.5, rgb))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_family_of_posed_views_is_given_them_as_in_training(lrm, monkeypatch, count):
+    write_object(Path("data/a"), num_views=6)
+    trained = dict(
+        num_source=count, source_size=64, foreground_ratio=0.85, normalize="azimuth", source_background=0.5
+    )  # fmt: skip
+    info = {"family": "posed", "variant": "", "path": "posed", "training": {"config": {"data": trained}}}  # fmt: skip
+    monkeypatch.setattr(convert, "load_weights", lambda _: (Posed(), {}, info))
+    code, _, stderr = lrm("--data", "data")
+    assert code == 0, stderr
+    summary = read_summary()
+    # Without alpha; outlines are decided anew by other rays.
+    assert summary["mean"]["psnr"] > 28 and summary["mean"]["iou"] is None
+    assert summary["mean"]["chamfer"] is None and summary["skipped"] == {}
+    assert summary["protocol"]["source"].startswith(f"{count} views")
+    del trained["normalize"]
+    code, _, stderr = lrm("--data", "data")
+    assert code == 2 and "evaluate scenes with --index" in stderr
+
+
+class Grey(nn.Module):
+    image_size: int = 32
+
+    def encode(self, source):
+        return source.rgb.mean()
+
+    def render(self, scene, rays, key=None):
+        return Rendering(rgb=jnp.full(rays.dirs.shape, 0.5) + 0 * scene)
+
+
+def write_scene(folder: Path, seed: int, num_frames: int = 5) -> np.ndarray:
+    """Noise, seen from a row of places; its pictures in [0, 1]."""
+    (folder / "images").mkdir(parents=True)
+    pictures = np.random.default_rng(seed).integers(0, 256, (num_frames, 32, 32, 3), np.uint8)
+    frames = []
+    for i, rgb in enumerate(pictures):
+        Image.fromarray(rgb).save(folder / f"images/{i}.png")
+        c2w = np.eye(4)
+        c2w[0, 3] = i
+        frames.append({"file_path": f"images/{i}.png", "transform_matrix": c2w.tolist()})
+    camera = dict(fl_x=30, fl_y=30, cx=16, cy=16, w=32, h=32)
+    (folder / "transforms.json").write_text(json.dumps(camera | {"frames": frames}))
+    return pictures / 255
+
+
+def test_all_scenes_of_an_index_count_and_absent_ones_are_named(lrm, monkeypatch):
+    scenes = {name: write_scene(Path("data", name), i) for i, name in enumerate("abc")}
+    Path("data/c/images/3.png").write_bytes(b"torn")
+    views = dict(context=[0, 4], target=[1, 3])
+    Path("index.json").write_text(json.dumps(dict.fromkeys("abcd", views) | {"e": None}))
+    code, stdout, stderr = lrm("--data", "data", "--index", "index.json", "--size", "32", model=Grey())  # fmt: skip
+    assert code == 0 and "nearest picture (baseline)" in stdout
+    summary = read_summary()
+
+    def psnr(a, b):
+        return -10 * np.log10(((a - b) ** 2).mean((1, 2, 3))).mean()
+
+    for name in "ab":
+        wanted = psnr(scenes[name][[1, 3]], 0.5)
+        assert summary["objects"][name]["psnr"] == pytest.approx(wanted, abs=1e-3)
+    guesses = [psnr(scenes[name][[1, 3]], scenes[name][[0, 4]]) for name in "ab"]
+    assert summary["baseline"]["mean"]["psnr"] == pytest.approx(np.mean(guesses), abs=1e-3)
+    assert set(summary["skipped"]) == {"c", "d"} and summary["count"]["psnr"] == 2
+    assert "absent" in summary["skipped"]["d"] and "3.png" in summary["skipped"]["c"]
+    assert summary["mean"]["iou"] is None and "all views" in summary["protocol"]["world"]
+    code, _, stderr = lrm("--data", "data", "--index", "index.json", model=Oracle())
+    assert code == 2 and "without --index" in stderr
 
 
 def test_objects_need_a_view_from_beside_and_square_pictures(tmp_path):

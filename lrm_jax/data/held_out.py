@@ -1,4 +1,4 @@
-"""Objects as evaluation sees them: one source view, other views as targets, and points of the true surface.
+"""Objects as evaluation sees them: source views, other views as targets, and points of the true surface.
 
 Read from OpenLRM's layout (see `folders`), with one file more, which `tools/render_objects.py` writes:
 
@@ -8,6 +8,7 @@ Read from OpenLRM's layout (see `folders`), with one file more, which `tools/ren
 import dataclasses
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from lrm_jax.data import folders, samples, splits
@@ -21,8 +22,8 @@ class HeldOut:
     """One object. Cameras are NumPy, OpenCV axes, in the world of the data."""
 
     folder: Path  # absolute
-    source: np.ndarray  # uint8 [H H 4] straight alpha, the whole picture
-    source_camera: Cameras  # []
+    sources: np.ndarray  # uint8 [N H H 4] straight alpha, the whole pictures
+    source_cameras: Cameras  # [N]
     targets: np.ndarray  # uint8 [V S S 4] straight alpha
     target_cameras: Cameras  # [V]
     points: np.ndarray | None  # float64 [N 3] world; None: not known
@@ -31,6 +32,15 @@ class HeldOut:
     @property
     def uid(self) -> str:
         return self.folder.name
+
+    @property
+    def source(self) -> np.ndarray:
+        """The first source [H H 4], the only one of families that take single pictures."""
+        return self.sources[0]
+
+    @property
+    def source_camera(self) -> Cameras:
+        return jax.tree.map(lambda x: x[0], self.source_cameras)
 
 
 def find(root: Path, split: str) -> list[Path]:
@@ -43,12 +53,15 @@ def find(root: Path, split: str) -> list[Path]:
     return [root / uids[i] for i in splits.select(uids, split, str(root))]
 
 
-def read(folder: Path, num_targets: int, size: int) -> HeldOut:
-    """Reads an object: the first view in SOURCE_ELEVATION as source, and as targets others, evenly spread over their order.
+def read(folder: Path, num_targets: int, size: int, num_sources: int = 1) -> HeldOut:
+    """Reads an object: as sources the first view in SOURCE_ELEVATION and others of them, as targets further ones.
+
+    All are evenly spread over their order.
 
     Args:
       num_targets: V.
       size: S, the side to which the target pictures are scaled.
+      num_sources: N.
 
     Raises:
       InputError: a file is missing, damaged or of another shape; no view can be the source; too few views.
@@ -57,24 +70,33 @@ def read(folder: Path, num_targets: int, size: int) -> HeldOut:
     if cameras.size[0] != cameras.size[1]:
         raise InputError(f"its pictures are {cameras.size[0]}x{cameras.size[1]}, not square")
     in_band = np.flatnonzero(samples.in_band(cameras.c2w, SOURCE_ELEVATION))
-    if not len(in_band):
+    if len(in_band) < num_sources:
         low, high = SOURCE_ELEVATION
-        raise InputError(f"no view has an elevation of {low:g} to {high:g} degrees")
-    source, count = in_band[0], len(cameras.pictures)
-    if count <= num_targets:
-        raise InputError(f"{count} views for a source and {num_targets} targets: lower --views")
-    others = np.delete(np.arange(count), source)
-    chosen = others[np.arange(num_targets) * len(others) // num_targets]
+        raise InputError(
+            f"{len(in_band) or 'no'} view has an elevation of {low:g} to {high:g} degrees, of {num_sources} sources"
+        )
+    sources, count = _spread(in_band, num_sources), len(cameras.pictures)
+    if count < num_sources + num_targets:
+        raise InputError(
+            f"{count} views are too few for {num_sources} as source and {num_targets} as targets: lower --views"
+        )
+    others = np.delete(np.arange(count), sources)
+    chosen = _spread(others, num_targets)
     points, no_points = _points(folder / "points.npy")
     return HeldOut(
         folder=folder.absolute(),
-        source=folders.read_picture(cameras, source),
-        source_camera=_at(cameras, source),
+        sources=np.stack([folders.read_picture(cameras, i) for i in sources]),
+        source_cameras=_at(cameras, sources),
         targets=np.stack([samples.shrink(folders.read_picture(cameras, i), size) for i in chosen]),
         target_cameras=_at(cameras, chosen),
         points=points,
         no_points=no_points,
     )
+
+
+def _spread(views: np.ndarray, count: int) -> np.ndarray:
+    """`count` of them, the first one first."""
+    return views[np.arange(count) * len(views) // count]
 
 
 def _at(cameras: folders.Cameras, views) -> Cameras:

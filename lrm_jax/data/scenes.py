@@ -98,6 +98,7 @@ class EvaluationViews(Sequence):
     ):
         self.absent = tuple(absent)  # scenes of the index that are not in the folder
         self.unused = tuple(unused)  # those that the index gives no views
+        self.names = tuple(place.name for place, *_ in items)
         self._root, self._items, self._size, self._normalize = root, items, size, normalize
 
     def __len__(self) -> int:
