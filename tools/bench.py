@@ -5,7 +5,9 @@
 
 The second is tools/bench_train.py. The first, for each family: encoding one picture, a 128 x 128 view of 128 samples a ray forward,
 the same forward and backward, and a 256^3 surface. Weights are random, which costs what trained ones cost; the surface is of a
-smooth blob that goes through the model's own decoder at the same cost, as random weights have no surface. Beside each time: the
+smooth blob that goes through the model's own decoder at the same cost, as random weights have no surface. For LVSM: encoding
+1, 2, 4, 8 and 16 pictures of the variant's size (encode-4), drawing one frame from them (frame-4; on an accelerator the share
+of one of 8 drawn together), and forward and backward of 6 target views from 2 (gradient). Beside each time: the
 floating-point operations of its matrix products (counted by lrm_jax/flops.py, rematerialised ones included), their rate as a
 fraction of the plain matrix-product rate measured in the same run, and the peak memory of the process.
 
@@ -29,6 +31,7 @@ import numpy as np
 
 from lrm_jax import flops, models
 from lrm_jax.ops import cameras, isosurface
+from lrm_jax.types import Views
 
 sys.path.insert(0, str(Path(__file__).parent))
 import bench_train  # noqa: E402
@@ -40,8 +43,12 @@ DEFAULT = (
     "lrm:openlrm-small-1.1",
     "lrm:openlrm-base-1.1",
     "lrm:openlrm-large-1.1",
+    "lvsm:decoder-only-256",
+    "lvsm:encoder-decoder-256",
 )
 STAGES = ("encode", "view", "gradient", "surface")
+NUM_VIEWS = (1, 2, 4, 8, 16)
+VIEW_STAGES = (*(f"{x}-{n}" for n in NUM_VIEWS for x in ("encode", "frame")), "gradient")
 
 
 def main() -> int:
@@ -55,7 +62,9 @@ def main() -> int:
         "families", nargs="*", default=DEFAULT, help=f"default: {' '.join(DEFAULT)}"
     )
     parser.add_argument(
-        "--stages", default=",".join(STAGES), help=f"of {', '.join(STAGES)}; default: all"
+        "--stages",
+        type=lambda names: names.split(","),
+        help=f"of {', '.join(STAGES)}; LVSM: of {', '.join(VIEW_STAGES)}; default: all",
     )
     parser.add_argument(
         "--repeats", type=int, default=3, help="runs after the first; the best counts (default: 3)"
@@ -71,7 +80,8 @@ def main() -> int:
     )  # a child: one family, rows as JSON lines
     args = parser.parse_args()
     if args.one:
-        for row in measure(args.families[0], args.stages.split(","), args.repeats, args.dtype):
+        name, *rest = args.families[0], args.stages, args.repeats, args.dtype
+        for row in (measure_views if name.startswith("lvsm:") else measure)(name, *rest):
             print(json.dumps(row), flush=True)
         return 0
     print(
@@ -80,17 +90,9 @@ def main() -> int:
     environment = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", **os.environ}
     rows = []
     for family in args.families:
-        command = [
-            sys.executable,
-            __file__,
-            "--one",
-            family,
-            "--stages",
-            args.stages,
-            "--dtype",
-            args.dtype,
-        ]
-        command += ["--repeats", str(args.repeats)]
+        stages = args.stages or (VIEW_STAGES if family.startswith("lvsm:") else STAGES)
+        command = [sys.executable, __file__, "--one", family, "--stages", ",".join(stages)]
+        command += ["--dtype", args.dtype, "--repeats", str(args.repeats)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as child:
             for line in child.stdout:
                 rows.append(json.loads(line))
@@ -105,7 +107,7 @@ def main() -> int:
 
 
 def measure(name: str, stages: list[str], repeats: int, dtype: str):
-    """Yields a row for each stage of one family."""
+    """Yields a row for each stage of one triplane family."""
     family, variant = name.split(":")
     fields = models.family(family).VARIANTS[variant]
     importance = fields.get("num_importance", 0) > 0
@@ -145,10 +147,55 @@ def measure(name: str, stages: list[str], repeats: int, dtype: str):
             function, *arguments = calls[stage]
             work = flops.count(function, *arguments)
             seconds = best_time(jax.jit(function), arguments, repeats)
-        yield {
-            "family": name, "stage": stage, "seconds": round(seconds, 3), "tflop": round(work / 1e12, 4),
-            "of_rate": round(work / seconds / rate, 3), "rate_gflops": round(rate / 1e9, 1), "peak_gb": round(peak_gb(), 2),
-        }  # fmt: skip
+        yield row(name, stage, seconds, work, rate)
+
+
+def measure_views(name: str, stages: list[str], repeats: int, dtype: str):
+    """Yields a row for each stage of one variant of LVSM."""
+    family, variant = name.split(":")
+    model = models.build(family, variant, dtype=dtype)
+    num_frames = 1 if jax.default_backend() == "cpu" else 8
+    rate = matmul_rate(dtype)
+
+    def views(count):
+        ring = jax.tree.map(lambda x: x[None], cameras.orbit(count, 1.0, 20.0, 50.0))
+        return Views(rgb=jnp.full((1, count, *[model.image_size] * 2, 3), 0.5), cameras=ring)
+
+    def rays(count):
+        return cameras.pixel_rays(views(count).cameras, model.image_size, model.image_size)
+
+    def encode(params, source):
+        return model.apply({"params": params}, source, method="encode")
+
+    def frames(params, scene, rays):
+        return model.apply({"params": params}, scene, rays, method="render").rgb
+
+    def gradient(params, source, rays):
+        return jax.grad(lambda p: jnp.mean(frames(p, encode(p, source), rays) ** 2))(params)
+
+    params = jax.jit(model.init)(jax.random.key(0), views(1), rays(1))["params"]
+    for stage in stages:
+        kind, _, count = stage.partition("-")
+        reset_peak()
+        if kind == "gradient":
+            function, *arguments = gradient, params, views(2), rays(6)
+        elif kind == "encode":
+            function, *arguments = encode, params, views(int(count))
+        else:
+            scene = jax.jit(encode)(params, views(int(count)))
+            function, *arguments = frames, params, scene, rays(num_frames)
+        share = num_frames if kind == "frame" else 1
+        work = flops.count(function, *arguments) / share
+        seconds = best_time(jax.jit(function), arguments, repeats) / share
+        yield row(name, stage, seconds, work, rate)
+
+
+def row(name: str, stage: str, seconds: float, work: float, rate: float) -> dict:
+    """One line of the results."""
+    return {
+        "family": name, "stage": stage, "seconds": round(seconds, 4), "tflop": round(work / 1e12, 4),
+        "of_rate": round(work / seconds / rate, 3), "rate_gflops": round(rate / 1e9, 1), "peak_gb": round(peak_gb(), 2),
+    }  # fmt: skip
 
 
 def surface(model, decoder: dict, scene: dict) -> tuple[float, float]:
