@@ -98,7 +98,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "src",
         help="a model file, a reference's checkpoint (TripoSR, OpenLRM 1.0 and 1.1, DINO, DINOv2; its config.yaml or config.json"
-        " is read from the same folder), a folder with one, a training workdir, or hf:ORG/NAME",
+        " is read from the same folder), a folder with one, a training workdir, hf:ORG/NAME, or hf:ORG/NAME/FILE",
     )
     parser.add_argument(
         "dst",
@@ -151,7 +151,7 @@ def load_weights(weights: str | None = None) -> tuple[nn.Module, dict, dict]:
 
     Args:
       weights: a model file, a reference's checkpoint file, a folder with one (the form of a Hugging Face snapshot), a training
-        workdir, `hf:ORG/NAME`, or None for the bundled model.
+        workdir, `hf:ORG/NAME`, `hf:ORG/NAME/FILE`, or None for the bundled model.
 
     Returns:
       The module, its parameters (float32, on the device), and a dict of `family`, `variant`, `training` and `path`.
@@ -210,18 +210,22 @@ def read_weights(weights: str | None) -> tuple[nn.Module, dict, dict]:
 
 
 def download(name: str) -> Path:
-    """The folder of a Hugging Face repository, fetched or from the cache; only the files that the references use."""
+    """The folder of a Hugging Face repository, or one file of it, fetched or from the cache; only what the references use."""
     import huggingface_hub  # here: most commands need no network, and it is slow to import
 
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise InputError(f"hf:{name}: expected hf:ORG/NAME, as hf:stabilityai/TripoSR")
+    match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/([\w.-][\w./-]*))?", name)
+    if match is None or ".." in name.split("/"):
+        raise InputError(
+            f"hf:{name}: expected hf:ORG/NAME, as hf:stabilityai/TripoSR, or hf:ORG/NAME/FILE"
+        )
+    repository, file = match.groups()
     *first, fallback = (
         WEIGHTS_NAMES  # some repositories have the same weights as both .safetensors and .bin
     )
-    for weights_names in (first, [fallback]):
+    for weights_names in ([file],) if file else (first, [fallback]):
         try:
             patterns = [*weights_names, *CONFIG_NAMES.values()]
-            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+            folder = Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns))
         except (
             Exception
         ) as error:  # errors of the hub, the HTTP client and the disk have no common base
@@ -230,10 +234,14 @@ def download(name: str) -> Path:
                 f"hf:{name}: cannot be downloaded ({reason}): check the name, the network and `hf auth login`,"
                 " or download it elsewhere and give its folder"
             ) from error
+        if file and (folder / file).exists():
+            return folder / file
         if any((folder / weights).exists() for weights in weights_names):
             return folder
+    if file:
+        raise InputError(f"hf:{name}: {repository} has no file {file}: check its name there")
     raise InputError(
-        f"hf:{name}: has none of {', '.join(WEIGHTS_NAMES)}: download its weights and give the file"
+        f"hf:{name}: has none of {', '.join(WEIGHTS_NAMES)}: name the file of its weights, as hf:{name}/FILE"
     )
 
 

@@ -580,6 +580,24 @@ def test_hub_falls_back_to_the_older_file_name(tmp_path, monkeypatch):
     assert convert.load_weights("hf:somebody/model")[2]["family"] == "lrm"
 
 
+def test_a_file_of_a_hub_repository_can_be_named(tmp_path, monkeypatch):
+    asked = []
+
+    def download(repo_id, allow_patterns):
+        asked.append((repo_id, allow_patterns[0]))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    model, params = convert.load_model(convert.BUNDLED)[:2]
+    convert.save_model(tmp_path / "scene.safetensors", model, params, {})
+    info = convert.load_weights("hf:a/b/scene.safetensors")[2]
+    assert info["family"] == "triposr" and asked == [("a/b", "scene.safetensors")]
+    with pytest.raises(InputError, match="a/b has no file other.pt"):
+        convert.load_weights("hf:a/b/other.pt")
+    with pytest.raises(InputError, match="expected hf:ORG/NAME"):
+        convert.load_weights("hf:a/b/../../c")
+
+
 def test_failed_download_is_one_line_with_a_remedy(monkeypatch):
     def download(repo_id, *, allow_patterns):
         raise huggingface_hub.errors.LocalEntryNotFoundError("cannot reach the hub\nmore lines")

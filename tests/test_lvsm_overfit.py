@@ -12,16 +12,14 @@ from lrm_jax.data import procedural
 from lrm_jax.ops import cameras
 from lrm_jax.types import Batch, Cameras
 
-SIZE, NUM_TRAIN, NUM_TARGET, STEPS = 32, 144, 12, 1500
+SIZE, PATCH, NUM_TRAIN, NUM_TARGET, STEPS = 32, 8, 192, 24, 3000
 
 
 def band(count: int, offset: float) -> Cameras:
     """Cameras around the object at elevations of 5 to 35 degrees, by the golden angle: nowhere twice."""
     place = (np.arange(count) + offset) / count
     azimuth = np.degrees(2.399963) * (np.arange(count) + offset)
-    ring = [
-        cameras.orbit(1, 3.0, 5 + 30 * x, 40.0, a) for x, a in zip(place, azimuth, strict=True)
-    ]
+    ring = [cameras.orbit(1, 3.0, 5 + 30 * x, 40.0, a) for x, a in zip(place, azimuth, strict=True)]
     return jax.tree.map(lambda *x: np.concatenate(x), *ring)
 
 
@@ -31,10 +29,15 @@ def test_one_object_is_learnt_to_30_db_on_views_that_were_not_shown():
     config, *_ = train.parse(
         ["--config", f"{root}/configs/lvsm_objects.py:tiny", "--workdir", "unused"]
     )
-    config.model.update(width=128, num_heads=4, depth=4, patch=4, image_size=SIZE, dtype="float32")
-    config.data.update(batch_size=1, num_source=2, source_size=SIZE, target_size=SIZE)
+    with config.unlocked():
+        config.model.update(
+            width=128, num_heads=4, depth=4, patch=PATCH, image_size=SIZE, dtype="float32"
+        )
+    config.data.update(
+        batch_size=1, num_source=2, num_target=NUM_TARGET - 2, source_size=SIZE, target_size=SIZE
+    )
     config.train.update(steps=STEPS, patch=SIZE, ema_decay=0.99)
-    config.schedule.update(learning_rate=2e-3, warmup_steps=100)
+    config.schedule.update(learning_rate=1.5e-3, warmup_steps=200)
     config.sharding.update(data=1)
     device_mesh = sharding.make_device_mesh(**config.sharding, devices=jax.devices()[:1])
     run = train.make_run(config, device_mesh)
