@@ -217,7 +217,7 @@ def num_batch_shards(device_mesh: Mesh) -> int:
 
 
 def constrain_batch(tree: Any) -> Any:
-    """Pins the leading axis of every array to the batch axes of the device mesh in use.
+    """Pins the leading axis of every array to the batch axes of the device mesh in use; the other axes are the compiler's.
 
     Identity outside `jax.set_mesh`, and for arrays whose leading axis the batch axes do not divide.
     """
@@ -227,11 +227,10 @@ def constrain_batch(tree: Any) -> Any:
     shards = device_mesh.shape["data"] * device_mesh.shape["fsdp"]
 
     def one(x):
-        return (
-            x
-            if x.shape[0] % shards
-            else jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
-        )
+        if x.shape[0] % shards:
+            return x
+        free = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
+        return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES, *free))
 
     return jax.tree.map(one, tree)
 

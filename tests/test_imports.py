@@ -12,7 +12,7 @@ ALLOWED = {
     "types": set(),
     "sharding": LOW,
     "ops": LOW | {"ops"},
-    "models": LOW | {"ops", "models"},
+    "models": LOW | {"ops", "models", "sharding"},
     "vgg": LOW | {"tensor_files"},
     "lpips": LOW | {"tensor_files", "vgg"},
     "perceptual": LOW | {"tensor_files", "vgg"},

@@ -12,7 +12,7 @@ from lrm_jax.data import procedural
 from lrm_jax.ops import cameras
 from lrm_jax.types import Batch, Cameras
 
-SIZE, PATCH, NUM_TRAIN, NUM_TARGET, STEPS = 32, 8, 192, 24, 3000
+SIZE, PATCH, NUM_TRAIN, NUM_TARGET, STEPS = 32, 8, 400, 24, 3000
 
 
 def band(count: int, offset: float) -> Cameras:
@@ -43,7 +43,7 @@ def test_one_object_is_learnt_to_30_db_on_views_that_were_not_shown():
     run = train.make_run(config, device_mesh)
 
     def views(some):
-        seen = procedural.scene_views(2, some, SIZE, split="train", seed=1)
+        seen = procedural.scene_views(6, some, SIZE, split="train", seed=1)
         return jax.tree.map(np.asarray, seen)
 
     shown, hidden = views(band(NUM_TRAIN, 0.0)), views(band(NUM_TARGET, 0.5))

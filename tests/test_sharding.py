@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lrm_jax import sharding
-from lrm_jax.models import build
+from lrm_jax.models import build, layers
 from lrm_jax.types import InputError, Rays, Views
 
 
@@ -227,3 +228,18 @@ def test_of_a_single_process_all_arrays_go_to_the_host_and_its_flag_decides():
     assert whole["number"] == 3.0
     assert sharding.process_share(device_mesh) == (0, 1)
     assert sharding.any_process(True) and not sharding.any_process(False)
+
+
+def test_attention_stays_split_over_scenes_where_queries_come_from_split_parameters():
+    """Without its pin, 64 chips each did the attention of all scenes: 1.2 TB (tools/aot.py, configs/lrm.py)."""
+    device_mesh = sharding.make_device_mesh(data=1, fsdp=8, tensor=1)
+    B, L, N, K = 8, 16, 2, 8
+
+    def attend(queries_LD):
+        q_BLNK = jnp.broadcast_to(queries_LD[None], (B, L, N * K)).reshape(B, L, N, K)
+        return layers.attention(q_BLNK, q_BLNK, q_BLNK)
+
+    with jax.set_mesh(device_mesh):
+        queries = jax.ShapeDtypeStruct((L, N * K), jnp.float32, sharding=NamedSharding(device_mesh, P(None, "fsdp")))  # fmt: skip
+        compiled = jax.jit(attend).lower(queries).compile()
+    assert compiled.output_shardings.shard_shape((B, L, N, K)) == (1, L, N, K)

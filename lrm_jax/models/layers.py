@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from lrm_jax import sharding
+
 torch_linear_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
@@ -18,24 +20,43 @@ def attention(
 ) -> Float[Array, "B L N K"]:
     """Scaled dot-product attention, eq. 1 of https://arxiv.org/abs/1706.03762, softmax in float32.
 
-    One kernel a platform: cuDNN's fused one for 16-bit inputs on a GPU, per-head matrix products on a CPU, XLA's elsewhere.
+    One kernel a platform: cuDNN's fused one for 16-bit inputs on a GPU, per-head matrix products on a CPU, XLA's in chunks elsewhere.
 
     Args:
       num_keys_B: how many keys of each sequence count, 1 or more; the later ones are padding. None: all.
     """
+    # What parameters that are split along their width touch, the compiler may split along its width too, and not by scenes.
+    q_BLNK, k_BMNK, v_BMNK = sharding.constrain_batch((q_BLNK, k_BMNK, v_BMNK))
     # cuDNN's backward pass takes even lengths only.
     even = q_BLNK.shape[1] % 2 == k_BMNK.shape[1] % 2 == 0
     if jax.default_backend() == "gpu" and q_BLNK.dtype in (jnp.bfloat16, jnp.float16) and even:
         return jax.nn.dot_product_attention(
             q_BLNK, k_BMNK, v_BMNK, key_value_seq_lengths=num_keys_B, implementation="cudnn"
         )
-    return jax.lax.platform_dependent(
+    out_BLNK = jax.lax.platform_dependent(
         q_BLNK, k_BMNK, v_BMNK, num_keys_B, cpu=_attention_by_head, default=_attention_by_xla
     )
+    return sharding.constrain_batch(out_BLNK)
 
 
-def _attention_by_xla(q_BLNK, k_BMNK, v_BMNK, num_keys_B):
-    return jax.nn.dot_product_attention(q_BLNK, k_BMNK, v_BMNK, key_value_seq_lengths=num_keys_B)
+def _attention_by_xla(q_BLNK, k_BMNK, v_BMNK, num_keys_B, max_scores=2**20):
+    """JAX's, for so many queries at a time that a head has at most `max_scores`: of all, they would not fit a training step."""
+    B, L, N, K = q_BLNK.shape
+    num_chunks = -(-L * k_BMNK.shape[1] // max_scores)
+    size = -(-L // num_chunks)
+
+    @jax.checkpoint
+    def attend(q_BLNK):
+        return jax.nn.dot_product_attention(
+            q_BLNK, k_BMNK, v_BMNK, key_value_seq_lengths=num_keys_B
+        )
+
+    if num_chunks == 1:
+        return attend(q_BLNK)
+    padded = jnp.pad(q_BLNK, ((0, 0), (0, num_chunks * size - L), (0, 0), (0, 0)))
+    chunks = padded.reshape(B, num_chunks, size, N, K).swapaxes(0, 1)
+    out = jax.lax.map(attend, chunks).swapaxes(0, 1)
+    return out.reshape(B, num_chunks * size, N, K)[:, :L]
 
 
 def _attention_by_head(q_BLNK, k_BMNK, v_BMNK, num_keys_B):

@@ -1,5 +1,7 @@
 """Planes and attention: the fast forms equal the plain ones."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,7 +76,11 @@ def test_rays_that_do_not_fill_the_last_chunk_come_back_in_order():
 
 
 @pytest.mark.parametrize("lengths", [(12, 12), (12, 5)])
-def test_attention_by_head_equals_jax_s(lengths):
+@pytest.mark.parametrize(
+    "attention",
+    [layers.attention, partial(layers._attention_by_xla, num_keys_B=None, max_scores=25)],
+)
+def test_attention_by_head_or_in_chunks_equals_jax_s(lengths, attention):
     num_queries, num_keys = lengths
     q, k, v = (
         random(0, 2, num_queries, 3, 8),
@@ -82,16 +88,14 @@ def test_attention_by_head_equals_jax_s(lengths):
         random(2, 2, num_keys, 3, 8),
     )
     expected = jax.nn.dot_product_attention(q, k, v)
-    np.testing.assert_allclose(layers.attention(q, k, v), expected, atol=1e-6)  # float32
+    np.testing.assert_allclose(attention(q, k, v), expected, atol=1e-6)  # float32
 
     def total(attention):
         return jax.grad(lambda q, k, v: jnp.sum(attention(q, k, v) ** 2), argnums=(0, 1, 2))(
             q, k, v
         )
 
-    for actual, wanted in zip(
-        total(layers.attention), total(jax.nn.dot_product_attention), strict=True
-    ):
+    for actual, wanted in zip(total(attention), total(jax.nn.dot_product_attention), strict=True):
         np.testing.assert_allclose(actual, wanted, atol=1e-5)
 
 
