@@ -60,6 +60,12 @@ def base() -> ConfigDict:
     return config
 
 
+def check_size(size: str, sizes: tuple[str, ...] = ("", "tiny")) -> None:
+    """Raises ValueError for what a config has no size of."""
+    if size not in sizes:
+        raise ValueError(f"no size {size!r}: there are {', '.join(filter(None, sizes))}")
+
+
 def shrink(config: ConfigDict) -> ConfigDict:
     """Any config at the size of a test: a few steps on a CPU."""
     config.model.variant = "tiny"

@@ -10,7 +10,7 @@ Expected: not yet trained. The paper's own numbers on 100 objects of GSO are 19.
 sizes. `--config configs/lrm.py:tiny` is a few steps of a tiny model, for trying things out.
 """
 
-from configs.common import base, shrink
+from configs.common import base, check_size, shrink
 
 OBJECTS = 730_000 + 220_000
 EPOCHS = 30
@@ -18,6 +18,7 @@ EPOCHS = 30
 
 def get_config(size: str = ""):
     """The config; `size` is "" or "tiny"."""
+    check_size(size)
     config = base()
     # 512 rays of each scene at a time: with 16 scenes on a chip, a layer of the decoder is 0.13 GB.
     config.model = dict(name="lrm", variant="lrm", dtype="bfloat16", ray_chunk=512)

@@ -17,11 +17,22 @@ Expected: not yet trained, and the time of `:small` not yet measured. `--config 
 tiny model, for trying things out.
 """
 
-from configs.common import base, shrink
+from configs.common import base, check_size, shrink
+
+SIZES = (
+    "",
+    "decoder-only-256",
+    "encoder-decoder-256",
+    "decoder-only-512",
+    "encoder-decoder-512",
+    "small",
+    "tiny",
+)
 
 
 def get_config(size: str = ""):
     """The config; `size` is a variant of LVSM ("" is "decoder-only-256"), "small" or "tiny"."""
+    check_size(size, SIZES)
     config = base()
     variant = "decoder-only-256" if size in ("", "small", "tiny") else size
     side = int(variant.rpartition("-")[2])

@@ -15,11 +15,22 @@ Expected: not yet trained. `:small` (22 M parameters, 128 px) is meant for one 8
 
 from ml_collections import ConfigDict
 
-from configs.common import base, shrink
+from configs.common import base, check_size, shrink
+
+SIZES = (
+    "",
+    "decoder-only-256",
+    "encoder-decoder-256",
+    "decoder-only-512",
+    "encoder-decoder-512",
+    "small",
+    "tiny",
+)
 
 
 def get_config(size: str = ""):
     """The config; `size` is a variant of LVSM ("" is "decoder-only-256"), "small" or "tiny"."""
+    check_size(size, SIZES)
     config = base()
     variant = "decoder-only-256" if size in ("", "small", "tiny") else size
     side = int(variant.rpartition("-")[2])

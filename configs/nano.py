@@ -12,11 +12,12 @@ Expected: after 18,400 samples (35 minutes on two shared cores) side views of he
 bundled model; the mean object has 13.1 dB and 0.55. Each doubling of the samples has added about 0.3 dB.
 """
 
-from configs.common import base, shrink
+from configs.common import base, check_size, shrink
 
 
 def get_config(size: str = ""):
     """The config; `size` is "" or "tiny"."""
+    check_size(size)
     config = base()
     config.model.variant = "nano"
     config.data.update(

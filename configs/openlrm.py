@@ -10,16 +10,19 @@ Expected: not yet trained, and OpenLRM publishes no table of quality. Its releas
 days (base, 32) and 5 days (large, 64). `--config configs/openlrm.py:tiny` is a few steps of a tiny model, for trying things out.
 """
 
-from configs.common import base, shrink
+from configs.common import base, check_size, shrink
 
 # Side of the source picture; smallest and largest side of the rendered view; side of the window.
 PICTURES = {"small": (224, (64, 192), 64), "base": (336, (96, 288), 96), "large": (448, (128, 384), 128)}  # fmt: skip
 OBJECTS = 730_000  # of Objaverse, as LRM counts them
 EPOCHS = 60
 
+SIZES = ("small", "base", "large", "tiny")
+
 
 def get_config(size: str = "small"):
     """The config; `size` is "small", "base", "large" or "tiny"."""
+    check_size(size, SIZES)
     config = base()
     name = "small" if size == "tiny" else size
     source_size, render_size, patch = PICTURES[name]

@@ -11,11 +11,14 @@ Expected: not yet trained. `--config configs/openlrm_finetune.py:tiny` is a few 
 """
 
 from configs import openlrm
-from configs.common import shrink
+from configs.common import check_size, shrink
+
+SIZES = ("small", "base", "large", "tiny")
 
 
 def get_config(size: str = "small"):
     """The config; `size` is "small", "base", "large" or "tiny"."""
+    check_size(size, SIZES)
     name = "small" if size == "tiny" else size
     config = openlrm.get_config(name)
     config.data.update(batch_size=32, num_workers=8)

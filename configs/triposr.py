@@ -10,11 +10,12 @@ Expected: not yet trained. The authors took 22 nodes of 8 A100 of 40 GB for 5 da
 `--config configs/triposr.py:tiny` is a few steps of a tiny model, for trying things out.
 """
 
-from configs.common import base, shrink
+from configs.common import base, check_size, shrink
 
 
 def get_config(size: str = ""):
     """The config; `size` is "" or "tiny"."""
+    check_size(size)
     config = base()
     # 512 rays of each scene at a time: with 16 scenes on a chip, a layer of the decoder is 0.13 GB.
     config.model = dict(name="triposr", variant="triposr", dtype="bfloat16", ray_chunk=512)

@@ -59,6 +59,11 @@ def open_folder(
         manager.close()
 
 
+def is_empty(workdir: str | Path) -> bool:
+    """Whether there is no step to restore."""
+    return not any(path.name.isdigit() for path in (Path(workdir) / "checkpoints").glob("*"))
+
+
 def save(
     manager: ocp.CheckpointManager, step: int, state: Any, data_state: dict | None = None
 ) -> None:

@@ -64,6 +64,8 @@ def main(argv: list[str]) -> int:
     networks = losses.load_networks(config.losses, config.networks)
     data = open_data(*sharding.process_share(device_mesh), **config.data)
     run = make_run(config, device_mesh)
+    # Before anything is left in the workdir.
+    params = initial_params(run, config.train.init_from) if checkpoints.is_empty(workdir) else None
     claim(workdir, config)
 
     with (
@@ -78,7 +80,7 @@ def main(argv: list[str]) -> int:
             state, place = restored
             batches.set_state(place)
         else:
-            state = run.init(initial_params(run, config.train.init_from))
+            state = run.init(params)
         networks = jax.device_put(networks, NamedSharding(device_mesh, PartitionSpec()))
         state = fit(state, networks, data, run, device_mesh, manager, workdir, config.train)
     if int(state.step) < config.train.steps:
@@ -424,6 +426,8 @@ def parse(argv: list[str]) -> tuple[ConfigDict, Path, dict]:
                 f"the config has no key {near[2]!r}: did you mean {near[1]!r}?"
             ) from None
         message = " ".join(str(error).split()).strip('"')
+        if "Traceback" in message:  # of a config file
+            message = " ".join(str(error).strip().splitlines()[-1].split())
         raise InputError(f"lrm train: {message}: check it against the config file") from None
     if rest or values.config is None or values.workdir is None:
         raise InputError(

@@ -92,6 +92,11 @@ def test_terminated_and_resumed_equals_uninterrupted_to_the_bit(
         (["--steps=3"], "steps"),
         (["stray"], "lrm train needs --config"),
         (["--config=configs/absent.py"], "^configs/absent.py: no such config"),
+        (
+            ["--config=configs/nano.py:tyni"],
+            "^lrm train: ValueError: no size 'tyni': there are tiny",
+        ),
+        (["--config.train.init_from=absent.safetensors"], "absent.safetensors"),
         (["--config.data.name=objcts"], "^data.name='objcts': must be one of objects, records"),
         (["--config.losses.lpips=1.0"], "config.networks.lpips=FILE"),
         (["--config.train.render_size=(4,16)"], "train.patch=8 <= low <= high"),
