@@ -12,7 +12,7 @@ from lrm_jax.data import procedural
 from lrm_jax.ops import cameras
 from lrm_jax.types import Batch, Cameras
 
-SIZE, PATCH, NUM_TRAIN, NUM_TARGET, STEPS = 32, 8, 400, 24, 4000
+SIZE, PATCH, NUM_TRAIN, NUM_TARGET, STEPS = 16, 4, 400, 16, 3500
 
 
 def band(count: int, offset: float) -> Cameras:
@@ -21,6 +21,11 @@ def band(count: int, offset: float) -> Cameras:
     azimuth = np.degrees(2.399963) * (np.arange(count) + offset)
     ring = [cameras.orbit(1, 3.0, 5 + 30 * x, 40.0, a) for x, a in zip(place, azimuth, strict=True)]
     return jax.tree.map(lambda *x: np.concatenate(x), *ring)
+
+
+def on_white(views) -> np.ndarray:
+    alpha = views.alpha[..., None] / 255
+    return views.rgb / 255 * alpha + 1 - alpha
 
 
 @pytest.mark.slow
@@ -33,14 +38,14 @@ def test_one_object_is_learnt_to_30_db_on_views_that_were_not_shown():
         config.model.update(
             width=128,
             num_heads=2,
-            depth=4,
+            depth=3,
             remat=False,
             patch=PATCH,
             image_size=SIZE,
             dtype="float32",
         )
     config.data.update(
-        batch_size=1, num_source=2, num_target=NUM_TARGET - 2, source_size=SIZE, target_size=SIZE
+        batch_size=1, num_source=1, num_target=NUM_TARGET - 1, source_size=SIZE, target_size=SIZE
     )
     config.train.update(steps=STEPS, patch=SIZE, ema_decay=0.99)
     config.schedule.update(learning_rate=2e-3, warmup_steps=200)
@@ -52,8 +57,8 @@ def test_one_object_is_learnt_to_30_db_on_views_that_were_not_shown():
         seen = procedural.scene_views(6, some, SIZE, split="train", seed=1)
         return jax.tree.map(np.asarray, seen)
 
-    shown, hidden = views(band(NUM_TRAIN, 0.0)), views(band(NUM_TARGET, 0.5))
-    source = jax.tree.map(lambda x: x[[0, 5]][None], shown)
+    shown, hidden = views(band(NUM_TRAIN, 0.0)), views(band(24, 0.5))
+    source = jax.tree.map(lambda x: x[:1][None], shown)
     rng = np.random.default_rng(0)
     with jax.set_mesh(device_mesh):
         state = run.init(None)
@@ -65,7 +70,10 @@ def test_one_object_is_learnt_to_30_db_on_views_that_were_not_shown():
                 print(step + 1, float(scalars["train/psnr"]), file=sys.stderr, flush=True)
         batch = Batch(source=source, target=jax.tree.map(lambda x: x[None], hidden))
         scores, _ = run.evaluate(state.ema_params, batch)
-        guess = hidden.rgb.mean()  # so that a picture that is nearly all white is no success
     psnr = float(np.mean(scores["psnr"]))
-    print(f"held-out views: {psnr:.1f} dB; foreground {np.mean(hidden.alpha > 0):.0%}, mean {guess:.0f}", file=sys.stderr)  # fmt: skip
-    assert psnr > 30
+    error = on_white(hidden) - on_white(shown).mean(0)
+    mean_picture = float(np.mean(-10 * np.log10((error**2).mean((1, 2, 3)))))
+    print(
+        f"held-out views: {psnr:.1f} dB; the mean picture: {mean_picture:.1f} dB", file=sys.stderr
+    )
+    assert mean_picture < 20 and psnr > 30
