@@ -88,11 +88,12 @@ def train_step(
 
 def eval_step(
     params, batch: Batch, *, model: nn.Module, source_background: float
-) -> tuple[dict[str, jax.Array], jax.Array]:
+) -> tuple[dict[str, jax.Array], Rendering]:
     """The whole target views on white, without a key.
 
     Returns:
-      "psnr" in dB and, where the family renders alpha, "iou" of the foreground, [B V] each; the pictures [B V H W 3].
+      "psnr" in dB and, where the family renders alpha, "iou" of the foreground, [B V] each; the views [B V H W], their colour
+      on white.
     """
     batch = sharding.constrain_batch(batch)
     target = premultiplied(batch.target)
@@ -105,7 +106,7 @@ def eval_step(
     scores = {"psnr": metrics.psnr(seen.rgb, blend(target, white).rgb)}
     if rendering.alpha is not None:
         scores["iou"] = metrics.iou(rendering.alpha, target.alpha)
-    return scores, seen.rgb
+    return scores, rendering.replace(rgb=seen.rgb)
 
 
 def init_state(

@@ -6,7 +6,7 @@ Resumes where the workdir's last checkpoint ends, to the bit, also on another de
 
     metrics.jsonl           one object a line: `step`, `train/loss`, every term; the same for TensorBoard
     checkpoints/            parameters, their running mean, optimiser, step, key and place in the data
-    grids/                  source, then target and render of each view, of held-out scenes
+    grids/                  source, then target, render and depth of each view, of held-out scenes
     config.json, parameters.txt
     model.safetensors       at the end: the running mean of the parameters (before it: `lrm convert WORKDIR FILE`)
 
@@ -40,9 +40,9 @@ from PIL import Image
 from lrm_jax import checkpoints, convert, flops, losses, metric_writer, optim, sharding
 from lrm_jax.data import Source, pipeline
 from lrm_jax.models import build
-from lrm_jax.report import write_file
+from lrm_jax.report import depth_pictures, write_file
 from lrm_jax.step import eval_step, init_state, on_background, train_step
-from lrm_jax.types import Batch, Cameras, InputError, TrainState, Views
+from lrm_jax.types import Batch, Cameras, InputError, Rendering, TrainState, Views
 
 INTERRUPTED = 143  # exit code after SIGTERM, 128 + 15: saved, and the same command goes on
 SOURCES = ("objects", "records", "mvimgnet", "scenes", "procedural")  # modules of lrm_jax.data
@@ -103,7 +103,7 @@ class Run(NamedTuple):
     model: nn.Module
     init: Callable[[Any], TrainState]  # from parameters, or from None: random ones
     step: Callable[[TrainState, Batch, dict], tuple[TrainState, dict]]  # donates the state
-    evaluate: Callable[[Any, Batch], tuple[dict, jax.Array]]
+    evaluate: Callable[[Any, Batch], tuple[dict, Rendering]]
     abstract_state: TrainState  # ShapeDtypeStructs with shardings
 
 
@@ -363,9 +363,10 @@ def evaluate(
     with contextlib.closing(data.val()) as batches:
         for _, (_, elements) in zip(range(train.eval_batches), batches, strict=False):
             batch = data.finish[0](sharding.global_batch(elements, device_mesh))
-            scores, rgb = run.evaluate(params, batch)
+            scores, rendering = run.evaluate(params, batch)
             values.append(jax.device_get(scores))
-            grid = picture_grid(sharding.to_host(batch), np.asarray(rgb)) if grid is None else grid
+            if grid is None:
+                grid = picture_grid(*sharding.to_host((batch, rendering)))
     return {f"val/{k}": float(np.mean([row[k] for row in values])) for k in values[0]}, grid
 
 
@@ -477,12 +478,19 @@ def mean_of(scalars: list[dict[str, jax.Array]]) -> dict[str, float]:
     return means
 
 
-def picture_grid(batch: Batch, rendered: np.ndarray) -> np.ndarray:
-    """A row a scene: the source, then target and render of each view, on white. uint8 [height width 3]."""
+def picture_grid(batch: Batch, rendering: Rendering) -> np.ndarray:
+    """A row a scene: the source, then target, render and (of families that have it) depth of each view, on white.
+
+    uint8 [height width 3].
+    """
     source, target = (
         np.asarray(on_background(views, 1.0).rgb) for views in (batch.source, batch.target)
     )
-    pairs = np.stack([target, rendered], axis=2)  # [B V 2 H W 3]
+    pictures = [target, rendering.rgb]
+    if rendering.depth is not None:
+        depth = [depth_pictures(*x) for x in zip(rendering.depth, rendering.alpha, strict=True)]
+        pictures.append(np.stack(depth) / 255)
+    pairs = np.stack(pictures, axis=2)  # [B V 2|3 H W 3]
     size, rows = target.shape[2:4], []
     for first, pictures in zip(source[:, 0], pairs, strict=True):
         first = Image.fromarray(to_uint8(first)).resize(size[::-1], Image.Resampling.BOX)
