@@ -335,7 +335,9 @@ def _spans(pencil: _Pencil, x: Array, y: Array) -> tuple[Array, Array]:
     middle = m[0] * x + m[1] * y + m[2]
     square = (f[0] * x + f[1] * y + f[3]) * x + (f[2] * y + f[4]) * y + f[5]
     half = jnp.sqrt(jnp.maximum(square, 0))
-    low = jnp.maximum(low, middle + end[0] * half + end[1])
+    # Both ends of a ray that misses are `middle`, which two roundings could bring in order.
+    missed = (square < 0) & (end[0] < 0)
+    low = jnp.maximum(low, jnp.where(missed, _INFINITE, middle + end[0] * half + end[1]))
     return low, jnp.minimum(high, middle + end[2] * half + end[3])
 
 
