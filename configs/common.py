@@ -66,6 +66,13 @@ def check_size(size: str, sizes: tuple[str, ...] = ("", "tiny")) -> None:
         raise ValueError(f"no size {size!r}: there are {', '.join(filter(None, sizes))}")
 
 
+def finetune(config: ConfigDict, init_from: str) -> None:
+    """A config of training from scratch as one of fine-tuning: a tenth of the rate, over 10,000 steps of 32 objects."""
+    config.data.update(batch_size=32, num_workers=8)
+    config.schedule.update(learning_rate=4e-5, warmup_steps=200)
+    config.train.update(steps=10_000, init_from=init_from)
+
+
 def shrink(config: ConfigDict) -> ConfigDict:
     """Any config at the size of a test: a few steps on a CPU."""
     config.model.variant = "tiny"

@@ -10,14 +10,12 @@ Expected: not yet trained. `--config configs/lrm_finetune.py:tiny` is a few step
 """
 
 from configs import lrm
-from configs.common import check_size, shrink
+from configs.common import check_size, finetune, shrink
 
 
 def get_config(size: str = ""):
     """The config; `size` is "" or "tiny"."""
     check_size(size)
     config = lrm.get_config()
-    config.data.update(batch_size=32, num_workers=8)
-    config.schedule.update(learning_rate=4e-5, warmup_steps=200)
-    config.train.update(steps=10_000, init_from="runs/lrm")
+    finetune(config, init_from="runs/lrm")
     return shrink(config) if size == "tiny" else config

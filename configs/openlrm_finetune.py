@@ -11,17 +11,13 @@ Expected: not yet trained. `--config configs/openlrm_finetune.py:tiny` is a few 
 """
 
 from configs import openlrm
-from configs.common import check_size, shrink
-
-SIZES = ("small", "base", "large", "tiny")
+from configs.common import check_size, finetune, shrink
 
 
 def get_config(size: str = "small"):
     """The config; `size` is "small", "base", "large" or "tiny"."""
-    check_size(size, SIZES)
+    check_size(size, openlrm.SIZES)
     name = "small" if size == "tiny" else size
     config = openlrm.get_config(name)
-    config.data.update(batch_size=32, num_workers=8)
-    config.schedule.update(learning_rate=4e-5, warmup_steps=200)
-    config.train.update(steps=10_000, init_from=f"hf:zxhezexin/openlrm-mix-{name}-1.1")
+    finetune(config, init_from=f"hf:zxhezexin/openlrm-mix-{name}-1.1")
     return shrink(config) if size == "tiny" else config

@@ -10,14 +10,12 @@ Expected: not yet trained. `--config configs/triposr_finetune.py:tiny` is a few 
 """
 
 from configs import triposr
-from configs.common import check_size, shrink
+from configs.common import check_size, finetune, shrink
 
 
 def get_config(size: str = ""):
     """The config; `size` is "" or "tiny"."""
     check_size(size)
     config = triposr.get_config()
-    config.data.update(batch_size=32, num_workers=8)
-    config.schedule.update(learning_rate=4e-5, warmup_steps=200)
-    config.train.update(steps=10_000, init_from="hf:stabilityai/TripoSR")
+    finetune(config, init_from="hf:stabilityai/TripoSR")
     return shrink(config) if size == "tiny" else config

@@ -171,6 +171,11 @@ def load_weights(weights: str | None = None) -> tuple[nn.Module, dict, dict]:
     return model, unflatten_dict({k: jax.device_put(flat.pop(k)) for k in list(flat)}), info
 
 
+def training_data(training: dict) -> dict:
+    """The fields of the config's `data` in a model's record of training; {} where there is none."""
+    return training.get("config", {}).get("data", {})
+
+
 def read_weights(weights: str | None) -> tuple[nn.Module, dict, dict]:
     """As `load_weights`, for encoders too, with NumPy arrays."""
     if weights is None:

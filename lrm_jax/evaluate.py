@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lrm_jax import (
@@ -42,6 +43,7 @@ from lrm_jax.data.held_out import HeldOut
 from lrm_jax.ops import cameras as ops_cameras
 from lrm_jax.ops import images, surface
 from lrm_jax.reconstruct import versions
+from lrm_jax.step import blend, on_background
 from lrm_jax.types import Batch, Cameras, InputError, Views
 
 PICTURE_NAMES = ("psnr", "ssim", "lpips", "iou")
@@ -191,15 +193,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "models with a record of training, picture for the references' checkpoints)",
     )
     args = parser.parse_args(argv)
-    for name, low, high in (
-        ("views", 1, 1000),
-        ("size", 16, 2048),
-        ("resolution", 8, 2048),
-        ("sources", 1, 100),
-    ):
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            raise InputError(f"--{name} {value} is out of range: choose {low} to {high}")
+    report.check_ranges(
+        args, views=(1, 1000), size=(16, 2048), resolution=(8, 2048), sources=(1, 100)
+    )
     return args
 
 
@@ -268,9 +264,7 @@ def compiled(model, params, network, size: int) -> Programs:
         scene = model.apply(variables, source, method="encode")
         rays = ops_cameras.pixel_rays(targets, size, size)
         rendering = model.apply(variables, scene, rays, method="render")
-        if rendering.alpha is None:
-            return scene, rendering.rgb, None
-        return scene, rendering.rgb + (1 - rendering.alpha[..., None]), rendering.alpha
+        return scene, blend(rendering, jnp.ones((1, 1, 1, 1, 3))).rgb, rendering.alpha
 
     @jax.jit
     def compare(network, rgb, alpha, target_rgb, target_alpha):
@@ -454,7 +448,7 @@ def posed_views(info: dict) -> PosedViews:
     Raises:
       InputError: there is none, or it was not trained on objects.
     """
-    data = info["training"].get("config", {}).get("data", {})
+    data = convert.training_data(info["training"])
     names = [field.name for field in dataclasses.fields(PosedViews)]
     if not set(names) <= set(data):
         raise InputError(
@@ -468,16 +462,17 @@ def pose(item: HeldOut, posed: PosedViews) -> Given:
     """The source pictures and the cameras as training has them."""
     crops = [samples.source_crop(rgba, posed.source_size, posed.foreground_ratio, item.uid) for rgba in item.sources]  # fmt: skip
     pictures, boxes = (np.stack(x) for x in zip(*crops, strict=True))
-    rgba = mean_object.premultiplied(pictures)
-    rgb = rgba[..., :3] + (1 - rgba[..., 3:]) * posed.source_background
     world = samples.world_motion(item.source_camera.c2w, posed.normalize).astype(np.float64)
     given = Cameras(
         c2w=moved(world, item.source_cameras.c2w),
         fxfycxcy=samples.crop_intrinsics(item.source_cameras.fxfycxcy, boxes),
     )
     targets = item.target_cameras.replace(c2w=moved(world, item.target_cameras.c2w))
-    source = jax.tree.map(lambda x: x[None], Views(rgb=rgb, cameras=given))
-    return Given(item, source, targets, world)
+    views = Views(rgb=pictures[..., :3], alpha=pictures[..., 3], cameras=given)
+    views = jax.tree.map(
+        lambda x: np.asarray(x)[None], on_background(views, posed.source_background)
+    )
+    return Given(item, views, targets, world)
 
 
 def predict(programs: Programs, mean, group: list[Given]) -> tuple[Any, list[Result | None]]:
@@ -555,7 +550,7 @@ def evaluate_scenes(model, params, network, info: dict, args: argparse.Namespace
             f"{info['family']} reconstructs objects from one picture: evaluate it without --index"
         )
     args.size = args.size or model.image_size
-    trained = info["training"].get("config", {}).get("data", {}).get("normalize")
+    trained = convert.training_data(info["training"]).get("normalize")
     normalize = trained if trained in scenes.NORMALIZATIONS[:2] else "all_views"
     views = scenes.evaluation_views(args.data, args.index, args.size, normalize)
     programs = compiled(model, params, network, args.size)

@@ -118,11 +118,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args.formats = [x.strip() for x in args.formats.split(",")]
     if unknown := [x for x in args.formats if x not in FORMATS]:
         raise InputError(f"--formats {unknown[0]!r} is not known: choose of {', '.join(FORMATS)}")
-    limits = {"resolution": (8, 2048), "views": (1, 64), "batch": (1, 1024), "texture": (16, 8192)}
-    for name, (low, high) in limits.items():
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            raise InputError(f"--{name} {value} is out of range: choose {low} to {high}")
+    report.check_ranges(
+        args, resolution=(8, 2048), views=(1, 64), batch=(1, 1024), texture=(16, 8192)
+    )
     return args
 
 

@@ -1,5 +1,6 @@
 """What a command tells and leaves behind: progress on stderr, timings, pictures, films, pages, and files written whole."""
 
+import argparse
 import base64
 import contextlib
 import html
@@ -65,6 +66,14 @@ def check_writable(folder: str | Path) -> None:
         raise InputError(f"{existing} is a file: choose another folder for the results")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise InputError(f"{existing} is read-only: choose another folder for the results")
+
+
+def check_ranges(args: argparse.Namespace, **limits: tuple[float, float]) -> None:
+    """Raises InputError for a number of the command line that is outside its (low, high); None is inside."""
+    for name, (low, high) in limits.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            raise InputError(f"--{name} {value} is out of range: choose {low} to {high}")
 
 
 class Stages:

@@ -27,6 +27,7 @@ import logging
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lrm_jax import convert, report
@@ -34,6 +35,7 @@ from lrm_jax.data import samples, scene_files, scenes
 from lrm_jax.ops import cameras as ops_cameras
 from lrm_jax.ops import conventions, paths, surface
 from lrm_jax.reconstruct import versions
+from lrm_jax.step import blend
 from lrm_jax.types import Cameras, InputError, Views
 
 PATHS = ("orbit", "spiral", "interpolate")
@@ -124,11 +126,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         f"(default: {TRANSFORMS} for transforms.json, {COLMAP} for COLMAP)",
     )
     args = parser.parse_args(argv)
-    for name, low, high in (("frames", 1, 10_000), ("fps", 0.1, 1000), ("batch", 1, 1024)):
-        if not low <= getattr(args, name) <= high:
-            raise InputError(
-                f"--{name} {getattr(args, name)} is out of range: choose {low} to {high}"
-            )
+    report.check_ranges(args, frames=(1, 10_000), fps=(0.1, 1000), batch=(1, 1024))
     return args
 
 
@@ -141,7 +139,7 @@ class Scene:
 
     views: list[int]  # V, their numbers in the folder
     names: list[str]
-    pictures: list[np.ndarray]  # V of uint8 [size size 3] once `cropped`; whole before
+    pictures: list[np.ndarray]  # V of uint8 [H W 3]
     c2w: np.ndarray  # [V 4 4] float64, OpenCV axes, in the folder's world
     fxfycxcy: np.ndarray  # [V 4] of the whole pictures
 
@@ -177,9 +175,7 @@ def check_rigid(matrices: np.ndarray) -> None:
         raise InputError(
             f"the last row of pose {wrong.argmax()} is not 0 0 0 1: are the matrices transposed?"
         )
-    turn = matrices[:, :3, :3]
-    off = np.abs(turn @ turn.transpose(0, 2, 1) - np.eye(3)).max((1, 2))
-    if (wrong := (off > 0.01) | (np.linalg.det(turn) < 0)).any():
+    if (wrong := ~scene_files.is_rotation(matrices[:, :3, :3])).any():
         raise InputError(
             f"pose {wrong.argmax()} is no rotation and translation: is it scaled, or are its axes left-handed?"
         )
@@ -281,8 +277,7 @@ def world_of(scene: Scene, training: dict) -> tuple[np.ndarray, float, str]:
     Raises:
       InputError: the source cameras do not determine it.
     """
-    data = training.get("config", {}).get("data", {})
-    normalize = data.get("normalize", "source_views")
+    normalize = convert.training_data(training).get("normalize", "source_views")
     if normalize not in ("all_views", "source_views"):
         words = f"the poses' own, turned as in training (data.normalize={normalize})"
         return samples.world_motion(scene.c2w[0], normalize).astype(float), 1.0, words
@@ -338,9 +333,7 @@ def render(model, params, encoded, path: Cameras, batch: int) -> np.ndarray:
     def draw(params, encoded, some: Cameras):
         rays = ops_cameras.pixel_rays(some, size, size)
         rendering = model.apply({"params": params}, encoded, rays, method="render")
-        if rendering.alpha is None:
-            return rendering.rgb[0]
-        return rendering.rgb[0] + (1 - rendering.alpha[0, ..., None])
+        return blend(rendering, jnp.ones((1, 1, 1, 1, 3))).rgb[0]
 
     frames = []
     for start in report.progress(range(0, len(path.c2w), batch), label="batches of frames"):

@@ -46,10 +46,10 @@ class Chip:
 # https://cloud.google.com/tpu/docs/v4, v5p, v5e and v6e for arithmetic and memory; links: their number (6 in a 3-D, 4 in a 2-D
 # torus) times the one-way rate of one in https://jax-ml.github.io/scaling-book/tpus.
 CHIPS = {
-    "v4": Chip(275e12, 32 * 2**30, 1.2e12, 6 * 45e9),
-    "v5p": Chip(459e12, 95 * 2**30, 2.765e12, 6 * 90e9),
-    "v5e": Chip(197e12, 16 * 2**30, 0.819e12, 4 * 45e9),
-    "v6e": Chip(918e12, 32 * 2**30, 1.64e12, 4 * 90e9),
+    "v4": Chip(flops.PEAK["TPU v4"], 32 * 2**30, 1.2e12, 6 * 45e9),
+    "v5p": Chip(flops.PEAK["TPU v5"], 95 * 2**30, 2.765e12, 6 * 90e9),
+    "v5e": Chip(flops.PEAK["TPU v5 lite"], 16 * 2**30, 0.819e12, 4 * 45e9),
+    "v6e": Chip(flops.PEAK["TPU v6 lite"], 32 * 2**30, 1.64e12, 4 * 90e9),
 }
 
 

@@ -44,11 +44,11 @@ def main(argv: list[str]) -> int:
         config, *_ = train.parse([*rest, "--workdir", "unused"])
         device_mesh = sharding.make_device_mesh(**config.sharding)
         train.check_batch_size(config, device_mesh)
-        with contextlib.closing(
-            train.open_data(*sharding.process_share(device_mesh), **config.data).train
-        ) as batches:
+        data = train.open_data(*sharding.process_share(device_mesh), **config.data)
+        with contextlib.closing(data.train) as batches:
             loader = loader_rate(batches, config.data.batch_size, args.steps)
-        row = measure_step(config, device_mesh, args.steps)
+            which, elements = next(batches)
+        row = measure_step(config, device_mesh, data.finish[which], elements, args.steps)
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
@@ -73,18 +73,15 @@ def loader_rate(batches, batch_size: int, num_batches: int) -> float:
     return num_batches * batch_size / (time.perf_counter() - start)
 
 
-def measure_step(config, device_mesh, num_steps: int) -> dict[str, float]:
-    """Rates and memory of the step, by name."""
+def measure_step(config, device_mesh, finish, elements, num_steps: int) -> dict[str, float]:
+    """Rates and memory of the step, by name, on the batch that `finish` makes of this process's elements."""
     with jax.set_mesh(device_mesh):
         run = train.make_run(config, device_mesh)
         networks = jax.device_put(
             jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract_networks(config.losses)),
             NamedSharding(device_mesh, PartitionSpec()),
         )
-        data = train.open_data(*sharding.process_share(device_mesh), **config.data)
-        with contextlib.closing(data.train) as loader:
-            which, elements = next(loader)
-            batch = data.finish[which](sharding.global_batch(elements, device_mesh))
+        batch = finish(sharding.global_batch(elements, device_mesh))
         work = flops.count(run.step, run.abstract_state, batch, networks)
         needed = needed_flops(run.model, config.train.patch, run.abstract_state.params, batch)
         measure.reset_peak()

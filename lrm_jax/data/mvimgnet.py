@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 from lrm_jax.data import Source, colmap, pipeline, samples, splits
+from lrm_jax.ops import paths
 from lrm_jax.ops.images import load_image
 from lrm_jax.types import Batch, InputError
 
@@ -156,12 +157,9 @@ def _normalize(c2w: np.ndarray, views: np.ndarray, outlines: list[np.ndarray]) -
     dirs = np.einsum("vij,vj->vi", c2w[views, :3, :3], dirs)
     dirs /= np.linalg.norm(dirs, axis=1, keepdims=True)
     eyes = c2w[views, :3, 3]
-    # The least squared distance from all rays: sum (1 - d d^T) (p - eye) = 0.
-    across = np.eye(3) - dirs[:, :, None] * dirs[:, None, :]
-    system = across.sum(0)
+    centre, system = paths.nearest_point(eyes, dirs)
     if len(views) < 2 or np.linalg.cond(system) > 1e6:
         raise InputError("the cameras look in parallel: the object's place is not known")
-    centre = np.linalg.solve(system, np.einsum("vij,vj->i", across, eyes))
     depth = np.einsum("vj,vj->v", centre - eyes, c2w[views, :3, 2])
     if (depth <= 0).any():
         raise InputError("the cameras do not look at one object")
@@ -173,11 +171,7 @@ def _normalize(c2w: np.ndarray, views: np.ndarray, outlines: list[np.ndarray]) -
         radii.append(np.linalg.norm(np.cross(rays, centre - c2w[view, :3, 3]), axis=1).max())
     # Not the largest: one mask that spills over would shrink the object.
     radius = np.quantile(radii, 0.9)
-    # Up is at right angles to what is right in the pictures. The mean of their upward directions alone leans away from
-    # a half circle of cameras that look down; it decides where they stand close together.
-    right = c2w[:, :3, 0]
-    up = np.linalg.solve(right.T @ right / len(right) + 0.01 * np.eye(3), -c2w[:, :3, 1].mean(0))
-    up /= np.linalg.norm(up)
+    up = paths.up(c2w)
     ahead = (c2w[:, :3, 3] - centre).sum(0)  # towards the cameras: +x
     ahead -= (ahead @ up) * up
     if np.linalg.norm(ahead) < 1e-6 * radius:  # a full circle has no such side

@@ -157,6 +157,12 @@ def read_picture(frames: Frames, view: int) -> np.ndarray:
     return rgb
 
 
+def is_rotation(matrices: np.ndarray) -> np.ndarray:
+    """Which of finite matrices [V 3 3] are rotations, to the precision that files have: bool [V]."""
+    off = np.abs(matrices @ matrices.transpose(0, 2, 1) - np.eye(3)).max((1, 2))
+    return (off <= 0.01) & (np.linalg.det(matrices) >= 0)
+
+
 # -- the layouts
 
 
@@ -318,9 +324,7 @@ def _checked(frames: Frames) -> Frames:
     c2w, fxfycxcy = frames.c2w, frames.fxfycxcy
     if not len(c2w) or not (np.isfinite(c2w).all() and np.isfinite(fxfycxcy).all()):
         raise InputError("it has no frame, or a camera that is not finite")
-    turn = c2w[:, :3, :3]
-    off = np.abs(turn @ turn.transpose(0, 2, 1) - np.eye(3)).max((1, 2))
-    if (wrong := (off > 0.01) | (np.linalg.det(turn) < 0)).any():
+    if (wrong := ~is_rotation(c2w[:, :3, :3])).any():
         raise InputError(f"the pose of frame {wrong.argmax()} is no rotation and translation")
     if (wrong := (fxfycxcy <= 0).any(1) | (fxfycxcy[:, 2:] >= 1).any(1)).any():
         raise InputError(

@@ -24,15 +24,26 @@ def focus(c2w: Float[np.ndarray, "V 4 4"]) -> tuple[Float[np.ndarray, "3"], floa
       angle of two axes, 45 for a circle of cameras that look level at its centre, 0 where they are parallel. Then any point between
       them is as good, and it is that nearest to the cameras.
     """
-    eyes, dirs = c2w[:, :3, 3], c2w[:, :3, 2]
-    middle = eyes.mean(0)
-    # The least squares: sum (1 - d d^T) (p - eye) = 0.
-    across = np.eye(3) - dirs[:, :, None] * dirs[:, None, :]
-    system = across.mean(0)
-    wanted = np.einsum("vij,vj->i", across, eyes - middle) / len(eyes)
-    point = middle + np.linalg.lstsq(system, wanted, rcond=1e-9)[0]
+    point, system = nearest_point(c2w[:, :3, 3], c2w[:, :3, 2])
     least = np.linalg.eigvalsh(system)[0]
     return point, float(np.degrees(np.arcsin(np.sqrt(np.clip(least, 0, 1)))))
+
+
+def nearest_point(
+    origins: Float[np.ndarray, "V 3"], dirs: Float[np.ndarray, "V 3"]
+) -> tuple[Float[np.ndarray, "3"], Float[np.ndarray, "3 3"]]:
+    """The point with the least sum of squared distances from lines with unit directions, and the matrix that it solves.
+
+    Returns:
+      The point, of several equally good ones that nearest to the mean origin; and the mean of 1 - d d^T, which is singular
+      where the lines are parallel.
+    """
+    middle = origins.mean(0)
+    # The least squares: sum (1 - d d^T) (p - origin) = 0.
+    across = np.eye(3) - dirs[:, :, None] * dirs[:, None, :]
+    system = across.mean(0)
+    wanted = np.einsum("vij,vj->i", across, origins - middle) / len(origins)
+    return middle + np.linalg.lstsq(system, wanted, rcond=1e-9)[0], system
 
 
 def angles_to(
