@@ -13,30 +13,21 @@ turned so that the first source is at azimuth 0; steps, rate and batch of the 51
 the data of the bundled model: of four batches three of rendered objects and one of procedural shapes.
 `--config.data.name=procedural --config.data.mix=()` needs no files at all.
 
+`:nano` is for comparison with the bundled model: as many samples of the same data, about as many parameters (4.9 M), one source view,
+128 px, two CPU cores; run it with the variables that configs/nano.py names.
+
 Expected: not yet trained, and the time of `:small` not yet measured. `--config configs/lvsm_objects.py:tiny` is a few steps of a
 tiny model, for trying things out.
 """
 
-from configs.common import base, check_size, shrink
-
-SIZES = (
-    "",
-    "decoder-only-256",
-    "encoder-decoder-256",
-    "decoder-only-512",
-    "encoder-decoder-512",
-    "small",
-    "tiny",
-)
+from configs.common import check_size, shrink
+from configs.lvsm_scenes import SIZES, start
 
 
 def get_config(size: str = ""):
-    """The config; `size` is a variant of LVSM ("" is "decoder-only-256"), "small" or "tiny"."""
-    check_size(size, SIZES)
-    config = base()
-    variant = "decoder-only-256" if size in ("", "small", "tiny") else size
-    side = int(variant.rpartition("-")[2])
-    config.model = dict(name="lvsm", variant=variant, dtype="bfloat16")
+    """The config; `size` is a variant of LVSM ("" is "decoder-only-256"), "small", "nano" or "tiny"."""
+    check_size(size, (*SIZES, "nano"))
+    config, side = start("small" if size == "nano" else size)
     config.data.update(
         batch_size=512,
         num_workers=16,
@@ -49,17 +40,26 @@ def get_config(size: str = ""):
         foreground_ratio=None,
     )
     config.losses = dict(mse=1.0, perceptual=1.0)
-    config.networks.perceptual = "vgg19.safetensors"
-    config.schedule.update(learning_rate=4e-4, warmup_steps=3000)
-    config.optim.skip_norm = 5.0
     # LVSM has no alpha: it learns the background with the object.
     config.train.update(steps=80_000, patch=side, backgrounds=(1.0,), keep_every=10_000)
     if side == 512:
         config.data.batch_size = 64
         config.schedule.update(learning_rate=4e-5, warmup_steps=1000)
         config.train.steps = 10_000
+    if size == "nano":
+        config.model.update(
+            width=256, num_heads=4, depth=6, patch=16, image_size=128, dtype="float32", remat=False
+        )
+        config.data.update(
+            root="data/kaykit", batch_size=8, num_source=1, num_target=2, num_workers=0, source_size=128, target_size=128,
+            source_elevation=(5.0, 35.0), mirror=True,
+        )  # fmt: skip
+        config.losses.perceptual = 0.0
+        config.schedule.update(learning_rate=1e-3, warmup_steps=100)
+        config.train.update(
+            steps=2300, patch=128, ema_decay=0.998, log_every=25, save_every=200, eval_every=200
+        )
     if size == "small":
-        config.model.update(width=384, num_heads=6, depth=12, image_size=128)
         config.data.update(
             root="data/kaykit", mix=(3, 1), batch_size=32, source_size=128, target_size=128
         )

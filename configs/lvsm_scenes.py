@@ -28,13 +28,23 @@ SIZES = (
 )
 
 
-def get_config(size: str = ""):
-    """The config; `size` is a variant of LVSM ("" is "decoder-only-256"), "small" or "tiny"."""
+def start(size: str) -> tuple[ConfigDict, int]:
+    """What scenes and objects (configs/lvsm_objects.py) share, and the side of the pictures that the variant is trained at."""
     check_size(size, SIZES)
     config = base()
     variant = "decoder-only-256" if size in ("", "small", "tiny") else size
-    side = int(variant.rpartition("-")[2])
     config.model = dict(name="lvsm", variant=variant, dtype="bfloat16")
+    if size == "small":
+        config.model.update(width=384, num_heads=6, depth=12, image_size=128)
+    config.networks.perceptual = "vgg19.safetensors"
+    config.schedule.update(learning_rate=4e-4, warmup_steps=3000)
+    config.optim.skip_norm = 5.0
+    return config, int(variant.rpartition("-")[2])
+
+
+def get_config(size: str = ""):
+    """The config; `size` is a variant of LVSM ("" is "decoder-only-256"), "small" or "tiny"."""
+    config, side = start(size)
     config.data = ConfigDict(
         dict(
             name="scenes",
@@ -55,16 +65,12 @@ def get_config(size: str = ""):
         )
     )
     config.losses = dict(mse=1.0, perceptual=0.5)
-    config.networks.perceptual = "vgg19.safetensors"
-    config.schedule.update(learning_rate=4e-4, warmup_steps=3000)
-    config.optim.skip_norm = 5.0
     config.train.update(steps=100_000, patch=side, backgrounds=(1.0,), keep_every=10_000)
     if side == 512:
         config.data.batch_size = 128
         config.schedule.update(learning_rate=1e-4, warmup_steps=1000)
         config.train.steps = 20_000
     if size == "small":
-        config.model.update(width=384, num_heads=6, depth=12, image_size=128)
         config.data.update(batch_size=64, source_size=128, target_size=128)
         config.losses.perceptual = 0.0  # it takes a network's file
         config.schedule.warmup_steps = 500

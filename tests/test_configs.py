@@ -16,7 +16,11 @@ from step_shapes import abstract_networks, needed_flops  # noqa: E402
 CONFIGS = ROOT / "configs"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem != "common")
 LVSM = ("", "encoder-decoder-256", "decoder-only-512", "encoder-decoder-512", "small", "tiny")
-SIZES = {"openlrm": ("small", "base", "large", "tiny"), "lvsm_objects": LVSM, "lvsm_scenes": LVSM}
+SIZES = {
+    "openlrm": ("small", "base", "large", "tiny"),
+    "lvsm_objects": (*LVSM, "nano"),
+    "lvsm_scenes": LVSM,
+}
 # Fine-tuning takes the sizes of its sibling: one of them is enough.
 CASES = [
     f"{name}:{size}"
