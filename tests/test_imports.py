@@ -30,6 +30,8 @@ ALLOWED = {
     "surface_metrics": LOW,
     "mean_object": LOW | {"data"},
     "evaluation_page": set(),
+    "evaluation_scores": LOW
+    | {"ops", "step", "metrics", "lpips", "mean_object", "surface_metrics"},
     "__main__": LOW | COMMANDS | {"lrm_jax"},
     "__init__": set(),
 }

@@ -1,0 +1,129 @@
+"""What `lrm evaluate` measures: a model's pictures on the device, and the means over objects or scenes."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lrm_jax import lpips, mean_object, metrics, surface_metrics
+from lrm_jax.ops import cameras as ops_cameras
+from lrm_jax.step import blend
+from lrm_jax.types import Cameras, Views
+
+PICTURE_NAMES = ("psnr", "ssim", "lpips", "iou")
+NAMES = (*PICTURE_NAMES, *surface_metrics.NAMES)
+
+
+@dataclasses.dataclass
+class Result:
+    """What is known of one object. Values that do not exist are absent."""
+
+    scores: dict[str, float]
+    guesses: dict[str, dict[str, float]]  # scores of the mean object's, by name
+    strip: bytes  # its pictures, for the page
+    unaligned: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """The model and the metrics, each compiled for one shape."""
+
+    predict: Callable  # (source Views[B 1], Cameras[B V]) -> scene, rgb on white [B V S S 3], alpha [B V S S] or None
+    compare: Callable  # (rgb, alpha or None, true rgb, true alpha) -> dict of [B V]
+    compare_guess: Callable  # the same without LPIPS, which takes longer than all else
+    field: Callable | None  # (scene [1 ...], xyz [Q 3]) -> [Q]; None: the family has no surface
+
+
+def compiled(model, params, network, size: int) -> Programs:
+    """The programs for pictures of a size; `network` is of LPIPS, or None."""
+
+    @jax.jit
+    def predict(params, source: Views, targets: Cameras):
+        variables = {"params": params}
+        scene = model.apply(variables, source, method="encode")
+        rays = ops_cameras.pixel_rays(targets, size, size)
+        rendering = model.apply(variables, scene, rays, method="render")
+        return scene, blend(rendering, jnp.ones((1, 1, 1, 1, 3))).rgb, rendering.alpha
+
+    @jax.jit
+    def compare(network, rgb, alpha, target_rgb, target_alpha):
+        rgb = rgb.clip(0, 1)
+        found = {"psnr": metrics.psnr(rgb, target_rgb), "ssim": metrics.ssim(rgb, target_rgb)}
+        if alpha is not None:
+            found["iou"] = metrics.iou(alpha, target_alpha)
+        if network is not None:
+            found["lpips"] = lpips.distance(network, rgb, target_rgb)
+        return found
+
+    @jax.jit
+    def field(params, scene, xyz):
+        return model.apply({"params": params}, scene, xyz[None], method="query")[0][0]
+
+    return Programs(
+        predict=functools.partial(predict, params),
+        compare=functools.partial(compare, jax.device_put(network)),
+        compare_guess=functools.partial(compare, None),
+        field=functools.partial(field, params) if hasattr(model, "query") else None,
+    )
+
+
+def picture_protocol(with_lpips: bool) -> dict[str, str]:
+    """What is measured of pictures, in words."""
+    return {
+        "psnr": "dB, of a view; an object's value is the mean over its target views",
+        "ssim": "Gaussian window of 11 pixels, sigma 1.5, of a view, in colour",
+        "lpips": "VGG16, version 0.1, of a view" if with_lpips else f"not computed: {lpips.REMEDY}",
+    }
+
+
+def on_white(premultiplied: np.ndarray) -> np.ndarray:
+    """[*B 4] to [*B 3]."""
+    return premultiplied[..., :3] + (1 - premultiplied[..., 3:])
+
+
+def summarize(results: dict[str, Result], skipped: dict[str, str]) -> dict:
+    """Means over the objects that have a value, and all that they are made of; None: no object has it."""
+    scores = {uid: x.scores for uid, x in results.items()}
+    unaligned = {uid: x.unaligned for uid, x in results.items() if x.unaligned}
+    return {
+        "mean": over(scores.values(), np.mean),
+        "median": over(scores.values(), np.median),
+        "count": {name: sum(name in x for x in scores.values()) for name in NAMES},
+        "baseline": baseline([x.guesses for x in results.values()]),
+        "unaligned": {
+            "mean": over(unaligned.values(), np.mean, surface_metrics.NAMES),
+            "objects": unaligned,
+        },
+        "skipped": skipped,
+        "objects": {uid: {name: x.get(name) for name in NAMES} for uid, x in scores.items()},
+    }
+
+
+def baseline(guesses: list[dict[str, dict[str, float]]]) -> dict:
+    """The means of all guesses [object][guess][value], and those of the better guess at pictures and at surfaces."""
+
+    def values(name):
+        return surface_metrics.NAMES if name in mean_object.SHAPES else PICTURE_NAMES
+
+    names = dict.fromkeys(name for x in guesses for name in x)
+    means = {
+        name: over([x[name] for x in guesses if name in x], np.mean, values(name)) for name in names
+    }
+    picture = max((x for x in means if "psnr" in means[x]), key=lambda x: means[x]["psnr"])
+    shapes = [x for x in means if "chamfer" in means[x]]
+    shape = min(shapes, key=lambda x: means[x]["chamfer"], default=None)
+    best = means[picture] | means.get(shape, dict.fromkeys(surface_metrics.NAMES))
+    name = "mean object" if picture in mean_object.PICTURES else picture
+    return {"name": name, "mean": best, "pictures": picture, "surface": shape, "guesses": means}
+
+
+def over(
+    rows: Iterable[dict[str, float]], function: Callable, names: tuple[str, ...] = NAMES
+) -> dict[str, float | None]:
+    """The mean, or the median, of each value over the objects that have it."""
+    rows = list(rows)
+    columns = {name: [x[name] for x in rows if name in x] for name in names}
+    return {name: float(function(x)) if x else None for name, x in columns.items()}
