@@ -51,7 +51,7 @@ def get_config(size: str = ""):
             width=256, num_heads=4, depth=6, patch=16, image_size=128, dtype="float32", remat=False
         )
         config.data.update(
-            root="data/kaykit", batch_size=8, num_source=1, num_target=2, num_workers=0, source_size=128, target_size=128,
+            root="data/kaykit", batch_size=8, num_source=1, num_target=1, num_workers=0, source_size=128, target_size=128,
             source_elevation=(5.0, 35.0), mirror=True,
         )  # fmt: skip
         config.losses.perceptual = 0.0

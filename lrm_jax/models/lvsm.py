@@ -79,7 +79,7 @@ class LVSM(nn.Module):
         self.head = self._linear(3 * self.patch**2)
 
     def _linear(self, features):
-        init = nn.initializers.normal(0.02)
+        init = nn.initializers.normal(_deviation(self.width))
         return nn.Dense(features, use_bias=False, kernel_init=init, dtype=self.dtype)
 
     def _stack(self, depth):
@@ -193,7 +193,8 @@ class Block(nn.Module):
 
         def init(key, shape, dtype=jnp.float32):
             """The deeper a block in its stack, the less it adds (model/LVSM_scene_decoder_only.py#L90-L97)."""
-            return jax.random.normal(key, shape, dtype) * 0.02 / jnp.sqrt(2 * (index + 1))
+            scale = _deviation(width) / jnp.sqrt(2 * (index + 1))
+            return jax.random.normal(key, shape, dtype) * scale
 
         def dense(features, name):
             return nn.Dense(features, use_bias=False, kernel_init=init, dtype=self.dtype, name=name)
@@ -211,6 +212,11 @@ class Block(nn.Module):
         x_BLF = dense(4 * width, "fc1")(_norm("norm2")(x_BLD))
         x_BLD = x_BLD + dense(width, "fc2")(nn.gelu(x_BLF, approximate=False))
         return (x_BLD, index + 1), None
+
+
+def _deviation(width):
+    """Of the initial weights: the reference's 0.02 at its width, 768, and as large an output of a layer at any other."""
+    return 0.02 * (768 / width) ** 0.5
 
 
 def _norm(name):
