@@ -28,15 +28,20 @@ def count(function, *arguments) -> float:
     return count_jaxpr(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
-def count_jaxpr(jaxpr) -> float:
-    """Operations of a jaxpr's products: 2 a multiplication, bodies of scans times their length.
+def count_jaxpr(jaxpr, only_in_kernels: bool = False) -> float:
+    """Operations of a jaxpr's products: 2 a multiplication; bodies of scans, kernels and shard_map as often as they run.
 
-    Of alternatives (the kernels of each platform), the costliest counts.
+    Of alternatives (the attention of each platform), the costliest counts.
+
+    Args:
+      only_in_kernels: Pallas's, which a compiler takes as they are and does not look into.
     """
     total = 0.0
     for equation in jaxpr.eqns:
         name = equation.primitive.name
         output = math.prod(equation.outvars[0].aval.shape) if equation.outvars else 0
+        if only_in_kernels and name in ("dot_general", "conv_general_dilated"):
+            continue
         if name == "dot_general":
             (contracting, _), _ = equation.params["dimension_numbers"]
             left = equation.invars[0].aval.shape
@@ -44,9 +49,16 @@ def count_jaxpr(jaxpr) -> float:
         elif name == "conv_general_dilated":
             kernel, spec = equation.invars[1].aval.shape, equation.params["dimension_numbers"]
             total += 2 * output * math.prod(kernel) / kernel[spec.rhs_spec[0]]
-        inner = [count_jaxpr(sub) for sub in jaxprs_in_params(equation.params)]
+        inner = [
+            count_jaxpr(sub, only_in_kernels and name != "pallas_call")
+            for sub in jaxprs_in_params(equation.params)
+        ]
         if name == "cond":
             total += max(inner)
+        elif name == "pallas_call":
+            total += sum(inner) * math.prod(equation.params["grid_mapping"].grid)
+        elif name == "shard_map":
+            total += sum(inner) * equation.params["mesh"].size
         else:
             total += sum(inner) * equation.params.get("length", 1)
     return total

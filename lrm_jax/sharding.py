@@ -208,6 +208,12 @@ def infer(tree: Any, device_mesh: Mesh, rules=RULES) -> Any:
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
+def platform() -> str:
+    """What the device mesh in use is made of, or else JAX's default: "cpu", "gpu" or "tpu"."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 # -- the batch
 
 
@@ -233,6 +239,25 @@ def constrain_batch(tree: Any) -> Any:
         return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES, *free))
 
     return jax.tree.map(one, tree)
+
+
+def split_batch_and_heads(function, heads: tuple, rows: Any) -> jax.Array:
+    """`function(*heads, rows)` -> [B N ...], run by each device of the mesh in use for its part of the batch and of the heads.
+
+    For what the compiler cannot split itself: kernels.
+
+    Args:
+      heads: arrays [B N ...].
+      rows: array [B ...] or None.
+    """
+    device_mesh = jax.sharding.get_abstract_mesh()
+    if device_mesh.empty:
+        return function(*heads, rows)
+    B, N = heads[0].shape[:2]
+    batch = None if B % num_batch_shards(device_mesh) else BATCH_AXES
+    split = PartitionSpec(batch, None if N % device_mesh.shape["tensor"] else "tensor")
+    specs = (*(split for _ in heads), PartitionSpec(batch))
+    return jax.shard_map(function, in_specs=specs, out_specs=split, check_vma=False)(*heads, rows)
 
 
 def process_share(device_mesh: Mesh) -> tuple[int, int]:

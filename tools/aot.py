@@ -8,8 +8,8 @@ Topologies: v4:XxYxZ, v5p:XxYxZ, v5e:XxY and v6e:XxY with the chips along each a
 
 Printed: memory of a chip; its collectives with their payload and the bytes that it sends; its matrix products, beside its share of
 those in the step as it was traced; and the shortest time that its arithmetic, its memory and its links each allow, of which
-the longest is a bound on the step. Counts are read from the compiled program, loops included (tools/hlo.py); nothing is
-measured. Exit code 1: it does not fit.
+the longest is a bound on the step. Counts are read from the compiled program, loops included (tools/hlo.py); what a Pallas
+kernel (attention) computes is as traced, and its inputs are taken to be read once. Nothing is measured. Exit code 1: it does not fit.
 
 A config that leaves `model.ray_chunk` open gets a CPU's here, which is small: give it.
 """
@@ -84,7 +84,9 @@ def main(argv: list[str]) -> int:
     print_memory(compiled.memory_analysis(), chip)
     costs = hlo.count(compiled.as_text())
     print_collectives(costs)
-    share = flops.count_jaxpr(traced.jaxpr.jaxpr) / len(devices)
+    jaxpr = traced.jaxpr.jaxpr
+    share = flops.count_jaxpr(jaxpr) / len(devices)
+    costs.flops += flops.count_jaxpr(jaxpr, only_in_kernels=True) / len(devices)
     print_work(costs, share, needed / len(devices))
     if chip is not None:
         print_roofline(costs, chip, needed / len(devices), config.data.batch_size)
@@ -135,8 +137,8 @@ def trace(config, devices: list):
         run = train.make_run(config, device_mesh)
         batch = train.abstract_batch(config, device_mesh)
         traced = run.step.trace(run.abstract_state, batch, abstract_networks(config.losses))
-        needed = needed_flops(run.model, config.train.patch, run.abstract_state.params, batch)
-    return traced, needed
+    # Without the device mesh: a TPU's attention pads.
+    return traced, needed_flops(run.model, config.train.patch, run.abstract_state.params, batch)
 
 
 def device_mesh_shape(config, devices: list) -> dict[str, int]:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.experimental.pallas.ops.tpu import splash_attention
 from jaxtyping import Array, Float, Int
 
 from lrm_jax import sharding
@@ -20,16 +21,20 @@ def attention(
 ) -> Float[Array, "B L N K"]:
     """Scaled dot-product attention, eq. 1 of https://arxiv.org/abs/1706.03762, softmax in float32.
 
-    One kernel a platform: cuDNN's fused one for 16-bit inputs on a GPU, per-head matrix products on a CPU, XLA's in chunks elsewhere.
+    One kernel a platform: cuDNN's fused one for 16-bit inputs on a GPU, JAX's fused one (splash attention) on TPUs, per-head matrix
+    products on a CPU, XLA's in chunks elsewhere.
 
     Args:
       num_keys_B: how many keys of each sequence count, 1 or more; the later ones are padding. None: all.
     """
     # What parameters that are split along their width touch, the compiler may split along its width too, and not by scenes.
     q_BLNK, k_BMNK, v_BMNK = sharding.constrain_batch((q_BLNK, k_BMNK, v_BMNK))
+    platform = sharding.platform()
+    if platform == "tpu":
+        return _attention_by_splash(q_BLNK, k_BMNK, v_BMNK, num_keys_B)
     # cuDNN's backward pass takes even lengths only.
     even = q_BLNK.shape[1] % 2 == k_BMNK.shape[1] % 2 == 0
-    if jax.default_backend() == "gpu" and q_BLNK.dtype in (jnp.bfloat16, jnp.float16) and even:
+    if platform == "gpu" and q_BLNK.dtype in (jnp.bfloat16, jnp.float16) and even:
         return jax.nn.dot_product_attention(
             q_BLNK, k_BMNK, v_BMNK, key_value_seq_lengths=num_keys_B, implementation="cudnn"
         )
@@ -37,6 +42,49 @@ def attention(
         q_BLNK, k_BMNK, v_BMNK, num_keys_B, cpu=_attention_by_head, default=_attention_by_xla
     )
     return sharding.constrain_batch(out_BLNK)
+
+
+def _attention_by_splash(q_BLNK, k_BMNK, v_BMNK, num_keys_B, interpret=False):
+    """The fused kernel that JAX brings for TPUs, on each device for its scenes and heads: it never writes the scores.
+
+    Lengths are padded to whole blocks. `interpret`: on any platform, slowly.
+    """
+    B, L, N, K = q_BLNK.shape
+    M = k_BMNK.shape[1]
+    (size_L, pad_L), (size_M, pad_M) = _blocks(L), _blocks(M)
+    if pad_M and num_keys_B is None:
+        num_keys_B = jnp.full(B, M)
+
+    def heads_first(x_BLNK, padding):
+        return jnp.pad(x_BLNK.swapaxes(1, 2), ((0, 0), (0, 0), (0, padding), (0, 0)))
+
+    def local(q_BNLK, k_BNMK, v_BNMK, num_keys_B):
+        mask = splash_attention.FullMask((L + pad_L, M + pad_M))
+        kernel = splash_attention.make_splash_mha_single_device(
+            splash_attention.MultiHeadMask([mask] * q_BNLK.shape[1]),
+            block_sizes=splash_attention.BlockSizes(
+                block_q=size_L, block_kv=size_M, block_q_dkv=size_L, block_kv_dkv=size_M, block_q_dq=size_L, block_kv_dq=size_M
+            ),
+            interpret=interpret,
+        )  # fmt: skip
+        if num_keys_B is None:
+            return jax.vmap(kernel)(q_BNLK, k_BNMK, v_BNMK)
+        counts_BM = jnp.arange(M + pad_M)[None] < num_keys_B[:, None]
+        segments = splash_attention.SegmentIds(
+            jnp.ones((len(counts_BM), L + pad_L), jnp.int32), counts_BM.astype(jnp.int32)
+        )
+        return jax.vmap(kernel)(q_BNLK, k_BNMK, v_BNMK, segments)
+
+    q_BNLK = heads_first(q_BLNK * K**-0.5, pad_L)
+    k_BNMK, v_BNMK = heads_first(k_BMNK, pad_M), heads_first(v_BMNK, pad_M)
+    out_BNLK = sharding.split_batch_and_heads(local, (q_BNLK, k_BNMK, v_BNMK), num_keys_B)
+    return out_BNLK[:, :, :L].swapaxes(1, 2)
+
+
+def _blocks(length):
+    """(size of a kernel's blocks, padding to whole ones): the least padding, then the largest blocks."""
+    padding, size = min((-length % size, -size) for size in range(128, 513, 128))
+    return -size, padding
 
 
 def _attention_by_xla(q_BLNK, k_BMNK, v_BMNK, num_keys_B, max_scores=2**20):

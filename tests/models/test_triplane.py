@@ -1,14 +1,11 @@
-"""Planes and attention: the fast forms equal the plain ones."""
-
-from functools import partial
+"""Planes: the fast forms equal the plain ones."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from flax import linen as nn
 
-from lrm_jax.models import layers, triplane
+from lrm_jax.models import triplane
 from lrm_jax.ops import grids
 from lrm_jax.types import Rays, Rendering
 
@@ -73,32 +70,3 @@ def test_rays_that_do_not_fill_the_last_chunk_come_back_in_order():
         rendering = triplane.render_in_chunks(march, rays, None, chunk)
         np.testing.assert_array_equal(rendering.rgb, 2 * rays.origins)
         np.testing.assert_array_equal(rendering.alpha, rays.origins[..., 0])
-
-
-@pytest.mark.parametrize("lengths", [(12, 12), (12, 5)])
-@pytest.mark.parametrize(
-    "attention",
-    [layers.attention, partial(layers._attention_by_xla, num_keys_B=None, max_scores=25)],
-)
-def test_attention_by_head_or_in_chunks_equals_jax_s(lengths, attention):
-    num_queries, num_keys = lengths
-    q, k, v = (
-        random(0, 2, num_queries, 3, 8),
-        random(1, 2, num_keys, 3, 8),
-        random(2, 2, num_keys, 3, 8),
-    )
-    expected = jax.nn.dot_product_attention(q, k, v)
-    np.testing.assert_allclose(attention(q, k, v), expected, atol=1e-6)  # float32
-
-    def total(attention):
-        return jax.grad(lambda q, k, v: jnp.sum(attention(q, k, v) ** 2), argnums=(0, 1, 2))(
-            q, k, v
-        )
-
-    for actual, wanted in zip(total(attention), total(jax.nn.dot_product_attention), strict=True):
-        np.testing.assert_allclose(actual, wanted, atol=1e-5)
-
-
-def test_attention_survives_large_scores():
-    q, k, v = 1e3 * random(0, 1, 4, 1, 8), 1e3 * random(1, 1, 6, 1, 8), random(2, 1, 6, 1, 8)
-    assert np.isfinite(layers.attention(q, k, v)).all()

@@ -1,0 +1,84 @@
+"""Attention: the kernels of all platforms equal the plain one."""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lrm_jax import flops, sharding
+from lrm_jax.models import layers
+
+
+def random(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+@pytest.mark.parametrize("lengths", [(12, 12), (12, 5)])
+@pytest.mark.parametrize(
+    "attention",
+    [layers.attention, partial(layers._attention_by_xla, num_keys_B=None, max_scores=25)],
+)
+def test_attention_by_head_or_in_chunks_equals_jax_s(lengths, attention):
+    num_queries, num_keys = lengths
+    q, k, v = (
+        random(0, 2, num_queries, 3, 8),
+        random(1, 2, num_keys, 3, 8),
+        random(2, 2, num_keys, 3, 8),
+    )
+    expected = jax.nn.dot_product_attention(q, k, v)
+    np.testing.assert_allclose(attention(q, k, v), expected, atol=1e-6)  # float32
+
+    def total(attention):
+        return jax.grad(lambda q, k, v: jnp.sum(attention(q, k, v) ** 2), argnums=(0, 1, 2))(
+            q, k, v
+        )
+
+    for actual, wanted in zip(total(attention), total(jax.nn.dot_product_attention), strict=True):
+        np.testing.assert_allclose(actual, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
+def test_the_kernel_for_tpus_equals_jax_s_where_it_pads_and_where_keys_are_padding(sizes):
+    q, k, v = random(0, 4, 130, 2, 8), random(1, 4, 140, 2, 8), random(2, 4, 140, 2, 8)
+    device_mesh = sharding.make_device_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
+
+    def outputs(attention, num_keys):
+        def total(q, k, v):
+            out = attention(q, k, v, num_keys)
+            return jnp.sum(out**2), out
+
+        return jax.grad(total, argnums=(0, 1, 2), has_aux=True)(q, k, v)
+
+    def by_jax(q, k, v, num_keys):
+        return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=num_keys)
+
+    for num_keys in (None, jnp.array([1, 130, 139, 140])):
+        kernel = partial(layers._attention_by_splash, interpret=True)
+        with jax.set_mesh(device_mesh):
+            found = jax.jit(partial(outputs, kernel))(num_keys)
+        wanted = outputs(by_jax, num_keys)
+        for actual, expected in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
+            np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_attention_survives_large_scores():
+    q, k, v = 1e3 * random(0, 1, 4, 1, 8), 1e3 * random(1, 1, 6, 1, 8), random(2, 1, 6, 1, 8)
+    assert np.isfinite(layers.attention(q, k, v)).all()
+
+
+@pytest.mark.parametrize("sizes", [None, (4, 1, 1), (2, 1, 2)])
+def test_operations_of_a_kernel_are_counted_as_often_as_it_runs(sizes):
+    """Two products of L x M x K for each head of each sequence, on whatever devices."""
+    B, L, M, N, K = 4, 256, 1024, 2, 8
+    q, k, v = random(0, B, L, N, K), random(1, B, M, N, K), random(2, B, M, N, K)
+    attention = partial(layers._attention_by_splash, num_keys_B=None, interpret=True)
+    if sizes is None:
+        assert flops.count(attention, q, k, v) == 4 * B * N * L * M * K
+        return
+    with jax.set_mesh(sharding.make_device_mesh(*sizes, devices=jax.devices()[:4])):
+        jaxpr = jax.make_jaxpr(attention)(q, k, v).jaxpr
+    assert flops.count_jaxpr(jaxpr) == 4 * B * N * L * M * K
+    assert flops.count_jaxpr(jaxpr, only_in_kernels=True) == 4 * B * N * L * M * K
