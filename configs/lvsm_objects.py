@@ -13,7 +13,7 @@ turned so that the first source is at azimuth 0; steps, rate and batch of the 51
 the data of the bundled model: of four batches three of rendered objects and one of procedural shapes.
 `--config.data.name=procedural --config.data.mix=()` needs no files at all.
 
-`:nano` is for comparison with the bundled model: as many samples of the same data, about as many parameters (4.9 M), one source view,
+`:nano` is for comparison with the bundled model: as many samples of the same data, 3.5 M parameters, one source view,
 128 px, two CPU cores; run it with the variables that configs/nano.py names.
 
 Expected: not yet trained, and the time of `:small` not yet measured. `--config configs/lvsm_objects.py:tiny` is a few steps of a
@@ -48,7 +48,7 @@ def get_config(size: str = ""):
         config.train.steps = 10_000
     if size == "nano":
         config.model.update(
-            width=256, num_heads=4, depth=6, patch=16, image_size=128, dtype="float32", remat=False
+            width=192, num_heads=3, depth=6, patch=16, image_size=128, dtype="float32", remat=False
         )
         config.data.update(
             root="data/kaykit", batch_size=8, num_source=1, num_target=1, num_workers=0, source_size=128, target_size=128,

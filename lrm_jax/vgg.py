@@ -29,6 +29,8 @@ def features(
 ) -> list[jax.Array]:
     """The activations after one convolution of each block, [N H/2^i W/2^i C], in float32.
 
+    TPUs multiply in bfloat16 and GPUs in TF32, which is enough for a loss; for a metric, `jax.default_matmul_precision("highest")`.
+
     Args:
       params: of one network.
       x: pictures as the network wants them.
@@ -57,8 +59,7 @@ def features(
 
 def _conv(params, x):
     x = jax.lax.conv_general_dilated(
-        x, params["kernel"], window_strides=(1, 1), padding="SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        precision=jax.lax.Precision.HIGHEST,  # TPUs would multiply in bfloat16, GPUs in TF32
+        x, params["kernel"], window_strides=(1, 1), padding="SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )  # fmt: skip
     return x + params["bias"][None, None, None]
 
