@@ -15,7 +15,7 @@ setup(
     packages=find_packages(include=["lrm_jax", "lrm_jax.*"]),
     package_data={"lrm_jax": ["assets/*", "assets/*/*"]},
     install_requires=[
-        "jax>=0.10",
+        "jax>=0.10.2",
         "flax>=0.12",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12",
