@@ -241,21 +241,21 @@ def constrain_batch(tree: Any) -> Any:
     return jax.tree.map(one, tree)
 
 
-def split_batch_and_heads(function, heads: tuple, rows: Any) -> jax.Array:
-    """`function(*heads, rows)` -> [B N ...], run by each device of the mesh in use for its part of the batch and of the heads.
+def split_batch_and_heads(function, heads: tuple, rows: jax.Array | None) -> jax.Array:
+    """`function(*heads, rows)` -> [B L N K], run by each device of the mesh in use for its part of the batch and of the heads.
 
-    For what the compiler cannot split itself: kernels.
+    An axis that the device mesh does not divide stays whole, and its work is repeated.
 
     Args:
-      heads: arrays [B N ...].
-      rows: array [B ...] or None.
+      heads: arrays [B L N K].
+      rows: [B ...].
     """
     device_mesh = jax.sharding.get_abstract_mesh()
     if device_mesh.empty:
         return function(*heads, rows)
-    B, N = heads[0].shape[:2]
+    B, _, N, _ = heads[0].shape
     batch = None if B % num_batch_shards(device_mesh) else BATCH_AXES
-    split = PartitionSpec(batch, None if N % device_mesh.shape["tensor"] else "tensor")
+    split = PartitionSpec(batch, None, None if N % device_mesh.shape["tensor"] else "tensor")
     specs = (*(split for _ in heads), PartitionSpec(batch))
     return jax.shard_map(function, in_specs=specs, out_specs=split, check_vma=False)(*heads, rows)
 

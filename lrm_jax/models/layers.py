@@ -27,57 +27,60 @@ def attention(
     Args:
       num_keys_B: how many keys of each sequence count, 1 or more; the later ones are padding. None: all.
     """
-    # What parameters that are split along their width touch, the compiler may split along its width too, and not by scenes.
-    q_BLNK, k_BMNK, v_BMNK = sharding.constrain_batch((q_BLNK, k_BMNK, v_BMNK))
     platform = sharding.platform()
-    if platform == "tpu":
-        return _attention_by_splash(q_BLNK, k_BMNK, v_BMNK, num_keys_B)
     # cuDNN's backward pass takes even lengths only.
     even = q_BLNK.shape[1] % 2 == k_BMNK.shape[1] % 2 == 0
-    if platform == "gpu" and q_BLNK.dtype in (jnp.bfloat16, jnp.float16) and even:
-        return jax.nn.dot_product_attention(
-            q_BLNK, k_BMNK, v_BMNK, key_value_seq_lengths=num_keys_B, implementation="cudnn"
-        )
-    out_BLNK = jax.lax.platform_dependent(
+    if platform == "tpu":
+        kernel = _attention_by_splash
+    elif platform == "gpu" and q_BLNK.dtype in (jnp.bfloat16, jnp.float16) and even:
+        kernel = _attention_by_cudnn
+    else:
+        kernel = _attention_by_products
+    # Each device for its scenes and heads: a compiler cannot split a kernel, and splits products along the width, too.
+    return sharding.split_batch_and_heads(kernel, (q_BLNK, k_BMNK, v_BMNK), num_keys_B)
+
+
+def _attention_by_cudnn(q_BLNK, k_BMNK, v_BMNK, num_keys_B):
+    return jax.nn.dot_product_attention(
+        q_BLNK, k_BMNK, v_BMNK, key_value_seq_lengths=num_keys_B, implementation="cudnn"
+    )
+
+
+def _attention_by_products(q_BLNK, k_BMNK, v_BMNK, num_keys_B):
+    return jax.lax.platform_dependent(
         q_BLNK, k_BMNK, v_BMNK, num_keys_B, cpu=_attention_by_head, default=_attention_by_xla
     )
-    return sharding.constrain_batch(out_BLNK)
 
 
 def _attention_by_splash(q_BLNK, k_BMNK, v_BMNK, num_keys_B, interpret=False):
-    """The fused kernel that JAX brings for TPUs, on each device for its scenes and heads: it never writes the scores.
+    """The fused kernel that JAX brings for TPUs: it never writes the scores. Lengths are padded to whole blocks.
 
-    Lengths are padded to whole blocks. `interpret`: on any platform, slowly.
+    `interpret`: on any platform, slowly.
     """
     B, L, N, K = q_BLNK.shape
     M = k_BMNK.shape[1]
     (size_L, pad_L), (size_M, pad_M) = _blocks(L), _blocks(M)
-    if pad_M and num_keys_B is None:
-        num_keys_B = jnp.full(B, M)
+    kernel = splash_attention.make_splash_mha_single_device(
+        splash_attention.MultiHeadMask([splash_attention.FullMask((L + pad_L, M + pad_M))] * N),
+        block_sizes=splash_attention.BlockSizes(
+            block_q=size_L, block_kv=size_M, block_q_dkv=size_L, block_kv_dkv=size_M, block_q_dq=size_L, block_kv_dq=size_M
+        ),
+        interpret=interpret,
+    )  # fmt: skip
 
     def heads_first(x_BLNK, padding):
         return jnp.pad(x_BLNK.swapaxes(1, 2), ((0, 0), (0, 0), (0, padding), (0, 0)))
 
-    def local(q_BNLK, k_BNMK, v_BNMK, num_keys_B):
-        mask = splash_attention.FullMask((L + pad_L, M + pad_M))
-        kernel = splash_attention.make_splash_mha_single_device(
-            splash_attention.MultiHeadMask([mask] * q_BNLK.shape[1]),
-            block_sizes=splash_attention.BlockSizes(
-                block_q=size_L, block_kv=size_M, block_q_dkv=size_L, block_kv_dkv=size_M, block_q_dq=size_L, block_kv_dq=size_M
-            ),
-            interpret=interpret,
-        )  # fmt: skip
-        if num_keys_B is None:
-            return jax.vmap(kernel)(q_BNLK, k_BNMK, v_BNMK)
-        counts_BM = jnp.arange(M + pad_M)[None] < num_keys_B[:, None]
+    segments = None
+    if pad_M or num_keys_B is not None:
+        counts_BM = jnp.arange(M + pad_M)[None] < (M if num_keys_B is None else num_keys_B[:, None])
         segments = splash_attention.SegmentIds(
-            jnp.ones((len(counts_BM), L + pad_L), jnp.int32), counts_BM.astype(jnp.int32)
+            q=jnp.ones((B, L + pad_L), jnp.int32),
+            kv=jnp.broadcast_to(counts_BM, (B, M + pad_M)).astype(jnp.int32),
         )
-        return jax.vmap(kernel)(q_BNLK, k_BNMK, v_BNMK, segments)
-
-    q_BNLK = heads_first(q_BLNK * K**-0.5, pad_L)
-    k_BNMK, v_BNMK = heads_first(k_BMNK, pad_M), heads_first(v_BMNK, pad_M)
-    out_BNLK = sharding.split_batch_and_heads(local, (q_BNLK, k_BNMK, v_BNMK), num_keys_B)
+    out_BNLK = jax.vmap(kernel)(
+        heads_first(q_BLNK * K**-0.5, pad_L), heads_first(k_BMNK, pad_M), heads_first(v_BMNK, pad_M), segments
+    )  # fmt: skip
     return out_BNLK[:, :, :L].swapaxes(1, 2)
 
 

@@ -12,6 +12,17 @@ from lrm_jax import flops, sharding
 from lrm_jax.models import layers
 
 
+def in_parts(kernel):
+    """As `attention` calls it."""
+
+    def attention(q, k, v, num_keys_B):
+        return sharding.split_batch_and_heads(
+            partial(kernel, interpret=True), (q, k, v), num_keys_B
+        )
+
+    return attention
+
+
 def random(seed, *shape):
     return jax.random.normal(jax.random.key(seed), shape)
 
@@ -56,7 +67,7 @@ def test_the_kernel_for_tpus_equals_jax_s_where_it_pads_and_where_keys_are_paddi
         return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=num_keys)
 
     for num_keys in (None, jnp.array([1, 130, 139, 140])):
-        kernel = partial(layers._attention_by_splash, interpret=True)
+        kernel = in_parts(layers._attention_by_splash)
         with jax.set_mesh(device_mesh):
             found = jax.jit(partial(outputs, kernel))(num_keys)
         wanted = outputs(by_jax, num_keys)
@@ -74,7 +85,7 @@ def test_operations_of_a_kernel_are_counted_as_often_as_it_runs(sizes):
     """Two products of L x M x K for each head of each sequence, on whatever devices."""
     B, L, M, N, K = 4, 256, 1024, 2, 8
     q, k, v = random(0, B, L, N, K), random(1, B, M, N, K), random(2, B, M, N, K)
-    attention = partial(layers._attention_by_splash, num_keys_B=None, interpret=True)
+    attention = partial(in_parts(layers._attention_by_splash), num_keys_B=None)
     if sizes is None:
         assert flops.count(attention, q, k, v) == 4 * B * N * L * M * K
         return
