@@ -75,6 +75,17 @@ def test_the_kernel_for_tpus_equals_jax_s_where_it_pads_and_where_keys_are_paddi
             np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-4)
 
 
+def test_the_kernel_is_that_of_the_devices_of_the_mesh_and_runs_on_each_ones_part():
+    """A pod's program is traced on a machine without one (tools/aot.py)."""
+    chip = jax.sharding.AbstractDevice(device_kind="TPU v4", num_cores=1, platform="tpu")
+    pod = jax.sharding.AbstractMesh((4, 2, 2), sharding.AXES, abstract_device=chip)
+    x = jax.ShapeDtypeStruct((16, 256, 4, 64), jnp.bfloat16)
+    with jax.sharding.use_abstract_mesh(pod):
+        jaxpr = str(jax.make_jaxpr(layers.attention)(x, x, x))
+    assert "pallas_call" in jaxpr and "bf16[2,256,2,64]" in jaxpr
+    assert "pallas_call" not in str(jax.make_jaxpr(layers.attention)(x, x, x))
+
+
 def test_attention_survives_large_scores():
     q, k, v = 1e3 * random(0, 1, 4, 1, 8), 1e3 * random(1, 1, 6, 1, 8), random(2, 1, 6, 1, 8)
     assert np.isfinite(layers.attention(q, k, v)).all()
