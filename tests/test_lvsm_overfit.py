@@ -76,4 +76,4 @@ def test_one_object_is_learnt_to_30_db_on_views_that_were_not_shown():
     print(
         f"held-out views: {psnr:.1f} dB; the mean picture: {mean_picture:.1f} dB", file=sys.stderr
     )
-    assert mean_picture < 20 and psnr > 30
+    assert mean_picture < 21 and psnr > 30
