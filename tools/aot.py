@@ -10,8 +10,6 @@ Printed: memory of a chip; its collectives with their payload and the bytes that
 those in the step as it was traced; and the shortest time that its arithmetic, its memory and its links each allow, of which
 the longest is a bound on the step. Counts are read from the compiled program, loops included (tools/hlo.py); what a Pallas
 kernel (attention) computes is as traced, and its inputs are taken to be read once. Nothing is measured. Exit code 1: it does not fit.
-
-A config that leaves `model.ray_chunk` open gets a CPU's here, which is small: give it.
 """
 
 import argparse

@@ -67,7 +67,10 @@ def main() -> int:
         help=f"of {', '.join(STAGES)}; LVSM: of {', '.join(VIEW_STAGES)}; default: all",
     )
     parser.add_argument(
-        "--repeats", type=int, default=3, help="runs after the first; the best of all counts (default: 3)"
+        "--repeats",
+        type=int,
+        default=3,
+        help="runs after the first; the best of all counts (default: 3)",
     )
     parser.add_argument(
         "--dtype", default="float32", choices=["float32", "bfloat16"], help="of the computation"
@@ -245,6 +248,7 @@ def matmul_rate(dtype: str) -> float:
 def best_time(function, arguments, repeats: int) -> float:
     """The shortest of a first run and `repeats` more, seconds; compiled before."""
     function = function.lower(*arguments).compile()
+    jax.block_until_ready(arguments)
     times = []
     for _ in range(1 + repeats):
         start = time.perf_counter()

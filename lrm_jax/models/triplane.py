@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from lrm_jax import sharding
 from lrm_jax.models import torch_layout
 from lrm_jax.models.layers import torch_linear_init
 from lrm_jax.ops import grids
@@ -161,7 +162,7 @@ def render_in_chunks(
       key: None makes every chunk deterministic.
     """
     # The activations of 128 rays fit a CPU's cache; an accelerator needs enough of them to be busy.
-    chunk = chunk or (128 if jax.default_backend() == "cpu" else 4096)
+    chunk = chunk or (128 if sharding.platform() == "cpu" else 4096)
     shape = rays.origins.shape[:-1]
     flat = jax.tree.map(lambda x: x.reshape(-1, 3), rays)
     num_rays = flat.origins.shape[0]
