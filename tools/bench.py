@@ -7,14 +7,14 @@ The second is tools/bench_train.py. The first, for each family: encoding one pic
 the same forward and backward, and a 256^3 surface. Weights are random, which costs what trained ones cost; the surface is of a
 smooth blob that goes through the model's own decoder at the same cost, as random weights have no surface. For LVSM: encoding
 1, 2, 4, 8 and 16 pictures of the variant's size (encode-4), drawing one frame from them (frame-4; on an accelerator the share
-of one of 8 drawn together), and forward and backward of 6 target views from 2 (gradient). Beside each time: the
+of one of 8 drawn together), and forward and backward of 6 target views (on a CPU 1) from 2 (gradient). Beside each time: the
 floating-point operations of its matrix products (counted by lrm_jax/flops.py, rematerialised ones included), their rate as a
 fraction of the plain matrix-product rate measured in the same run, and the peak memory of the process.
 
 Children run with GLIBC_TUNABLES=glibc.malloc.hugetlb=1 unless you set that variable: large arrays then come in huge pages, without
 which page faults take up to a fifth of the time on a CPU.
 
-Times are the best of a few runs after one that compiles: machines are shared and noisy, so compare ratios within one run.
+Times are the best of a few runs, compiled before: machines are shared and noisy, so compare ratios within one run.
 """
 
 import argparse
@@ -181,7 +181,8 @@ def measure_views(name: str, stages: list[str], repeats: int, dtype: str):
         kind, _, count = stage.partition("-")
         reset_peak()
         if kind == "gradient":
-            function, *arguments = gradient, params, views(2), rays(6)
+            num_targets = 1 if num_frames == 1 else 6  # six take a CPU ten minutes
+            function, *arguments = gradient, params, views(2), rays(num_targets)
         elif kind == "encode":
             function, *arguments = encode, params, views(int(count))
         else:
