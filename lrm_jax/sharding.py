@@ -230,7 +230,7 @@ def constrain_batch(tree: Any) -> Any:
     device_mesh = jax.sharding.get_abstract_mesh()
     if device_mesh.empty:
         return tree
-    shards = device_mesh.shape["data"] * device_mesh.shape["fsdp"]
+    shards = num_batch_shards(device_mesh)
 
     def one(x):
         if x.shape[0] % shards:
