@@ -22,7 +22,7 @@ def base() -> ConfigDict:
         target_size=512,
         source_elevation=(5.0, 35.0),  # degrees: sources are drawn from the views within
         foreground_ratio=0.85,  # sources are cropped to the object, which fills this share of the side; None: they are not
-        normalize="azimuth",  # the world is turned so that the first source is at azimuth 0 (TripoSR); "source": LRM, OpenLRM
+        normalize="azimuth",  # the world is turned so that the first source is at azimuth 0 (TripoSR); "source": LRM, OpenLRM; "picture": nano
     )
     config.losses = dict(mse=1.0, mask=0.05)  # losses.terms: weights by name
     config.networks = dict(lpips="", perceptual="")  # files of the losses' frozen networks
@@ -34,6 +34,9 @@ def base() -> ConfigDict:
         weight_decay=0.05,
         clip_norm=1.0,
         skip_norm=config_dict.placeholder(float),  # longer gradients are skipped
+        muon=config_dict.placeholder(
+            str
+        ),  # regex of the matrices that Muon updates instead of AdamW
         freeze=config_dict.placeholder(str),  # regex of parameters that stay as they are
         groups=(),  # ((regex, factor of the learning rate), ...)
     )
@@ -45,6 +48,7 @@ def base() -> ConfigDict:
         patch=128,  # side of the window of each target view
         render_size=(),  # (low, high): side of the whole view that windows are cut from; (): target_size
         foreground_crops=False,
+        recolor=False,  # every other object, its colour channels change places and brightness
         backgrounds=(),  # greys behind the targets; (): any colour
         accumulate=1,  # parts that a batch is processed in, one after the other
         ema_decay=0.999,

@@ -22,7 +22,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -38,7 +38,7 @@ from lrm_jax.evaluation_scores import (
     picture_protocol,
     summarize,
 )
-from lrm_jax.ops import images, surface
+from lrm_jax.ops import cameras, surface
 from lrm_jax.reconstruct import versions
 from lrm_jax.step import on_background
 from lrm_jax.types import Batch, Cameras, InputError, Views
@@ -57,6 +57,14 @@ class PosedViews:
     foreground_ratio: float | None
     normalize: str | None
     source_background: float
+
+
+class World(NamedTuple):
+    """The world of a model that takes single pictures."""
+
+    normalize: str | None  # and the next: of `samples.Recipe`
+    assumed_camera: tuple[float, float] | None
+    scale: str  # "data" or "picture": --scale
 
 
 def main(argv: list[str]) -> int:
@@ -104,15 +112,15 @@ def evaluate_objects(model, params, network, info: dict, folders: list[Path], ar
     if posed is None and args.sources not in (None, 1):
         raise InputError(f"--sources {args.sources}: {info['family']} takes one picture")
     args.sources = args.sources or (1 if posed is None else posed.num_source)
-    args.scale = args.scale or ("data" if info["training"] else "picture")
+    world = posed or model_world(model, info["training"], args.scale)
     programs = compiled(model, params, network, args.size)
     with stages("average", " the mean object"):
         others, baseline_from = baseline_objects(args, folders)
         read = (item for _, item in read_ahead(others, args) if isinstance(item, HeldOut))
         mean = mean_object.average(read, args.size)
     with stages("evaluate", f" {len(folders)} objects of {args.data}"):
-        results, skipped = evaluate(model, programs, mean, folders, posed, args)
-    return results, skipped, protocol(args, model, posed, baseline_from)
+        results, skipped = evaluate(model, programs, mean, folders, world, args)
+    return results, skipped, protocol(args, model, world, baseline_from)
 
 
 def baseline_objects(args: argparse.Namespace, folders: list[Path]) -> tuple[list[Path], str]:
@@ -184,8 +192,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--scale",
         choices=("data", "picture"),
         help="data: objects have the size in the model's world that they have in the data's, as where it was trained by `lrm train`; "
-        "picture: the size that they seem to have from the source camera that the model assumes (default: data for "
-        "models with a record of training, picture for the references' checkpoints)",
+        "picture: the size that they seem to have from the source camera that the model assumes (default: data for models that "
+        "were trained so, picture for the references' checkpoints and for models trained with data.normalize=picture)",
     )
     args = parser.parse_args(argv)
     report.check_ranges(
@@ -195,28 +203,30 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def protocol(
-    args: argparse.Namespace, model, posed: PosedViews | None, baseline_from: str
+    args: argparse.Namespace, model, world: World | PosedViews, baseline_from: str
 ) -> dict[str, str | dict]:
     """What was measured of objects, in words."""
     low, high = held_out.SOURCE_ELEVATION
-    world = {
+    axes = {
         "source": "that of the source camera (0, -d, 0), looking along +y",
         "azimuth": "the data's, turned about its vertical so that the source camera is at azimuth 0",
+        "picture": "that in which the picture looks as if taken by the camera that the model assumes, at the true elevation",
         None: "the data's",
-    }[normalization(model, posed)]
-    given = (
-        f"the first view with an elevation of {low:g} to {high:g} degrees, prepared as `lrm reconstruct` does"
-        if posed is None
-        else f"{args.sources} views with an elevation of {low:g} to {high:g} degrees, with their true cameras, as in training"
-    )
+    }[world.normalize]
+    if isinstance(world, PosedViews):
+        given = f"{args.sources} views with an elevation of {low:g} to {high:g} degrees, with their true cameras, as in training"
+        scale = "data"
+    else:
+        given = f"the first view with an elevation of {low:g} to {high:g} degrees, prepared as `lrm reconstruct` does"
+        scale = world.scale
     scale = {
         "data": "as in the data",
         "picture": "by the size in the source picture: that which the model's assumed source camera would see",
-    }
+    }[scale]
     return {
         "source": given,
         "targets": f"{args.views} other views, evenly spread over their order, {args.size} x {args.size} pixels, on white",
-        "world": f"the model's is {world}; scale: {scale[args.scale]}",
+        "world": f"the model's is {axes}; scale: {scale}",
         **picture_protocol(args.lpips is not None),
         "iou": "of the foregrounds (alpha above 0.5) of a view; a family without alpha has none",
         "surface": f"where the field is {getattr(model, 'surface_level', None)}, on {args.resolution}^3 lattice points"
@@ -231,8 +241,25 @@ def protocol(
 # -- the worlds of the data and of the model
 
 
+def model_world(model, training: dict, scale: str | None) -> World:
+    """The world of a model that takes single pictures, by its record of training; {}: a reference's.
+
+    Raises:
+      InputError: its scale is not the one asked for.
+    """
+    trained = convert.training_data(training)
+    if trained.get("normalize") == "picture":
+        if scale == "data":
+            raise InputError(
+                "--scale data: this model was trained where the picture gives the scale (data.normalize=picture): leave it out"
+            )
+        return World("picture", tuple(trained["assumed_camera"]), "picture")
+    normalize = "source" if models.name_of(model) in SEEN_BY_SOURCE else "azimuth"
+    return World(normalize, None, scale or ("data" if training else "picture"))
+
+
 def world_of(
-    model, source: np.ndarray, camera: Cameras, assumed: Cameras, scale: str
+    model, source: np.ndarray, camera: Cameras, assumed: Cameras, world: World
 ) -> np.ndarray:
     """The similarity [4 4] that takes points of the data's world to where the model has them, given the source view.
 
@@ -240,32 +267,23 @@ def world_of(
       source: uint8 [H H 4], the whole source picture.
       camera: the true one of the source picture.
       assumed: the one that `model.prepare` takes the picture that it has made of it to be seen by.
-      scale: "data": none. "picture": what the true camera sees of the data's world, the assumed one sees as large of the model's.
     """
-    motion = samples.world_motion(np.asarray(camera.c2w), normalization(model, None))
-    motion = motion.astype(np.float64)
-    if scale == "data":
-        return motion
+    c2w, fxfycxcy = np.asarray(camera.c2w), np.asarray(camera.fxfycxcy)
     ratio = getattr(model, "foreground_ratio", None)
-    side = len(source) if ratio is None else len(images.recenter_foreground(source, ratio))
-    focal = camera.fxfycxcy[1] * len(source) / side
-    size = focal / np.linalg.norm(camera.c2w[:3, 3])
+    _, box = samples.source_crop(source, len(source), ratio, "source")
+    cropped = samples.crop_intrinsics(fxfycxcy[None], box[None])[0]
+    motion = samples.world_motion(c2w, cropped, world.normalize, world.assumed_camera)
+    motion = motion.astype(np.float64)
+    if world.normalize == "picture" or world.scale == "data":
+        return motion
+    size = cropped[1] / np.linalg.norm(c2w[:3, 3])
     assumed_size = assumed.fxfycxcy[1] / np.linalg.norm(assumed.c2w[:3, 3])
     return np.diag([*(size / assumed_size).repeat(3), 1]) @ motion
 
 
-def normalization(model, posed: PosedViews | None) -> str | None:
-    """How the data's world becomes the model's: `samples.Recipe.normalize`."""
-    if posed is not None:
-        return posed.normalize
-    return "source" if models.name_of(model) in SEEN_BY_SOURCE else "azimuth"
-
-
 def moved(world: np.ndarray, c2w: np.ndarray) -> np.ndarray:
-    """Poses [*B 4 4] in the world that a similarity [4 4] leads to."""
-    poses = world @ c2w
-    poses[..., :3, :3] /= np.cbrt(np.linalg.det(world[:3, :3]))
-    return poses.astype(np.float32)
+    """Poses [*B 4 4] in the world that a similarity [4 4] leads to, float32."""
+    return cameras.moved(world, c2w.astype(np.float64)).astype(np.float32)
 
 
 # -- object by object
@@ -282,14 +300,19 @@ class Given:
 
 
 def evaluate(
-    model, programs: Programs, mean, folders: list[Path], posed, args: argparse.Namespace
+    model,
+    programs: Programs,
+    mean,
+    folders: list[Path],
+    world: World | PosedViews,
+    args: argparse.Namespace,
 ) -> tuple[dict[str, Result], dict[str, str]]:
     """Results by uid; and the causes by uid of what is absent: of the whole object, or of its surface metrics."""
     results, skipped, jobs = {}, {}, {}
     shapes = mean_object.shapes(mean, surface_metrics.NUM_POINTS, np.random.default_rng(0))
     # The device is fed from this thread; surfaces are aligned beside it.
     with ThreadPoolExecutor() as pool:
-        items = given(model, folders, skipped, posed, args)
+        items = given(model, folders, skipped, world, args)
         while group := list(itertools.islice(items, BATCH)):
             scene, found = predict(programs, mean, group)
             for i, (x, result) in enumerate(zip(group, found, strict=True)):
@@ -348,28 +371,30 @@ def read_ahead(
 
 
 def given(
-    model, folders: list[Path], skipped: dict[str, str], posed, args: argparse.Namespace
+    model, folders: list[Path], skipped: dict[str, str], world, args: argparse.Namespace
 ) -> Iterator[Given]:
     """The objects that can be evaluated; notes the others."""
     for folder, item in read_ahead(folders, args):
         if isinstance(item, HeldOut) and item.sources[..., 3].any((1, 2)).all():
-            yield prepare(model, item, args.scale) if posed is None else pose(item, posed)
+            yield (
+                pose(item, world) if isinstance(world, PosedViews) else prepare(model, item, world)
+            )
         elif isinstance(item, HeldOut):
             skipped[folder.name] = "a source view is transparent everywhere"
         else:
             skipped[folder.name] = str(item)
 
 
-def prepare(model, item: HeldOut, scale: str) -> Given:
+def prepare(model, item: HeldOut, world: World) -> Given:
     """The source picture as the model takes it, and the cameras in its world."""
     view = jax.tree.map(np.asarray, model.prepare([item.source]))
     assumed = jax.tree.map(lambda x: x[0, 0], view.cameras)
-    world = world_of(model, item.source, item.source_camera, assumed, scale)
-    if scale == "data" and models.name_of(model) in SEEN_BY_SOURCE:
+    motion = world_of(model, item.source, item.source_camera, assumed, world)
+    if world.scale == "data" and world.normalize == "source":
         true = jax.tree.map(lambda x: x[None, None], item.source_camera)
-        view = view.replace(cameras=true.replace(c2w=moved(world, true.c2w)))
-    targets = item.target_cameras.replace(c2w=moved(world, item.target_cameras.c2w))
-    return Given(item, view, targets, world)
+        view = view.replace(cameras=true.replace(c2w=moved(motion, true.c2w)))
+    targets = item.target_cameras.replace(c2w=moved(motion, item.target_cameras.c2w))
+    return Given(item, view, targets, motion)
 
 
 def posed_views(info: dict) -> PosedViews:
@@ -392,11 +417,10 @@ def pose(item: HeldOut, posed: PosedViews) -> Given:
     """The source pictures and the cameras as training has them."""
     crops = [samples.source_crop(rgba, posed.source_size, posed.foreground_ratio, item.uid) for rgba in item.sources]  # fmt: skip
     pictures, boxes = (np.stack(x) for x in zip(*crops, strict=True))
-    world = samples.world_motion(item.source_camera.c2w, posed.normalize).astype(np.float64)
-    given = Cameras(
-        c2w=moved(world, item.source_cameras.c2w),
-        fxfycxcy=samples.crop_intrinsics(item.source_cameras.fxfycxcy, boxes),
-    )
+    fxfycxcy = samples.crop_intrinsics(item.source_cameras.fxfycxcy, boxes)
+    world = samples.world_motion(item.source_camera.c2w, fxfycxcy[0], posed.normalize)
+    world = world.astype(np.float64)
+    given = Cameras(c2w=moved(world, item.source_cameras.c2w), fxfycxcy=fxfycxcy)
     targets = item.target_cameras.replace(c2w=moved(world, item.target_cameras.c2w))
     views = Views(rgb=pictures[..., :3], alpha=pictures[..., 3], cameras=given)
     views = jax.tree.map(

@@ -1,4 +1,4 @@
-"""The optimiser: AdamW with decay where the references decay, warm-up and cosine, clipping, and a guard against bad updates.
+"""The optimiser: AdamW, or Muon for matrices, with decay where the references decay, warm-up and cosine, clipping, and a guard against bad updates.
 
 Parameters are named by their path ("backbone/blocks/fc1/kernel") and chosen by `re.search` on it. Layers stacked by `nn.scan`
 are one parameter: they freeze, and learn, together.
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from lrm_jax.types import InputError
 
@@ -38,6 +39,7 @@ def make_optimizer(
     weight_decay: float,
     clip_norm: float,
     skip_norm: float | None = None,
+    muon: str | None = None,
     freeze: str | None = None,
     groups: Mapping[str, float] | Iterable[tuple[str, float]] = (),
 ) -> optax.GradientTransformation:
@@ -50,6 +52,8 @@ def make_optimizer(
       clip_norm: the gradient is shortened to this global norm.
       skip_norm: an update whose gradient is longer than this before clipping is skipped (LVSM: 5.0); None: no limit. One that is
         not finite is always skipped.
+      muon: pattern of the matrices, and stacks of them, whose direction is Muon's (https://arxiv.org/abs/2502.16982, with its
+        factor that makes an update as long as AdamW's): for the transformer's hidden layers. None: all are AdamW's.
       freeze: pattern of the parameters that stay as they are. They have no moments and no part in the gradient's norm, so that
         the compiler drops their gradients too.
       groups: (pattern, factor of the learning rate), the first that matches a parameter; the rest have factor 1. Weight decay is
@@ -63,7 +67,7 @@ def make_optimizer(
     check_numbers(**{f"groups[{pattern!r}]": factor for pattern, factor in groups})
     adamw = optax.chain(
         optax.clip_by_global_norm(clip_norm),
-        optax.scale_by_adam(b1, b2, eps),
+        scale_by_adam_or_muon(b1, b2, eps, muon),
         optax.add_decayed_weights(weight_decay, mask=decay_mask),
         scale_by_group(groups),
     )
@@ -76,7 +80,7 @@ def make_optimizer(
         )
 
     def init(params):
-        check_patterns(params, freeze, groups)
+        check_patterns(params, freeze, groups, muon)
         return optimizer.init(params)
 
     return optax.GradientTransformation(init, optimizer.update)
@@ -89,6 +93,26 @@ def decay_mask(params: Any) -> Any:
         return leaf.ndim > 1 and not re.search(NO_DECAY, name_of(path))
 
     return jax.tree_util.tree_map_with_path(one, params)
+
+
+def scale_by_adam_or_muon(
+    b1: float, b2: float, eps: float, muon: str | None
+) -> optax.GradientTransformation:
+    """Adam's direction; Muon's for the parameters that the pattern matches."""
+    adam = optax.scale_by_adam(b1, b2, eps)
+    if muon is None:
+        return adam
+
+    def matrices(tree):
+        return jax.tree.map(lambda x: MuonDimensionNumbers(x.ndim - 2, x.ndim - 1), tree)
+
+    def as_long_as_adams(updates, _):
+        return jax.tree.map(lambda x: 0.2 * math.sqrt(max(x.shape[-2:])) * x, updates)
+
+    orthogonal = optax.chain(
+        scale_by_muon(weight_dimension_numbers=matrices), optax.stateless(as_long_as_adams)
+    )
+    return optax.partition({True: orthogonal, False: adam}, lambda params: matches(params, muon))
 
 
 # -- the guard
@@ -173,14 +197,18 @@ def scale_by_group(groups: tuple[tuple[str, float], ...]) -> optax.GradientTrans
 
 
 def check_patterns(
-    params: Any, freeze: str | None, groups: Iterable[tuple[str, float]] = ()
+    params: Any,
+    freeze: str | None,
+    groups: Iterable[tuple[str, float]] = (),
+    muon: str | None = None,
 ) -> None:
     """Looks the patterns up in a tree of parameters, or of their shapes.
 
     Raises:
-      InputError: a pattern is no regular expression or matches no parameter, or `freeze` matches all of them.
+      InputError: a pattern is no regular expression or matches no parameter, `freeze` matches all of them, or `muon` one that
+        is no matrix.
     """
-    patterns = [("freeze", freeze)] if freeze is not None else []
+    patterns = [(key, x) for key, x in (("freeze", freeze), ("muon", muon)) if x is not None]
     patterns += [("groups", pattern) for pattern, _ in groups]
     for key, pattern in patterns:
         try:
@@ -193,13 +221,28 @@ def check_patterns(
             raise InputError(
                 f"optim.{key}: {pattern!r} matches no parameter: their names are like {examples(params)}"
             )
+        if key == "muon" and (
+            wrong := [
+                name
+                for name, x in named(params)
+                if re.search(pattern, name) and (x.ndim < 2 or re.search(NO_DECAY, name))
+            ]
+        ):
+            raise InputError(
+                f"optim.muon: {pattern!r} matches {wrong[0]}, which is no matrix: end it with /kernel$"
+            )
         if key == "freeze" and all(found):
             raise InputError(f"optim.freeze: {pattern!r} matches all parameters: nothing is left")
 
 
+def named(params: Any) -> list[tuple[str, Any]]:
+    """(name, leaf) of all parameters."""
+    return [(name_of(path), x) for path, x in jax.tree_util.tree_leaves_with_path(params)]
+
+
 def examples(params: Any, count: int = 3) -> str:
     """Names of `count` parameters, spread over the tree."""
-    names = [name_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    names = [name for name, _ in named(params)]
     return ", ".join(names[:: -(-len(names) // count)])
 
 

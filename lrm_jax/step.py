@@ -25,6 +25,7 @@ def train_step(
     patch: int,
     render_size: tuple[int, int],
     foreground_crops: bool,
+    recolor: bool,
     backgrounds: tuple[float, ...],
     accumulate: int,
     ema_decay: float,
@@ -37,6 +38,7 @@ def train_step(
       networks: parameters of the frozen networks of the losses, see `losses.terms`.
       source_background: grey that the source views are composited on.
       patch, render_size, foreground_crops: see `random_crops`.
+      recolor: every other scene on average, the colours of all pictures change: see `recolored`.
       backgrounds: greys of which each target view gets one (OpenLRM: 0, 0.5, 1); empty: any colour.
       accumulate: equal parts that the batch is processed in, one after the other; the gradient is their mean.
       ema_decay: of the running mean of the parameters, reached after 10 / (1 - ema_decay) steps.
@@ -48,6 +50,8 @@ def train_step(
 
     def total_loss(params, part: Batch, key):
         crop_key, background_key, render_key = jax.random.split(key, 3)
+        if recolor:
+            part = recolored(jax.random.fold_in(key, 3), part)
         source = on_background(part.source, source_background)
         target, cameras = random_crops(crop_key, part.target, patch, render_size, foreground_crops)
         rays = ops_cameras.pixel_rays(cameras, patch, patch)
@@ -185,6 +189,24 @@ def _around_foreground(key, alpha_BVHW, place_BV2, patch, free_BV1):
     around_BV2 = jnp.clip(centre_BV2 / jnp.maximum(free_BV1, 1), 0.0, 1.0)
     anywhere = jax.random.bernoulli(which_key, 0.1, place_BV2.shape[:-1])[..., None]
     return jnp.where(anywhere, place_BV2, around_BV2)
+
+
+def recolored(key: jax.Array, batch: Batch) -> Batch:
+    """In every other scene on average, the colour channels change places and are darkened by factors of 0.6 to 1 each."""
+    which_key, order_key, factor_key = jax.random.split(key, 3)
+    count = batch.source.rgb.shape[0]
+    order_B3 = jax.random.permutation(
+        order_key, jnp.tile(jnp.arange(3), (count, 1)), axis=1, independent=True
+    )
+    factor_B3 = jax.random.uniform(factor_key, (count, 3), minval=0.6, maxval=1.0)
+    change_B33 = jax.nn.one_hot(order_B3, 3) * factor_B3[:, None]
+    keep = jax.random.bernoulli(which_key, 0.5, (count, 1, 1))
+    change_B33 = jnp.where(keep, jnp.eye(3), change_B33)
+
+    def views(x: Views) -> Views:
+        return x.replace(rgb=jnp.einsum("bvhwc,bcd->bvhwd", as_float(x.rgb), change_B33))
+
+    return batch.replace(source=views(batch.source), target=views(batch.target))
 
 
 def random_backgrounds(key: jax.Array, shape: tuple[int, int], greys: tuple[float, ...]):

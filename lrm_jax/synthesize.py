@@ -280,7 +280,11 @@ def world_of(scene: Scene, training: dict) -> tuple[np.ndarray, float, str]:
     normalize = convert.training_data(training).get("normalize", "source_views")
     if normalize not in ("all_views", "source_views"):
         words = f"the poses' own, turned as in training (data.normalize={normalize})"
-        return samples.world_motion(scene.c2w[0], normalize).astype(float), 1.0, words
+        return (
+            samples.world_motion(scene.c2w[0], scene.fxfycxcy[0], normalize).astype(float),
+            1.0,
+            words,
+        )
     if len(scene.c2w) < 2:
         raise InputError(
             f"{scene.names[0]} is the only source view: give two or more, whose distance is the unit of length"

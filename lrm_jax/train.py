@@ -39,6 +39,7 @@ from PIL import Image
 
 from lrm_jax import checkpoints, convert, flops, losses, metric_writer, optim, sharding
 from lrm_jax.data import Source, pipeline
+from lrm_jax.data.samples import check_normalize
 from lrm_jax.models import build
 from lrm_jax.report import depth_pictures, write_file
 from lrm_jax.step import eval_step, init_state, on_background, train_step
@@ -49,6 +50,7 @@ SOURCES = ("objects", "records", "mvimgnet", "scenes", "procedural")  # modules 
 # Fields of `config.data` that every source takes, the procedural one too.
 SHARED = (
     "seed", "num_source", "num_target", "source_size", "target_size", "source_elevation", "foreground_ratio", "normalize",
+    "assumed_camera",
 )  # fmt: skip
 
 
@@ -111,6 +113,7 @@ def make_run(config: ConfigDict, device_mesh: Mesh) -> Run:
     """Everything of a run that is jitted. Nothing is allocated or compiled before it is called."""
     train = config.train
     model = build_model(**config.model)
+    check_assumed_camera(config, model)
     schedule = optim.make_schedule(steps=train.steps, **config.schedule)
     optimizer = optim.make_optimizer(schedule, **config.optim)
     render_size = tuple(train.render_size) or (config.data.target_size,) * 2
@@ -156,6 +159,7 @@ def make_run(config: ConfigDict, device_mesh: Mesh) -> Run:
         patch=train.patch,
         render_size=render_size,
         foreground_crops=train.foreground_crops,
+        recolor=train.recolor,
         backgrounds=tuple(train.backgrounds),
         accumulate=train.accumulate,
         ema_decay=train.ema_decay,
@@ -269,6 +273,28 @@ def initial_params(run: Run, init_from: str):
             f"{given.get(name, 'absent')} there, {wanted.get(name, 'absent')} here: set config.model to that model"
         )
     return params
+
+
+def check_assumed_camera(config: ConfigDict, model: nn.Module) -> None:
+    """Raises InputError where pictures give the world (data.normalize="picture") and the model assumes another camera than the data."""
+    if config.data.get("normalize") != "picture":
+        return
+    check_normalize(config.data.normalize, config.data.assumed_camera)
+    if not hasattr(model, "prepare"):
+        raise InputError(
+            f"data.normalize=picture: {config.model.name} is given true cameras: choose another"
+        )
+    distance, fov = config.data.assumed_camera
+    blank = np.full((model.image_size, model.image_size, 4), 255, np.uint8)
+    assumed = jax.tree.map(np.asarray, model.prepare([blank]).cameras)
+    (x, y, z), focal = assumed.c2w[0, 0, :3, 3], assumed.fxfycxcy[0, 0, 1]
+    named = distance, 0.5 / np.tan(np.radians(fov) / 2)
+    at_azimuth_0 = abs(y) < 1e-4 < x
+    if not (at_azimuth_0 and np.allclose((np.hypot(x, z), focal), named, atol=1e-3)):
+        raise InputError(
+            f"data.assumed_camera={(distance, fov)}: is not the camera that {config.model.name}:{config.model.variant} "
+            "assumes, at azimuth 0: make them equal (distance, field of view)"
+        )
 
 
 def check_batch_size(config: ConfigDict, device_mesh: Mesh) -> None:

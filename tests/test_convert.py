@@ -407,8 +407,10 @@ def test_config_of_another_model_is_refused():
 
 def test_trunc_exp_is_exp_forward():
     state, config = tiny_state()
+    expected, _ = convert.from_reference(state, config)
     config["renderer"]["density_activation"] = "trunc_exp"
-    convert.from_reference(state, config)
+    model, _ = convert.from_reference(state, config)
+    assert model == expected
 
 
 def test_picture_size_that_no_config_tells_is_said(caplog):

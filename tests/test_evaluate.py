@@ -22,7 +22,7 @@ from lrm_jax import (
     models,
     surface_metrics,
 )
-from lrm_jax.data import held_out
+from lrm_jax.data import held_out, samples
 from lrm_jax.ops import cameras
 from lrm_jax.types import Cameras, InputError, Rays, Rendering, Views
 
@@ -178,7 +178,9 @@ def test_the_size_in_the_picture_decides_the_scale():
     ball[np.hypot(rows, columns) < 80] = 255
     model = models.build("triposr", "tiny")
     assumed = jax.tree.map(lambda x: np.asarray(x[0, 0]), model.prepare([ball]).cameras)
-    world = evaluate.world_of(model, ball, camera(*SOURCE), assumed, "picture")
+    frame = evaluate.model_world(model, {}, None)
+    assert frame.scale == "picture"
+    world = evaluate.world_of(model, ball, camera(*SOURCE), assumed, frame)
     scale = np.cbrt(np.linalg.det(world[:3, :3]))
     # What fills 160 of 200 pixels at a distance of 2.8 fills 85 % of the assumed camera's picture, at 1.9.
     true = 160 / 200 * DISTANCE / camera(*SOURCE).fxfycxcy[0]
@@ -190,10 +192,34 @@ def test_the_size_in_the_picture_decides_the_scale():
     np.testing.assert_allclose(np.linalg.norm(poses[0, :3, 3]), scale * DISTANCE, rtol=1e-5)
 
 
+def test_a_model_of_pictures_worlds_is_evaluated_in_them(tmp_path):
+    write_object(tmp_path / "a")
+    item = held_out.read(tmp_path / "a", 3, SIZE)
+    model = models.build("triposr", "tiny")
+    data = {"normalize": "picture", "assumed_camera": [1.9, 40.0]}
+    world = evaluate.model_world(model, {"config": {"data": data}}, None)
+    given = evaluate.prepare(model, item, world)
+    # The crop shows what is near the origin as the assumed camera does.
+    box = np.array(samples.source_crop(item.source, 32, 0.85, "a")[1])
+    cropped = samples.crop_intrinsics(item.source_camera.fxfycxcy[None], box[None])
+    pose = evaluate.moved(given.world, item.source_camera.c2w[None])
+    seen = Cameras(c2w=jnp.asarray(pose), fxfycxcy=jnp.asarray(cropped))
+    x, _, z = pose[0, :3, 3]
+    points = 0.02 * jnp.array([[[0, 0, 0], [0, 1, 0], np.array([-z, 0, x]) / np.hypot(x, z)]])
+    assumed = cameras.orbit(1, 1.9, float(np.degrees(np.arctan2(z, x))), 40.0)
+    np.testing.assert_allclose(assumed.fxfycxcy, given.source.cameras.fxfycxcy[0])
+    np.testing.assert_allclose(
+        cameras.project(seen, points)[0], cameras.project(assumed, points)[0], atol=1e-3
+    )
+    with pytest.raises(InputError, match="--scale data: this model was trained where the picture"):
+        evaluate.model_world(model, {"config": {"data": data}}, "data")
+
+
 def test_lrm_is_given_the_normalised_true_camera(tmp_path):
     write_object(tmp_path / "a")
     item = held_out.read(tmp_path / "a", 3, SIZE)
-    given = evaluate.prepare(models.build("lrm", "tiny"), item, "data")
+    model = models.build("lrm", "tiny")
+    given = evaluate.prepare(model, item, evaluate.model_world(model, {"steps": 1}, None))
     both = jax.tree.map(
         lambda one, more: jnp.asarray(np.concatenate([one[None], more])),
         item.source_camera,

@@ -156,6 +156,49 @@ def test_frozen_parameters_stay_have_no_moments_and_do_not_count_in_the_norm():
     )  # float32
 
 
+def test_muon_makes_matrices_orthogonal_and_leaves_the_rest_to_adamw():
+    rng = np.random.default_rng(0)
+    params = {
+        "blocks": {"kernel": jnp.asarray(rng.normal(size=(2, 8, 5)), jnp.float32), "bias": jnp.ones((2, 5))},
+        "head": {"kernel": jnp.asarray(rng.normal(size=(5, 3)), jnp.float32)},
+    }  # fmt: skip
+    grads = jax.tree.map(lambda x: jnp.asarray(0.1 * rng.normal(size=x.shape), jnp.float32), params)
+    settings = SETTINGS | dict(weight_decay=0.0, clip_norm=100.0)
+    schedule = optax.constant_schedule(0.1)
+    plain, _ = trained(optim.make_optimizer(schedule, **settings), params, [grads])
+    muon = optim.make_optimizer(schedule, **settings, muon="blocks/kernel$")
+    got, state = trained(muon, params, [grads])
+    np.testing.assert_array_equal(got["head"]["kernel"], plain["head"]["kernel"])
+    np.testing.assert_array_equal(got["blocks"]["bias"], plain["blocks"]["bias"])
+    for layer in range(2):
+        change = np.asarray(params["blocks"]["kernel"][layer] - got["blocks"]["kernel"][layer])
+        u, s, vt = np.linalg.svd(change)
+        # Five Newton-Schulz iterations bring singular values to about 1: 0.7 to 1.2.
+        assert (np.abs(s / (0.1 * 0.2 * np.sqrt(8)) - 0.95) < 0.3).all()
+        # The singular vectors are the gradient's, so that its product with the change is symmetric and positive.
+        product = change.T @ np.asarray(grads["blocks"]["kernel"][layer])
+        np.testing.assert_allclose(product, product.T, atol=1e-3 * np.abs(product).max())
+        assert np.linalg.eigvalsh(product).min() > 0
+    assert int(optim.num_skipped(state)) == 0
+
+
+def test_moments_of_muon_are_sharded_as_their_parameters():
+    device_mesh = sharding.make_device_mesh(1, 4, 2)
+    params = abstract_params("tiny")
+    optimizer = optim.make_optimizer(
+        optax.constant_schedule(0.1), **SETTINGS, muon="blocks/.*/kernel$"
+    )
+    shardings = sharding.infer(jax.eval_shape(optimizer.init, params), device_mesh)
+    wanted = flatten_dict(sharding.infer(params, device_mesh), sep="/")
+    found = set()
+    for path, value in jax.tree_util.tree_leaves_with_path(shardings):
+        name = optim.name_of(path)
+        if (at := name.find("mu/")) >= 0 and (name := name[at + 3 :]) in wanted:
+            assert value == wanted[name], name
+            found.add(name)
+    assert found == set(wanted)
+
+
 def test_moments_of_a_partly_frozen_model_are_sharded_as_their_parameters():
     device_mesh = sharding.make_device_mesh(1, 4, 2)
     params = abstract_params("tiny")
@@ -177,6 +220,7 @@ def test_moments_of_a_partly_frozen_model_are_sharded_as_their_parameters():
         (dict(freeze="enkoder"), r"^optim.freeze: 'enkoder' matches no parameter: .*decoder/bias"),
         (dict(freeze="coder"), "^optim.freeze: 'coder' matches all parameters"),
         (dict(freeze="(en"), r"^optim.freeze: '\(en' is no regular expression"),
+        (dict(muon="bias"), "^optim.muon: 'bias' matches decoder/bias, which is no matrix"),
         (
             dict(groups=[("encoder", 0.1), ("x", 0.1)]),
             "^optim.groups: 'x' matches no parameter",

@@ -18,6 +18,7 @@ STEP = dict(
     patch=8,
     render_size=(16, 16),
     foreground_crops=False,
+    recolor=False,
     backgrounds=(),
     accumulate=1,
     ema_decay=0.99,
@@ -184,3 +185,24 @@ def test_bytes_and_floats_are_the_same_pictures():
     assert a.alpha is None and b.alpha is None
     np.testing.assert_array_equal(a.rgb[0, 0, 0, 0], 0.5)  # the corner has no ball
     np.testing.assert_allclose(a.rgb, b.rgb, atol=0.5 / 255 + 1e-6)  # rounding to 8 bits
+
+
+def test_all_pictures_of_a_scene_change_colour_alike_and_every_other_scene_stays():
+    scenes = batch(0, 64, 2, 8, 8)
+    changed = jax.jit(step.recolored)(jax.random.key(0), scenes)
+    kept = 0
+    for i in range(64):
+        before, after = (
+            np.concatenate([np.asarray(step.as_float(v.rgb))[i].reshape(-1, 3) for v in (x.source, x.target)])
+            for x in (scenes, changed)
+        )  # fmt: skip
+        change, *_ = np.linalg.lstsq(before, after)
+        np.testing.assert_allclose(before @ change, after, atol=1e-5)
+        if np.abs(before - after).max() < 1e-6:
+            kept += 1
+        else:
+            assert ((np.abs(change) > 1e-4).sum(0) == 1).all()  # channels change places
+            assert 0.6 - 1e-4 < change.max(0).min() and change.max() < 1 + 1e-4
+    assert 20 < kept < 44
+    for x, y in ((scenes.source, changed.source), (scenes.target, changed.target)):
+        np.testing.assert_array_equal(x.alpha, y.alpha)

@@ -17,6 +17,7 @@ TINY = [
     "--config.data.name=balls",
     "--config.data.prefetch=0",  # so that the calls of `balls.sample` are in the order of the batches
 ]
+NANO = ["--config.model.variant=nano", "--config.data.assumed_camera=(3.0,40.0)"]
 TIMES = ("samples_per_second", "mfu", "data_wait")
 
 
@@ -75,7 +76,7 @@ def test_terminated_and_resumed_equals_uninterrupted_to_the_bit(
     assert convert.main([str(tmp_path / "straight"), str(exported)]) == 0
     assert equal_to_the_bit(convert.load_model(exported)[1], models[0])
     with pytest.raises(InputError, match="another model"):
-        train.main([*TINY, "--workdir", str(tmp_path / "straight"), "--config.model.variant=nano"])
+        train.main([*TINY, "--workdir", str(tmp_path / "straight"), *NANO])
 
 
 @pytest.mark.parametrize(
@@ -101,6 +102,12 @@ def test_terminated_and_resumed_equals_uninterrupted_to_the_bit(
         (["--config.losses.lpips=1.0"], "config.networks.lpips=FILE"),
         (["--config.train.render_size=(4,16)"], "train.patch=8 <= low <= high"),
         (["--config.train.accumulate=3"], "does not divide by 24"),
+        (
+            ["--config.data.assumed_camera=(3.0,40.0)"],
+            "is not the camera that triposr:tiny assumes",
+        ),
+        (["--config.data.assumed_camera=(3.0,)"], "takes .distance, field of view."),
+        (["--config.optim.muon=bias"], "^optim.muon: 'bias' matches .*bias.*, which is no matrix"),
         (["--config.schedule.warmup_steps=9"], "warmup_steps=9 must be less than train.steps=4"),
     ],
 )
@@ -157,4 +164,4 @@ def test_a_run_starts_from_given_weights(balls_source, tmp_path):
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
     with pytest.raises(InputError, match="parameters are not those of config.model, the first"):
-        train.main([*again, "--workdir", str(tmp_path / "third"), "--config.model.variant=nano"])
+        train.main([*again, "--workdir", str(tmp_path / "third"), *NANO])

@@ -92,7 +92,7 @@ class _Cached:
                 store.target_rgb[views], store.target_alpha[views], store.fxfycxcy[views]
             ),
             store.c2w[views],
-            self.recipe.normalize,
+            self.recipe,
             mirrored,
         )
 

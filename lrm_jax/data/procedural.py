@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lrm_jax.data import Source, assembly, blueprints
+from lrm_jax.data.samples import check_normalize
 from lrm_jax.ops import cameras as cameras_lib
 from lrm_jax.ops import raytrace
 from lrm_jax.types import Batch, Cameras, InputError, Views
@@ -36,6 +37,7 @@ def make(
     source_elevation: tuple[float, float] = (5.0, 35.0),
     foreground_ratio: float | None = 0.85,
     normalize: str | None = "azimuth",
+    assumed_camera: tuple[float, float] | None = None,
     num_primitives: int = 16,
     num_holes: int = 4,
     distance: tuple[float, float] = (3.0, 3.0),
@@ -61,8 +63,7 @@ def make(
         raise InputError(
             f"data.num_source={num_source}, data.num_target={num_target}: at least 1 and 0"
         )
-    if normalize not in ("azimuth", "source", None):
-        raise InputError(f"data.normalize={normalize!r}: must be azimuth, source or None")
+    check_normalize(normalize, assumed_camera)
     if foreground_ratio is not None and not 0 < foreground_ratio <= 1:
         raise InputError(f"data.foreground_ratio={foreground_ratio}: must be in (0, 1], or None")
 
@@ -80,10 +81,9 @@ def make(
             given = _crop(given, scene.outline, foreground_ratio)
         source = _views(scene, given, source_size)
         target = _views(scene, cameras, target_size)
-        return Batch(
-            source=source.replace(cameras=_moved(given, cameras, normalize)),
-            target=target.replace(cameras=_moved(cameras, cameras, normalize)),
-        )
+        poses = _moved_poses(cameras, given, normalize, assumed_camera)
+        given, cameras = given.replace(c2w=poses[:num_source]), cameras.replace(c2w=poses)
+        return Batch(source=source.replace(cameras=given), target=target.replace(cameras=cameras))
 
     count = NUM_VALIDATION if split == "val" else 2**32
     samples = grain.MapDataset.range(count).map(_element)
@@ -188,18 +188,21 @@ def _crop(cameras: Cameras, outline: jax.Array, ratio: float) -> Cameras:
     return cameras_lib.crop_cameras(cameras, corner[:, ::-1], jnp.tile(side, (1, 2)))
 
 
-def _moved(cameras: Cameras, target: Cameras, normalize: str | None) -> Cameras:
-    """Cameras [V] in the world in which the first target camera stands where `samples.Recipe.normalize` says."""
+def _moved_poses(cameras: Cameras, given: Cameras, normalize: str | None, assumed_camera):
+    """The poses [V 4 4] in the world that `samples.world_motion` leads to; the first cameras are the sources, uncropped."""
     if normalize is None:
-        return cameras
+        return cameras.c2w
     if normalize == "source":
-        # The first of the cameras is the first source in both lists, and the pose of a crop is that of the whole.
-        return cameras_lib.normalize_to_source(cameras)
-    x, y = target.c2w[0, 0, 3], target.c2w[0, 1, 3]
-    azimuth = jnp.arctan2(y, x)
-    cos, sin = jnp.cos(azimuth), jnp.sin(azimuth)
-    turn = jnp.eye(4).at[:2, :2].set(jnp.array([[cos, sin], [-sin, cos]]))
-    return cameras.replace(c2w=jnp.einsum("ij,vjk->vik", turn, cameras.c2w, precision="highest"))
+        return cameras_lib.normalize_to_source(cameras).c2w
+    c2w = given.c2w[0]
+    with jax.default_matmul_precision("highest"):
+        if normalize == "picture":
+            motion = cameras_lib.picture_motion(c2w, given.fxfycxcy[0], *assumed_camera)
+        else:
+            azimuth = jnp.arctan2(c2w[1, 3], c2w[0, 3])
+            cos, sin = jnp.cos(azimuth), jnp.sin(azimuth)
+            motion = jnp.eye(4).at[:2, :2].set(jnp.array([[cos, sin], [-sin, cos]]))
+        return cameras_lib.moved(motion, cameras.c2w)
 
 
 # -- pictures

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
+from lrm_jax.ops import cameras
 from lrm_jax.ops.images import recenter_foreground
 from lrm_jax.types import Batch, Cameras, InputError, Views
 
@@ -25,8 +26,11 @@ class Recipe:
       their cameras are those of the crops; None keeps the whole pictures.
     normalize: "azimuth": the world is turned about z so that the first source's camera is at azimuth 0, above or below
       the +x axis, with the elevation and distance that it had (TripoSR). "source": all poses are multiplied from the left so that it
-      stands at (0, -d, 0), with the distance d that it had, and looks along +y with z up (LRM, OpenLRM). None: the
-      world is as it was.
+      stands at (0, -d, 0), with the distance d that it had, and looks along +y with z up (LRM, OpenLRM). "picture": turned
+      about z, moved and scaled until the first source looks as if taken by `assumed_camera` (`ops.cameras.picture_motion`). None:
+      the world is as it was.
+    assumed_camera: (distance, vertical field of view in degrees) of the camera that the model takes a picture to be taken by; of
+      "picture" alone.
     mirror: every other sample on average is mirrored in the vertical plane through the first source's camera.
     """
 
@@ -37,6 +41,7 @@ class Recipe:
     source_elevation: tuple[float, float] | None = (5.0, 35.0)
     foreground_ratio: float | None = 0.85
     normalize: str | None = "azimuth"
+    assumed_camera: tuple[float, float] | None = None
     mirror: bool = False
 
 
@@ -47,14 +52,24 @@ def make_recipe(split: str, **fields) -> Recipe:
       InputError: no such way to normalise.
     """
     recipe = Recipe(**fields)
-    if recipe.normalize not in ("azimuth", "source", None):
-        raise InputError(f"normalize {recipe.normalize!r}: must be azimuth, source or None")
-    band = recipe.source_elevation
+    check_normalize(recipe.normalize, recipe.assumed_camera)
+    band, camera = recipe.source_elevation, recipe.assumed_camera
     return dataclasses.replace(
         recipe,
         mirror=recipe.mirror and split == "train",
         source_elevation=None if band is None else tuple(band),
+        assumed_camera=None if camera is None else tuple(camera),
     )
+
+
+def check_normalize(normalize: str | None, assumed_camera) -> None:
+    """Raises InputError where these are no fields of a Recipe."""
+    if normalize not in ("azimuth", "source", "picture", None):
+        raise InputError(f"normalize {normalize!r}: must be azimuth, source, picture or None")
+    if normalize == "picture" and (assumed_camera is None or len(assumed_camera) != 2):
+        raise InputError(
+            f"assumed_camera {assumed_camera}: normalize 'picture' takes (distance, field of view)"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,10 +123,11 @@ def draw(
 
 
 def assemble(
-    source: Pictures, target: Pictures, c2w: np.ndarray, normalize: str | None, mirrored: bool
+    source: Pictures, target: Pictures, c2w: np.ndarray, recipe: Recipe, mirrored: bool
 ) -> Batch:
     """The sample with these pictures, without the B axis. c2w [V 4 4]: of the target views, the sources among them first."""
-    c2w = world_motion(c2w[0], normalize) @ c2w
+    motion = world_motion(c2w[0], source.fxfycxcy[0], recipe.normalize, recipe.assumed_camera)
+    c2w = cameras.moved(motion, c2w)
     if mirrored:
         c2w = _mirror(c2w)
     num_source = len(source.rgb)
@@ -155,7 +171,7 @@ def sample(
         Pictures(crops[..., :3], crops[..., 3], cropped),
         Pictures(shrunk[..., :3], shrunk[..., 3], fxfycxcy),
         c2w[targets].astype(np.float32),
-        recipe.normalize,
+        recipe,
         mirrored,
     )
 
@@ -192,21 +208,35 @@ def crop_intrinsics(fxfycxcy: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     return np.concatenate([focal / extent, (centre - corner) / extent], axis=1).astype(np.float32)
 
 
-def world_motion(source: np.ndarray, normalize: str | None) -> np.ndarray:
-    """[4 4] float32, to be multiplied from the left to all poses of a scene whose first source is at [4 4]: see `Recipe`.
+def world_motion(
+    c2w: np.ndarray,
+    fxfycxcy: np.ndarray,
+    normalize: str | None,
+    assumed_camera: tuple[float, float] | None = None,
+) -> np.ndarray:
+    """The similarity [4 4], float32, into whose world a scene is moved, given the camera of its first source: see `Recipe`.
 
     "source" is `ops.cameras.normalize_to_source`.
+
+    Raises:
+      InputError: "picture", of a camera that looks away from the origin.
     """
     if normalize is None:
         return np.eye(4, dtype=np.float32)
-    x, y, z = source[:3, 3].astype(float)
+    if normalize == "picture":
+        true = c2w.astype(float), fxfycxcy.astype(float)
+        motion = cameras.picture_motion(*true, *assumed_camera)
+        if not np.linalg.det(motion[:3, :3]) > 0:
+            raise InputError("the first source's camera looks away from the origin")
+        return motion.astype(np.float32)
+    x, y, z = c2w[:3, 3].astype(float)
     motion = np.eye(4)
     if normalize == "azimuth":
         azimuth = np.arctan2(y, x)
         motion[0, :2] = np.cos(azimuth), np.sin(azimuth)
         motion[1, :2] = -np.sin(azimuth), np.cos(azimuth)
         return motion.astype(np.float32)
-    motion[:3, :3] = np.array([[1, 0, 0], [0, 0, 1], [0, -1, 0]]) @ source[:3, :3].T.astype(float)
+    motion[:3, :3] = np.array([[1, 0, 0], [0, 0, 1], [0, -1, 0]]) @ c2w[:3, :3].T.astype(float)
     motion[:3, 3] = -motion[:3, :3] @ (x, y, z)
     motion[1, 3] -= np.sqrt(x * x + y * y + z * z)
     return motion.astype(np.float32)

@@ -31,7 +31,7 @@ VARIANTS = {
         image_size=128,
         encoder=dict(patch=16, width=192, depth=3, num_heads=3, grid=8, resize="dino", norm_epsilon=1e-6),
         width=192, depth=4, num_heads=3, plane_tokens=8, upsample=4, plane_channels=24, decoder_width=32, decoder_layers=4,
-        radius=1.0, num_samples=32, surface_level=5.0, source_distance=3.0, source_fov=40.0,
+        radius=1.1, num_samples=32, surface_level=5.0, source_distance=3.0, source_fov=40.0,
         source_elevation=20.0, remat=False,
     ),
     "tiny": dict(

@@ -177,6 +177,47 @@ def normalize_to_source(cameras: Cameras, distance: float | None = None) -> Came
     return cameras.replace(c2w=motion[..., None, :, :] @ cameras.c2w)
 
 
+def picture_motion(
+    c2w: Float[Array | np.ndarray, "4 4"],
+    fxfycxcy: Float[Array | np.ndarray, "4"],
+    distance: float,
+    fov_y_deg: float,
+) -> Float[Array | np.ndarray, "4 4"]:
+    """The similarity after which a picture looks as if taken from azimuth 0, from `distance`, with the field of view `fov_y_deg`.
+
+    The world is turned about z; the point on the ray through the picture's centre that is nearest to the origin becomes the
+    origin; and what is there has the size in the picture that it would have for that camera. So nothing is left that a model
+    that is given the picture alone could not know, but the elevation, which stays as it is, that up remains up. The camera
+    itself comes to lie at another distance where its field of view is another. NumPy arrays give a NumPy array.
+
+    Args:
+      c2w, fxfycxcy: the true camera of the picture; that of a crop where it is one.
+    """
+    xp = c2w.__array_namespace__()
+    eye, focal, centre = c2w[:3, 3], fxfycxcy[:2], fxfycxcy[2:]
+    forward = c2w[:3, :3] @ xp.concat([(0.5 - centre) / focal, xp.ones(1)])
+    forward = forward / xp.linalg.vector_norm(forward)
+    depth = -(eye @ forward)
+    azimuth = xp.atan2(-forward[1], -forward[0])
+    cos, sin, zero, one = xp.cos(azimuth), xp.sin(azimuth), xp.zeros(()), xp.ones(())
+    turn = xp.stack([cos, sin, zero, -sin, cos, zero, zero, zero, one]).reshape(3, 3)
+    scale = focal[1] / depth * distance * 2 * np.tan(np.radians(fov_y_deg) / 2)
+    offset = -scale * turn @ (eye + depth * forward)
+    top = xp.concat([scale * turn, offset[:, None]], axis=1)
+    return xp.concat([top, xp.asarray([[0.0, 0.0, 0.0, 1.0]])], axis=0)
+
+
+def moved(
+    motion: Float[Array | np.ndarray, "4 4"], c2w: Float[Array | np.ndarray, "*B 4 4"]
+) -> Float[Array | np.ndarray, "*B 4 4"]:
+    """Poses in the world that a similarity leads to; of NumPy arrays, as `picture_motion`."""
+    xp = c2w.__array_namespace__()
+    scale = xp.linalg.vector_norm(motion[:3, 0])
+    poses = xp.matmul(motion, c2w)
+    rotation, rest = poses[..., :3, :3] / scale, poses[..., :3, 3:]
+    return xp.concat([xp.concat([rotation, rest], axis=-1), poses[..., 3:, :]], axis=-2)
+
+
 def _unit(vector: Float[Array, "*B 3"]) -> Float[Array, "*B 3"]:
     return vector / jnp.linalg.norm(vector, axis=-1, keepdims=True)
 

@@ -89,6 +89,36 @@ def mirror_worlds(points: np.ndarray, normalize: str | None) -> np.ndarray:
     )
 
 
+@pytest.mark.parametrize("cache", [True, False])
+def test_pictures_give_a_world_that_is_similar_to_that_of_the_poses(root, cache):
+    assumed = (3.0, 40.0)
+    there = stack(make(root, normalize="picture", assumed_camera=assumed, cache=cache), 6)
+    here = stack(make(root, normalize=None), 6)
+    np.testing.assert_array_equal(there.source.rgb, here.source.rgb)
+    for i in range(6):
+        motion = cameras_lib.picture_motion(
+            here.source.cameras.c2w[i, 0].astype(float),
+            here.source.cameras.fxfycxcy[i, 0].astype(float),
+            *assumed,
+        )
+        wanted = cameras_lib.moved(motion, here.target.cameras.c2w[i].astype(float))
+        np.testing.assert_allclose(there.target.cameras.c2w[i], wanted, atol=1e-5)
+
+
+def test_a_camera_that_looks_away_has_no_picture_of_the_world():
+    away = np.asarray(
+        cameras_lib.look_at(jax.numpy.array([3.0, 0, 0]), jax.numpy.array([6.0, 0, 1]))
+    )
+    with pytest.raises(InputError, match="looks away from the origin"):
+        samples.world_motion(away, np.array([1.0, 1, 0.5, 0.5]), "picture", (3.0, 40.0))
+
+
+@pytest.mark.parametrize("assumed_camera", [None, (3.0, 20.0, 40.0)])
+def test_pictures_give_no_world_without_a_camera(root, assumed_camera):
+    with pytest.raises(InputError, match="takes .distance, field of view."):
+        make(root, normalize="picture", assumed_camera=assumed_camera)
+
+
 @pytest.mark.parametrize("normalize", ["azimuth", "source", None])
 @pytest.mark.parametrize("mirror", [False, True])
 @pytest.mark.parametrize("ratio, cache", [(None, True), (0.7, True), (0.7, False)])

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lrm_jax.data import assembly, blueprints, pipeline, procedural
+from lrm_jax.data import assembly, blueprints, pipeline, procedural, samples
 from lrm_jax.ops import cameras as cameras_lib
 from lrm_jax.ops import raytrace
 from lrm_jax.types import InputError
@@ -144,7 +144,8 @@ def test_the_first_source_is_at_azimuth_0(batch):
 def test_normalizing_moves_the_world_and_nothing_else():
     args = 1, 3, (5.0, 35.0), (-30.0, 75.0), (3.0, 3.0), 40.0
     cameras = procedural._draw_cameras(jax.random.key(1), *args)
-    moved = {n: procedural._moved(cameras, cameras, n).c2w for n in ("azimuth", "source", None)}
+    names = "azimuth", "source", None
+    moved = {n: procedural._moved_poses(cameras, cameras, n, None) for n in names}
     moved = {n: np.asarray(c2w, float) for n, c2w in moved.items()}
     np.testing.assert_array_equal(moved[None], cameras.c2w)
     relative = {n: np.linalg.inv(c2w[:1]) @ c2w for n, c2w in moved.items()}
@@ -156,13 +157,24 @@ def test_normalizing_moves_the_world_and_nothing_else():
     np.testing.assert_allclose(turn[2], [0, 0, 1, 0], atol=1e-6)
 
 
+def test_pictures_give_the_world_that_they_give_objects_of_files():
+    assumed = (3.0, 40.0)
+    made = make(normalize="picture", assumed_camera=assumed), make(normalize=None)
+    there, here = (jax.tree.map(np.asarray, jax.jit(x.finish)(indices(1, 5))) for x in made)
+    for i in range(2):
+        one = here.source.cameras
+        motion = samples.world_motion(one.c2w[i, 0], one.fxfycxcy[i, 0], "picture", assumed)
+        wanted = cameras_lib.moved(motion, here.target.cameras.c2w[i])
+        np.testing.assert_allclose(there.target.cameras.c2w[i], wanted, atol=1e-4)  # float32
+
+
 def test_views_of_a_scene_are_those_of_the_batch(batch):
     cameras = jax.tree.map(lambda a: a[4], batch.target.cameras)
     original = procedural._draw_cameras(
         procedural._keys(3, "train", 4)[1], 1, 2, (5.0, 35.0), (-30.0, 75.0), (3.0, 3.0), 40.0
     )
-    turned = procedural._moved(original, original, "azimuth")
-    np.testing.assert_allclose(turned.c2w, cameras.c2w, atol=1e-5)
+    turned = procedural._moved_poses(original, original, "azimuth", None)
+    np.testing.assert_allclose(turned, cameras.c2w, atol=1e-5)
     views = procedural.scene_views(4, original, 24, split="train", seed=3)
     difference = np.abs(np.asarray(views.rgb, int) - batch.target.rgb[4])
     # Another compilation may round a ray at an edge to the other side.

@@ -144,6 +144,57 @@ def test_normalization_to_a_given_distance_keeps_relative_poses():
     np.testing.assert_allclose(relative, expected, atol=2e-6)
 
 
+def a_crop(azimuth, distance):
+    """The camera [4 4], [4] of a crop beside the middle, float64."""
+    one = cam.orbit(1, distance, 33.0, 30.0, azimuth)
+    one = cam.crop_cameras(one, jnp.array([[0.1, 0.3]]), jnp.array([[0.6, 0.6]]))
+    return np.asarray(one.c2w[0], np.float64), np.asarray(one.fxfycxcy[0], np.float64)
+
+
+@pytest.mark.parametrize("elevation", [-30.0, 0.0, 50.0])
+def test_a_picture_of_the_assumed_camera_leaves_the_world_as_it_is(elevation):
+    one = cam.orbit(1, 3.0, elevation, 40.0)
+    motion = cam.picture_motion(one.c2w[0], one.fxfycxcy[0], 3.0, 40.0)
+    np.testing.assert_allclose(motion, np.eye(4), atol=1e-6)
+
+
+@pytest.mark.parametrize(("azimuth", "distance"), [(0.0, 2.0), (130.0, 5.0), (-60.0, 1.7)])
+def test_after_the_motion_a_crop_looks_as_if_taken_by_the_assumed_camera(azimuth, distance):
+    c2w, fxfycxcy = a_crop(azimuth, distance)
+    motion = cam.picture_motion(c2w, fxfycxcy, 3.0, 40.0)
+    up = motion[:3, :3] @ [0, 0, 1]
+    np.testing.assert_allclose(up, [0, 0, np.linalg.norm(up)], atol=1e-9)
+    (pose,) = poses = cam.moved(motion, c2w[None])
+    np.testing.assert_allclose(pose[:3, :3].T @ pose[:3, :3], np.eye(3), atol=1e-6)  # float32 poses
+    np.testing.assert_allclose(pose[1, 3], 0, atol=1e-6)  # at azimuth 0
+    assert pose[0, 3] > 0
+    there = Cameras(c2w=jnp.asarray(poses), fxfycxcy=jnp.asarray(fxfycxcy[None]))
+    # Near the origin and at right angles to the view, where perspective, which differs, has no part.
+    x, _, z = pose[:3, 3]
+    across = 0.01 * np.array([[0, 0, 0], [0, 1, 0], [-z, 0, x] / np.hypot(x, z)])
+    ours, _ = cam.project(there, jnp.asarray(across)[None])
+    wanted, _ = cam.project(
+        cam.orbit(1, 3.0, float(np.degrees(np.arctan2(z, x))), 40.0), jnp.asarray(across)[None]
+    )
+    np.testing.assert_allclose(
+        ours, wanted, atol=3e-4
+    )  # the crop's plane is turned by a few degrees
+    np.testing.assert_allclose(ours[0, 0], 0.5, atol=1e-6)
+
+
+def test_poses_are_moved_with_their_points():
+    c2w, fxfycxcy = a_crop(40.0, 2.5)
+    motion = cam.picture_motion(c2w, fxfycxcy, 1.9, 40.0)
+    cameras = random_cameras(3)
+    xyz = np.random.default_rng(0).normal(size=(3, 5, 3)) * 0.3
+    there = xyz @ motion[:3, :3].T + motion[:3, 3]
+    poses = cam.moved(motion, np.asarray(cameras.c2w, np.float64))
+    uv, z = cam.project(cameras, jnp.asarray(xyz))
+    again, far = cam.project(cameras.replace(c2w=jnp.asarray(poses)), jnp.asarray(there))
+    np.testing.assert_allclose(again, uv, atol=1e-4)  # float32
+    np.testing.assert_allclose(far / z, np.linalg.norm(motion[0, :3]), rtol=1e-4)
+
+
 def test_everything_compiles():
     cameras = random_cameras(2)
     rays = jax.jit(cam.pixel_rays, static_argnums=(1, 2))(cameras, 3, 3)
