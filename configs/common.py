@@ -34,9 +34,7 @@ def base() -> ConfigDict:
         weight_decay=0.05,
         clip_norm=1.0,
         skip_norm=config_dict.placeholder(float),  # longer gradients are skipped
-        muon=config_dict.placeholder(
-            str
-        ),  # regex of the matrices that Muon updates instead of AdamW
+        muon=config_dict.placeholder(str),  # regex of matrices that Muon updates
         freeze=config_dict.placeholder(str),  # regex of parameters that stay as they are
         groups=(),  # ((regex, factor of the learning rate), ...)
     )
