@@ -64,6 +64,7 @@ def main(argv: list[str]) -> int:
     device_mesh = sharding.make_device_mesh(**config.sharding)
     check_batch_size(config, device_mesh)
     networks = losses.load_networks(config.losses, config.networks)
+    peak_rate = flops.peak_rate()  # before the loader's threads and the first program are at work
     data = open_data(*sharding.process_share(device_mesh), **config.data)
     run = make_run(config, device_mesh)
     # Before anything is left in the workdir.
@@ -84,7 +85,9 @@ def main(argv: list[str]) -> int:
         else:
             state = run.init(params)
         networks = jax.device_put(networks, NamedSharding(device_mesh, PartitionSpec()))
-        state = fit(state, networks, data, run, device_mesh, manager, workdir, config.train)
+        state = fit(
+            state, networks, data, run, device_mesh, manager, workdir, config.train, peak_rate
+        )
     if int(state.step) < config.train.steps:
         return INTERRUPTED
     params = sharding.to_host(state.ema_params)
@@ -319,8 +322,9 @@ def fit(
     manager,
     workdir: Path,
     train: ConfigDict,
+    peak_rate: float,
 ) -> TrainState:
-    """Trains to `train.steps`, or to SIGTERM; the state it returns is saved.
+    """Trains to `train.steps`, or to SIGTERM; the state it returns is saved. `peak_rate`: for MFU, see `flops.peak_rate`.
 
     Raises:
       InputError: no update since the last report could be made. Nothing of that state is saved.
@@ -328,7 +332,7 @@ def fit(
     first = int(state.step)
     writer = metric_writer.open_writer(workdir, first, train.tensorboard)
     pending = []  # scalars of the steps since the last report, still on the device
-    work, peak = None, flops.peak_rate()
+    work = None  # operations of a step
     clock, waited = time.perf_counter(), 0.0
     with terminated() as stop, contextlib.closing(writer):
         for step in range(first + 1, train.steps + 1):
@@ -356,7 +360,7 @@ def fit(
                     )
                 seconds = time.perf_counter() - clock
                 row["samples_per_second"] = len(pending) * batch.source.rgb.shape[0] / seconds
-                row["mfu"] = len(pending) * work / seconds / peak
+                row["mfu"] = len(pending) * work / seconds / peak_rate
                 row["data_wait"] = waited / seconds
                 row["bad_records"] = float(sum(data.train.bad.values()))
                 if evaluating:

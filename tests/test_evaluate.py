@@ -15,7 +15,7 @@ from PIL import Image
 from lrm_jax import (
     __main__,
     convert,
-    evaluate,
+    evaluate_objects,
     evaluation_page,
     lpips,
     mean_object,
@@ -154,7 +154,7 @@ def test_a_model_that_knows_the_answer_scores_as_such(lrm, monkeypatch, frame):
     write_object(Path("data/b"))
     world = {"azimuth": upright, "source": seen_by_source}[frame]()
     families = {"azimuth": (), "source": (Oracle.__module__,)}[frame]
-    monkeypatch.setattr(evaluate, "SEEN_BY_SOURCE", families)
+    monkeypatch.setattr(evaluate_objects, "SEEN_BY_SOURCE", families)
     code, stdout, _ = lrm("--data", "data", model=Oracle(tuple(map(tuple, world))))
     assert code == 0
     summary = read_summary()
@@ -178,16 +178,16 @@ def test_the_size_in_the_picture_decides_the_scale():
     ball[np.hypot(rows, columns) < 80] = 255
     model = models.build("triposr", "tiny")
     assumed = jax.tree.map(lambda x: np.asarray(x[0, 0]), model.prepare([ball]).cameras)
-    frame = evaluate.model_world(model, {}, None)
+    frame = evaluate_objects.model_world(model, {}, None)
     assert frame.scale == "picture"
-    world = evaluate.world_of(model, ball, camera(*SOURCE), assumed, frame)
+    world = evaluate_objects.world_of(model, ball, camera(*SOURCE), assumed, frame)
     scale = np.cbrt(np.linalg.det(world[:3, :3]))
     # What fills 160 of 200 pixels at a distance of 2.8 fills 85 % of the assumed camera's picture, at 1.9.
     true = 160 / 200 * DISTANCE / camera(*SOURCE).fxfycxcy[0]
     wanted = 0.85 * assumed.fxfycxcy[0] ** -1 * np.linalg.norm(assumed.c2w[:3, 3])
     assert scale * true == pytest.approx(wanted, rel=0.02)  # whole pixels
     np.testing.assert_allclose(world[:3, :3] / scale, upright()[:3, :3], atol=1e-6)
-    poses = evaluate.moved(world, camera(*SOURCE).c2w[None])
+    poses = evaluate_objects.moved(world, camera(*SOURCE).c2w[None])
     np.testing.assert_allclose(np.linalg.det(poses[:, :3, :3]), 1, atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(poses[0, :3, 3]), scale * DISTANCE, rtol=1e-5)
 
@@ -197,12 +197,12 @@ def test_a_model_of_pictures_worlds_is_evaluated_in_them(tmp_path):
     item = held_out.read(tmp_path / "a", 3, SIZE)
     model = models.build("triposr", "tiny")
     data = {"normalize": "picture", "assumed_camera": [1.9, 40.0]}
-    world = evaluate.model_world(model, {"config": {"data": data}}, None)
-    given = evaluate.prepare(model, item, world)
+    world = evaluate_objects.model_world(model, {"config": {"data": data}}, None)
+    given = evaluate_objects.give_picture(model, world, item)
     # The crop shows what is near the origin as the assumed camera does.
     box = np.array(samples.source_crop(item.source, 32, 0.85, "a")[1])
     cropped = samples.crop_intrinsics(item.source_camera.fxfycxcy[None], box[None])
-    pose = evaluate.moved(given.world, item.source_camera.c2w[None])
+    pose = evaluate_objects.moved(given.world, item.source_camera.c2w[None])
     seen = Cameras(c2w=jnp.asarray(pose), fxfycxcy=jnp.asarray(cropped))
     x, _, z = pose[0, :3, 3]
     points = 0.02 * jnp.array([[[0, 0, 0], [0, 1, 0], np.array([-z, 0, x]) / np.hypot(x, z)]])
@@ -212,14 +212,15 @@ def test_a_model_of_pictures_worlds_is_evaluated_in_them(tmp_path):
         cameras.project(seen, points)[0], cameras.project(assumed, points)[0], atol=1e-3
     )
     with pytest.raises(InputError, match="--scale data: this model was trained where the picture"):
-        evaluate.model_world(model, {"config": {"data": data}}, "data")
+        evaluate_objects.model_world(model, {"config": {"data": data}}, "data")
 
 
 def test_lrm_is_given_the_normalised_true_camera(tmp_path):
     write_object(tmp_path / "a")
     item = held_out.read(tmp_path / "a", 3, SIZE)
     model = models.build("lrm", "tiny")
-    given = evaluate.prepare(model, item, evaluate.model_world(model, {"steps": 1}, None))
+    world = evaluate_objects.model_world(model, {"steps": 1}, None)
+    given = evaluate_objects.give_picture(model, world, item)
     both = jax.tree.map(
         lambda one, more: jnp.asarray(np.concatenate([one[None], more])),
         item.source_camera,

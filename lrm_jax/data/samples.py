@@ -187,18 +187,29 @@ def source_crop(
     """A source picture [size size 4], and its (top, left, height, width) as fractions of the whole.
 
     Raises:
+      InputError: see `recentered`.
+    """
+    crop, box = recentered(rgba, foreground_ratio, name)
+    picture = Image.fromarray(crop).resize((size, size), Image.Resampling.BILINEAR)
+    return np.asarray(picture), box
+
+
+def recentered(
+    rgba: np.ndarray, foreground_ratio: float | None, name: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """A picture cropped or padded to a square around its foreground, and where that square is, as `source_crop` has it.
+
+    Raises:
       InputError: the picture, `name`, has no foreground to crop to.
     """
-    box = np.array([0, 0, *rgba.shape[:2]], float)
-    extent = np.tile(rgba.shape[:2], 2)
-    if foreground_ratio is not None:
-        if not rgba[..., 3].any():
-            raise InputError(f"{name} is transparent everywhere")
-        whole, rgba = rgba, recenter_foreground(rgba, foreground_ratio)
-        # The crop only moves pixels, so its corner is where the foreground went.
-        box = np.array([*(_first_foreground(whole) - _first_foreground(rgba)), *rgba.shape[:2]])
-    picture = Image.fromarray(rgba).resize((size, size), Image.Resampling.BILINEAR)
-    return np.asarray(picture), box / extent
+    if foreground_ratio is None:
+        return rgba, np.array([0.0, 0.0, 1.0, 1.0])
+    if not rgba[..., 3].any():
+        raise InputError(f"{name} is transparent everywhere")
+    crop = recenter_foreground(rgba, foreground_ratio)
+    # The crop only moves pixels, so its corner is where the foreground went.
+    box = np.array([*(_first_foreground(rgba) - _first_foreground(crop)), *crop.shape[:2]])
+    return crop, box / np.tile(rgba.shape[:2], 2)
 
 
 def crop_intrinsics(fxfycxcy: np.ndarray, boxes: np.ndarray) -> np.ndarray:

@@ -1,0 +1,364 @@
+"""The evaluation of objects that are known from all sides: their views, and their surfaces. The command is in `evaluate.py`."""
+
+import argparse
+import collections
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from lrm_jax import convert, evaluation_page, mean_object, models, report, surface_metrics
+from lrm_jax.data import held_out, samples
+from lrm_jax.data.held_out import HeldOut
+from lrm_jax.evaluation_scores import Programs, Result, compiled, on_white, picture_protocol
+from lrm_jax.ops import cameras, surface
+from lrm_jax.step import on_background
+from lrm_jax.types import Cameras, InputError, Views
+
+# Families whose world is that of the source camera; the others' is upright, with the source at azimuth 0.
+SEEN_BY_SOURCE = ("lrm",)
+BATCH = 4  # objects that go through the model together
+
+# The protocol's words for `samples.Recipe.normalize`, and for --scale.
+WORLDS = {
+    "source": "that of the source camera (0, -d, 0), looking along +y",
+    "azimuth": "the data's, turned about its vertical so that the source camera is at azimuth 0",
+    "picture": "that in which the picture looks as if taken by the camera that the model assumes, at the true elevation",
+    None: "the data's",
+}
+SCALES = {
+    "data": "as in the data",
+    "picture": "by the size in the source picture: that which the model's assumed source camera would see",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class PosedViews:
+    """How training gives views to a family that takes them with their cameras: fields of the config's `data`."""
+
+    num_source: int
+    source_size: int
+    foreground_ratio: float | None
+    normalize: str | None
+    source_background: float
+
+
+class World(NamedTuple):
+    """The world of a model that takes single pictures."""
+
+    normalize: str | None  # and the next: of `samples.Recipe`
+    assumed_camera: tuple[float, float] | None
+    scale: str  # "data" or "picture": --scale
+
+
+def evaluate(
+    model,
+    params,
+    network,
+    info: dict,
+    folders: list[Path],
+    args: argparse.Namespace,
+    stages: report.Stages,
+) -> tuple[dict[str, Result], dict[str, str], dict[str, str | dict]]:
+    """Results by uid, causes by uid of what is absent (the whole object, or its surface metrics), and the protocol.
+
+    Args:
+      network: LPIPS's, or None.
+      info: what `convert.load_weights` says of the model.
+      args: the command's; `sources` and `size` are None where they were not given.
+    """
+    args.size = args.size or 128
+    low, high = held_out.SOURCE_ELEVATION
+    band = f"with an elevation of {low:g} to {high:g} degrees"
+    if hasattr(model, "prepare"):
+        if args.sources not in (None, 1):
+            raise InputError(f"--sources {args.sources}: {info['family']} takes one picture")
+        args.sources = 1
+        world = model_world(model, info["training"], args.scale)
+        give = functools.partial(give_picture, model, world)
+        how = f"the first view {band}, prepared as `lrm reconstruct` does"
+        normalize, scale = world.normalize, world.scale
+    else:
+        posed = posed_views(info)
+        args.sources = args.sources or posed.num_source
+        give = functools.partial(give_posed, posed)
+        how = f"{args.sources} views {band}, with their true cameras, as in training"
+        normalize, scale = posed.normalize, "data"
+    programs = compiled(model, params, network, args.size)
+    with stages("average", " the mean object"):
+        others, baseline_from = baseline_objects(args, folders)
+        read = (item for _, item in read_ahead(others, args) if isinstance(item, HeldOut))
+        mean = mean_object.average(read, args.size)
+    with stages("evaluate", f" {len(folders)} objects of {args.data}"):
+        results, skipped = score(model, programs, mean, folders, give, args)
+    words = {
+        "source": how,
+        "targets": f"{args.views} other views, evenly spread over their order, {args.size} x {args.size} pixels, on white",
+        "world": f"the model's is {WORLDS[normalize]}; scale: {SCALES[scale]}",
+        **picture_protocol(args.lpips is not None),
+        "iou": "of the foregrounds (alpha above 0.5) of a view; a family without alpha has none",
+        "surface": f"where the field is {getattr(model, 'surface_level', None)}, on {args.resolution}^3 lattice points"
+        if hasattr(model, "query")
+        else "this family has none",
+        "surface metrics": surface_metrics.PROTOCOL,
+        "unaligned": "the same surface metrics in the data's own world and unit: nothing is normalised or aligned",
+        "baseline": f"the mean {baseline_from}; of two guesses at the pictures, and two at the surface, the better one",
+    }
+    return results, skipped, words
+
+
+def baseline_objects(args: argparse.Namespace, folders: list[Path]) -> tuple[list[Path], str]:
+    """The objects that the mean object is made of, and what to say about them."""
+    if args.baseline_data is None:
+        where = "of the other evaluated objects, which favours it: give --baseline-data"
+        return folders, where
+    others = held_out.find(args.baseline_data, "train")
+    return others, f"of the {len(others)} training objects of {args.baseline_data}"
+
+
+# -- the worlds of the data and of the model
+
+
+def model_world(model, training: dict, scale: str | None) -> World:
+    """The world of a model that takes single pictures, by its record of training; {}: a reference's.
+
+    Raises:
+      InputError: its scale is not the one asked for.
+    """
+    trained = convert.training_data(training)
+    if trained.get("normalize") == "picture":
+        if scale == "data":
+            raise InputError(
+                "--scale data: this model was trained where the picture gives the scale (data.normalize=picture): leave it out"
+            )
+        return World("picture", tuple(trained["assumed_camera"]), "picture")
+    normalize = "source" if models.name_of(model) in SEEN_BY_SOURCE else "azimuth"
+    return World(normalize, None, scale or ("data" if training else "picture"))
+
+
+def world_of(
+    model, source: np.ndarray, camera: Cameras, assumed: Cameras, world: World
+) -> np.ndarray:
+    """The similarity [4 4] that takes points of the data's world to where the model has them, given the source view.
+
+    Args:
+      source: uint8 [H H 4], the whole source picture.
+      camera: the true one of the source picture.
+      assumed: the one that `model.prepare` takes the picture that it has made of it to be seen by.
+    """
+    c2w, fxfycxcy = np.asarray(camera.c2w), np.asarray(camera.fxfycxcy)
+    ratio = getattr(model, "foreground_ratio", None)
+    _, box = samples.recentered(source, ratio, "source")
+    cropped = samples.crop_intrinsics(fxfycxcy[None], box[None])[0]
+    motion = samples.world_motion(c2w, cropped, world.normalize, world.assumed_camera)
+    motion = motion.astype(np.float64)
+    if world.normalize == "picture" or world.scale == "data":
+        return motion
+    size = cropped[1] / np.linalg.norm(c2w[:3, 3])
+    assumed_size = assumed.fxfycxcy[1] / np.linalg.norm(assumed.c2w[:3, 3])
+    return np.diag([*(size / assumed_size).repeat(3), 1]) @ motion
+
+
+def moved(world: np.ndarray, c2w: np.ndarray) -> np.ndarray:
+    """Poses [*B 4 4] in the world that a similarity [4 4] leads to, float32."""
+    return cameras.moved(world, c2w.astype(np.float64)).astype(np.float32)
+
+
+# -- object by object
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """One object as the model is given it: cameras in its world."""
+
+    item: HeldOut
+    source: Views  # [1 N]
+    targets: Cameras  # [V]
+    world: np.ndarray  # [4 4] from the data's world to the model's
+
+
+def score(
+    model,
+    programs: Programs,
+    mean,
+    folders: list[Path],
+    give: Callable[[HeldOut], Given],
+    args: argparse.Namespace,
+) -> tuple[dict[str, Result], dict[str, str]]:
+    """Results and causes of absence by uid, see `evaluate`."""
+    results, skipped, jobs = {}, {}, {}
+    shapes = mean_object.shapes(mean, surface_metrics.NUM_POINTS, np.random.default_rng(0))
+    # The device is fed from this thread; surfaces are aligned beside it.
+    with ThreadPoolExecutor() as pool:
+        items = given(folders, skipped, give, args)
+        while group := list(itertools.islice(items, BATCH)):
+            scene, found = predict(programs, mean, group)
+            for i, (x, result) in enumerate(zip(group, found, strict=True)):
+                uid = x.item.uid
+                if result is None:
+                    skipped[uid] = "what the model renders of it is not finite"
+                    continue
+                results[uid] = result
+                if programs.field is None:
+                    continue
+                try:
+                    one = jax.tree.map(lambda x, i=i: x[i : i + 1], scene)
+                    points = surface_points(model, programs, one, x, args.resolution)
+                except InputError as error:
+                    skipped[uid] = f"no surface metrics: {error}"
+                else:
+                    jobs[uid] = pool.submit(score_surface, points, x.item.points, shapes)
+        for uid, job in report.progress(jobs.items(), len(jobs), "surfaces"):
+            try:
+                scores, results[uid].unaligned, guesses = job.result()
+            except InputError as error:
+                skipped[uid] = f"no surface metrics: {error}"
+            else:
+                results[uid].scores |= scores
+                results[uid].guesses |= guesses
+    return results, skipped
+
+
+def read_ahead(
+    folders: list[Path], args: argparse.Namespace
+) -> Iterator[tuple[Path, HeldOut | InputError]]:
+    """Each object in turn, or what is wrong with it; threads decode the next ones meanwhile."""
+
+    def read(folder: Path) -> HeldOut | InputError:
+        try:
+            return held_out.read(folder, args.views, args.size, args.sources)
+        except InputError as error:
+            return error
+
+    with ThreadPoolExecutor() as pool:
+        jobs = collections.deque()
+        for i, folder in enumerate(report.progress(folders, len(folders), "objects")):
+            while len(jobs) < min(2 * BATCH, len(folders) - i):
+                jobs.append(pool.submit(read, folders[i + len(jobs)]))
+            yield folder, jobs.popleft().result()
+
+
+def given(
+    folders: list[Path],
+    skipped: dict[str, str],
+    give: Callable[[HeldOut], Given],
+    args: argparse.Namespace,
+) -> Iterator[Given]:
+    """The objects that can be evaluated; notes the others."""
+    for folder, item in read_ahead(folders, args):
+        if not isinstance(item, HeldOut):
+            skipped[folder.name] = str(item)
+        elif not item.sources[..., 3].any((1, 2)).all():
+            skipped[folder.name] = "a source view is transparent everywhere"
+        else:
+            yield give(item)
+
+
+def give_picture(model, world: World, item: HeldOut) -> Given:
+    """The source picture as the model takes it, and the cameras in its world."""
+    view = jax.tree.map(np.asarray, model.prepare([item.source]))
+    assumed = jax.tree.map(lambda x: x[0, 0], view.cameras)
+    motion = world_of(model, item.source, item.source_camera, assumed, world)
+    if world.scale == "data" and world.normalize == "source":
+        true = jax.tree.map(lambda x: x[None, None], item.source_camera)
+        view = view.replace(cameras=true.replace(c2w=moved(motion, true.c2w)))
+    targets = item.target_cameras.replace(c2w=moved(motion, item.target_cameras.c2w))
+    return Given(item, view, targets, motion)
+
+
+def posed_views(info: dict) -> PosedViews:
+    """The record that training left with a model.
+
+    Raises:
+      InputError: there is none, or it was not trained on objects.
+    """
+    data = convert.training_data(info["training"])
+    names = [field.name for field in dataclasses.fields(PosedViews)]
+    if not set(names) <= set(data):
+        raise InputError(
+            f"{info['path']}: {info['family']} takes views with cameras, and how objects were given to this one is not known: "
+            "give a model that `lrm train` has trained on objects, or evaluate scenes with --index"
+        )
+    return PosedViews(**{name: data[name] for name in names})
+
+
+def give_posed(posed: PosedViews, item: HeldOut) -> Given:
+    """The source pictures and the cameras as training has them."""
+    crops = [samples.source_crop(rgba, posed.source_size, posed.foreground_ratio, item.uid) for rgba in item.sources]  # fmt: skip
+    pictures, boxes = (np.stack(x) for x in zip(*crops, strict=True))
+    fxfycxcy = samples.crop_intrinsics(item.source_cameras.fxfycxcy, boxes)
+    world = samples.world_motion(item.source_camera.c2w, fxfycxcy[0], posed.normalize)
+    world = world.astype(np.float64)
+    given = Cameras(c2w=moved(world, item.source_cameras.c2w), fxfycxcy=fxfycxcy)
+    targets = item.target_cameras.replace(c2w=moved(world, item.target_cameras.c2w))
+    views = Views(rgb=pictures[..., :3], alpha=pictures[..., 3], cameras=given)
+    views = jax.tree.map(
+        lambda x: np.asarray(x)[None], on_background(views, posed.source_background)
+    )
+    return Given(item, views, targets, world)
+
+
+def predict(programs: Programs, mean, group: list[Given]) -> tuple[Any, list[Result | None]]:
+    """Their scenes, and what their pictures score; None where these are not finite."""
+    # Filled up, so that a last group of fewer objects is not compiled anew.
+    full = group + group[-1:] * (BATCH - len(group))
+    source = jax.tree.map(lambda *x: np.concatenate(x), *(x.source for x in full))
+    cameras = jax.tree.map(lambda *x: np.stack(x), *(x.targets for x in full))
+    scene, rgb, alpha = programs.predict(source, cameras)
+    target = mean_object.premultiplied(np.stack([x.item.targets for x in full]))
+    target_rgb, target_alpha = on_white(target), target[..., 3]
+    scores = programs.compare(rgb, alpha, target_rgb, target_alpha)
+    guesses = [mean_object.pictures(mean, x.item) for x in full]
+    guesses = jax.tree.map(lambda *x: np.stack(x), *guesses)
+    guesses = {
+        name: programs.compare_guess(on_white(x), x[..., 3], target_rgb, target_alpha)
+        for name, x in guesses.items()
+    }
+    scores, guesses, rgb = jax.tree.map(np.asarray, (scores, guesses, rgb))
+    results = []
+    for i, x in enumerate(group):
+        if not np.isfinite(rgb[i]).all():
+            results.append(None)
+            continue
+        mine = {name: float(value[i].mean()) for name, value in scores.items()}
+        theirs = {
+            guess: {name: float(value[i].mean()) for name, value in values.items()}
+            for guess, values in guesses.items()
+        }
+        strip = evaluation_page.strip(x.item.source, target_rgb[i], rgb[i])
+        results.append(Result(mine, theirs, strip))
+    return scene, results
+
+
+def surface_points(model, programs: Programs, scene, x: Given, resolution: int) -> np.ndarray:
+    """Points [NUM_POINTS 3] on the surface of one scene [1 ...], in the world of the data.
+
+    Raises:
+      InputError: there is no surface, or no true one to compare it with.
+    """
+    if programs.field is None:
+        raise InputError("this family has no surface")
+    if x.item.points is None:
+        raise InputError(x.item.no_points)
+    field = functools.partial(programs.field, scene)
+    vertices, faces = surface.extract(field, resolution, model.radius, model.surface_level)
+    rng = np.random.default_rng(0)
+    points = surface_metrics.sample_surface(vertices, faces, surface_metrics.NUM_POINTS, rng)
+    back = np.linalg.inv(x.world)
+    return points @ back[:3, :3].T + back[:3, 3]
+
+
+def score_surface(
+    points: np.ndarray, truth: np.ndarray, shapes: dict[str, np.ndarray]
+) -> tuple[dict[str, float], dict[str, float], dict[str, dict[str, float]]]:
+    """Scores of predicted points: aligned, unaligned, and those of the guesses at the surface."""
+    truth = np.random.default_rng(0).permutation(truth)[: surface_metrics.NUM_POINTS]
+    guesses = {name: surface_metrics.aligned_scores(x, truth) for name, x in shapes.items()}
+    aligned = surface_metrics.aligned_scores(points, truth)
+    return aligned, surface_metrics.scores(points, truth), guesses
