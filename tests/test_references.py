@@ -1,0 +1,397 @@
+"""State dicts of the references: golden ones to the bit, published manifests exactly, and every refusal in one line."""
+
+import json
+import re
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import yaml
+from safetensors import safe_open
+from tiny_models import each_model_is_traced_once, renamed, tiny, tiny_state  # noqa: F401
+
+from lrm_jax import convert, references, tensor_files
+from lrm_jax.models import build, vit
+from lrm_jax.types import InputError
+
+pytestmark = pytest.mark.usefixtures("each_model_is_traced_once")
+
+GOLDENS = ["openlrm_dino_tiny", "openlrm_dinov2_tiny", "openlrm_v10_tiny", "triposr_tiny"]
+MANIFESTS = [
+    "openlrm-small-1.1",
+    "openlrm-base-1.1",
+    "openlrm-large-1.1",
+    "openlrm-large-dino",
+    "triposr",
+]
+POOLER = "image_tokenizer.model.pooler.dense."
+
+
+def golden(folder, name):
+    with safe_open(folder / f"{name}.safetensors", "np") as file:
+        state = {
+            k.removeprefix("state."): file.get_tensor(k)
+            for k in file.keys()
+            if k.startswith("state.")
+        }
+        config = json.loads(file.metadata()["golden"])["config"]
+    return state, config if name == "triposr_tiny" else config | {"source_size": 80}
+
+
+def write_as_reference(folder, name, state, config):
+    """The files that the reference of this golden would leave. Returns the weights' path."""
+    folder.mkdir(exist_ok=True)
+    if name == "triposr_tiny":
+        tensor_files.write_torch(folder / "model.ckpt", state)
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        return folder / "model.ckpt"
+    if name == "openlrm_v10_tiny":
+        infer = {"source_size": config["source_size"], "render_size": 192}
+        model = {k: v for k, v in config.items() if k != "source_size"}
+        tensor_files.write_torch(
+            folder / "model.pth", {"weights": state, "kwargs": {"model": model, "infer": infer}}
+        )
+        return folder / "model.pth"
+    tensor_files.write_safetensors(folder / "model.safetensors", state, {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder / "model.safetensors"
+
+
+def tensors_of(path):
+    content, _ = tensor_files.read(path)
+    return content.get("weights", content)
+
+
+def assert_equal_states(actual, expected):
+    assert set(actual) == set(expected)
+    for name, value in expected.items():
+        assert actual[name].dtype == value.dtype, name
+        np.testing.assert_array_equal(actual[name], value, err_msg=name)
+
+
+# -- both ways
+
+
+@pytest.mark.parametrize("name", GOLDENS)
+def test_reference_to_model_file_to_reference_is_the_same_to_the_bit(
+    goldens, tmp_path, name, capsys
+):
+    state, config = golden(goldens, name)
+    source = write_as_reference(tmp_path / "reference", name, state, config)
+    assert convert.main([str(source), str(tmp_path / "ours.safetensors")]) == 0
+    assert (
+        convert.main([str(tmp_path / "ours.safetensors"), str(tmp_path / "back"), "--to", "torch"])
+        == 0
+    )
+    if name == "triposr_tiny":  # the reference never uses its pooler: lost by design
+        state |= {k: np.zeros_like(v) for k, v in state.items() if k.startswith(POOLER)}
+    assert_equal_states(tensors_of(tmp_path / "back" / source.name), state)
+    assert f"wrote {tmp_path / 'ours.safetensors'}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", GOLDENS)
+def test_config_comes_back(goldens, tmp_path, name):
+    state, config = golden(goldens, name)
+    model, params, _ = convert.read_weights(
+        str(write_as_reference(tmp_path / "reference", name, state, config))
+    )
+    written = references.write_reference(tmp_path / "back", model, params)
+    back = yaml.safe_load(written[1].read_text())
+    assert {k: back[k] for k in config if k in back} == {k: config[k] for k in config if k in back}
+    assert set(config) - set(back) <= {"source_size"}
+    assert model.image_size == config.get("cond_image_size", config.get("source_size"))
+
+
+@pytest.mark.parametrize("name", GOLDENS)
+def test_torch_loads_the_written_reference(goldens, tmp_path, name):
+    torch = pytest.importorskip("torch")
+    load_file = pytest.importorskip("safetensors.torch").load_file
+    state, config = golden(goldens, name)
+    model, params = convert.from_reference(state, config)
+    path = references.write_reference(tmp_path, model, params)[0]
+    loaded = (
+        load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+    )
+    loaded = loaded.get("weights", loaded)
+    assert {k: tuple(v.shape) for k, v in loaded.items()} == {k: v.shape for k, v in state.items()}
+    for key, value in loaded.items():
+        assert key.startswith(POOLER) or np.array_equal(value.numpy(), state[key]), key
+
+
+@pytest.mark.parametrize("with_config", [True, False], ids=["config", "shapes"])
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_published_manifest_is_consumed_and_produced_exactly(goldens, name, with_config):
+    manifest = json.loads((goldens / "manifests" / f"{name}.json").read_text())
+    shapes = {key: tuple(shape) for key, (shape, _) in manifest["tensors"].items()}
+    state = {
+        key: np.broadcast_to(np.float32(0), shape) for key, shape in shapes.items()
+    }  # no memory
+    model, checked = references.recognise(
+        state, manifest["about"]["config"] if with_config else None
+    )
+    assert convert.variant_of(model) == name
+    assert set(checked) == set(shapes)
+    assert references.torch_shapes(model) == shapes
+    assert sum(int(np.prod(shape)) for shape in shapes.values()) == manifest["parameters"]
+
+
+def test_16_bit_checkpoint_is_widened(goldens):
+    state, config = golden(goldens, "openlrm_dino_tiny")
+    _, expected = convert.from_reference(
+        {k: v.astype(ml_dtypes.bfloat16).astype(np.float32) for k, v in state.items()}, config
+    )
+    _, params = convert.from_reference(
+        {k: v.astype(ml_dtypes.bfloat16) for k, v in state.items()}, config
+    )
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    assert all(x.dtype == np.float32 for x in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_wrappers_of_names_are_taken_off(prefix):
+    state, config = tiny_state()
+    _, expected = convert.from_reference(state, config)
+    _, params = convert.from_reference({prefix + k: v for k, v in state.items()}, config)
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
+def test_compiled_submodules_are_unwrapped():
+    state, config = tiny_state("lrm")
+    wrapped = {
+        re.sub(r"^(synthesizer\.decoder)\.", r"\1._orig_mod.", k): v for k, v in state.items()
+    }
+    assert wrapped.keys() != state.keys()
+    convert.from_reference(wrapped, config)
+
+
+@pytest.mark.parametrize("wrapper", ["state_dict", "model"])
+def test_training_checkpoints_are_unwrapped(tmp_path, wrapper):
+    state, config = tiny_state()
+    tensor_files.write_torch(tmp_path / "last.ckpt", {"step": 3, wrapper: state})
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    model, _, info = convert.load_weights(str(tmp_path / "last.ckpt"))
+    assert info["family"] == "triposr" and model.num_heads == 2
+
+
+@pytest.mark.parametrize(
+    ("family", "variant", "odd"),
+    [
+        ("triposr", "triposr", []),
+        ("triposr", "nano", ["encoder", "upsample"]),
+        ("lrm", "openlrm-base-1.1", []),
+        ("lrm", "lrm", ["camera_numbers", "decoder_layers"]),
+    ],
+)
+def test_what_a_reference_cannot_build_is_known(family, variant, odd):
+    assert references._fixed_otherwise(build(family, variant), family) == odd
+
+
+def test_model_that_its_reference_cannot_load_is_said(tmp_path, caplog):
+    references.write_reference(tmp_path, *tiny())
+    assert "TripoSR cannot load what is written: it has no such encoder" in caplog.text
+
+
+# -- encoders alone
+
+
+def encoder(**fields):
+    model = vit.ViT(patch=4, width=64, depth=2, num_heads=1, grid=3, **fields)
+    generator = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda x: generator.normal(size=x.shape).astype(np.float32), references.param_shapes(model)
+    )
+    return model, params, references.encoders.to_torch(params, model)
+
+
+DINO_HF = dict(resize="dino", norm_epsilon=1e-12)
+DINO_HUB = dict(resize="dino", norm_epsilon=1e-6)
+DINOV2 = dict(resize="dinov2", norm_epsilon=1e-6, layer_scale=True)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [DINO_HF, DINO_HUB, DINOV2, DINOV2 | {"num_registers": 4}],
+    ids=["hf", "hub", "v2", "v2reg"],
+)
+def test_encoder_round_trips_to_the_bit(tmp_path, fields):
+    model, params, state = encoder(**fields)
+    path = references.write_reference(tmp_path / "reference", model, params)[0]
+    convert.main([str(path), str(tmp_path / "ours.safetensors")])
+    back, read, info = convert.read_weights(str(tmp_path / "ours.safetensors"))
+    assert back == model and info["family"] == "vit"
+    jax.tree.map(np.testing.assert_array_equal, read, params)
+    assert_equal_states(tensors_of(path), state)
+
+
+@pytest.mark.parametrize(
+    ("fields", "extra"),
+    [
+        (DINO_HF, {"pooler.dense.weight": (64, 64), "pooler.dense.bias": (64,)}),
+        (DINOV2, {"mask_token": (1, 64)}),
+    ],
+)  # fmt: skip
+def test_encoder_files_have_what_their_reference_wants_but_never_uses(fields, extra):
+    _, _, state = encoder(**fields)
+    assert extra.items() <= {k: v.shape for k, v in state.items()}.items()
+
+
+def test_dino_training_checkpoint_gives_its_teacher(tmp_path):
+    _, params, state = encoder(**DINO_HUB)
+    teacher = {"module.backbone." + k: v for k, v in state.items()} | {
+        "module.head.mlp.0.weight": np.ones((2, 64), np.float32)
+    }
+    tensor_files.write_torch(
+        tmp_path / "checkpoint.pth", {"student": {}, "teacher": teacher, "epoch": 3}
+    )
+    _, read, _ = convert.read_weights(str(tmp_path / "checkpoint.pth"))
+    jax.tree.map(np.testing.assert_array_equal, read, params)
+
+
+def test_hf_names_of_dino_may_have_a_prefix():
+    _, params, state = encoder(**DINO_HF)
+    _, read = convert.from_reference({"vit." + k: v for k, v in state.items()})
+    jax.tree.map(np.testing.assert_array_equal, read, params)
+
+
+def test_transformers_dinov2_equals_torch_hubs():
+    _, params, hub = encoder(**DINOV2, num_registers=4)
+    renames = {
+        "pos_embed": "embeddings.position_embeddings",
+        "patch_embed.proj": "embeddings.patch_embeddings.projection",
+        "cls_token": "embeddings.cls_token",
+        "mask_token": "embeddings.mask_token",
+        "register_tokens": "embeddings.register_tokens",
+        "norm": "layernorm",
+    }
+    hf = {}
+    for name, value in hub.items():
+        if match := re.fullmatch(r"blocks\.(\d+)\.attn\.qkv\.(weight|bias)", name):
+            for part, x in zip(("query", "key", "value"), np.split(value, 3), strict=True):
+                hf[f"encoder.layer.{match[1]}.attention.attention.{part}.{match[2]}"] = x
+        elif match := re.fullmatch(r"blocks\.(\d+)\.(.*)", name):
+            rest = re.sub(r"ls([12])\.gamma", r"layer_scale\1.lambda1", match[2])
+            hf[
+                f"encoder.layer.{match[1]}.{rest.replace('attn.proj', 'attention.output.dense')}"
+            ] = value
+        else:
+            stem = next(k for k in renames if name == k or name.startswith(k + "."))
+            hf[renames[stem] + name.removeprefix(stem)] = value
+    _, read = convert.from_reference(hf)
+    jax.tree.map(np.testing.assert_array_equal, read, params)
+    del hf["encoder.layer.1.attention.attention.key.bias"]
+    with pytest.raises(InputError, match="blocks.1.attn.qkv.bias"):
+        convert.from_reference(hf)
+
+
+def test_encoder_alone_is_no_reconstruction_model(tmp_path):
+    model, params, _ = encoder(**DINO_HF)
+    convert.save_model(tmp_path / "e.safetensors", model, params, {})
+    with pytest.raises(InputError, match="encoder alone"):
+        convert.load_weights(str(tmp_path / "e.safetensors"))
+
+
+# -- strictness
+
+
+@pytest.mark.parametrize("family", ["triposr", "lrm"])
+def test_every_missing_name_is_reported(family):
+    state, config = tiny_state(family)
+    for name in state:
+        with pytest.raises(InputError, match=rf"1 missing: {re.escape(name)}[:;]"):
+            references.recognise({k: v for k, v in state.items() if k != name}, config)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "backbone.transformer_blocks.1.attn1.to_q.weight",
+        "tokenizer.embeddings",
+        "post_processor.upsample.weight",
+        POOLER + "bias",
+    ],
+)
+def test_renamed_tensor_is_reported_under_both_names(name):
+    state, config = tiny_state()
+    with pytest.raises(
+        InputError, match=rf"1 missing: {re.escape(name)}; 1 extra: surprise.weight: use"
+    ):
+        convert.from_reference(renamed(state, name, "surprise.weight"), config)
+
+
+def test_many_wrong_names_are_counted_and_the_first_named():
+    state, config = tiny_state()
+    names = [k for k in state if ".attn1." in k]
+    with pytest.raises(
+        InputError, match=rf"{len(names)} missing: {re.escape(names[0])}, .*, \.\.\.: use"
+    ):
+        convert.from_reference({k: v for k, v in state.items() if k not in names}, config)
+
+
+def test_mis_shaped_tensor_is_reported_with_both_shapes():
+    state, config = tiny_state()
+    state["backbone.proj_in.weight"] = np.zeros((32, 31), np.float32)
+    with pytest.raises(
+        InputError, match=r"1 mis-shaped: backbone.proj_in.weight \[32, 31\] not \[32, 32\]"
+    ):
+        convert.from_reference(state, config)
+    state["tokenizer.embeddings"] = np.zeros((3, 32), np.float32)
+    with pytest.raises(InputError, match="another rank"):
+        convert.from_reference(state, config)
+
+
+def test_tensors_are_judged_before_a_missing_config():
+    state, _ = tiny_state()
+    with pytest.raises(InputError, match="1 extra: surprise"):
+        convert.from_reference(state | {"surprise": np.ones(1, np.float32)})
+
+
+def test_what_shapes_do_not_tell_is_named():
+    state, _ = tiny_state()
+    with pytest.raises(
+        InputError,
+        match=r"neither.*its image_size, num_heads.*num_samples.*put its config.yaml beside",
+    ):
+        convert.from_reference(state)
+
+
+def test_config_of_another_model_is_refused():
+    state, config = tiny_state()
+    decoder = config["decoder"]
+    for wrong, message in [
+        (config | {"decoder": decoder | {"activation": "relu"}}, "decoder.activation: relu"),
+        (config | {"decoder": decoder | {"n_hidden_layers": 9}}, "decoder.n_hidden_layers: 9"),
+        ({k: v for k, v in config.items() if k != "renderer"}, "lacks 'renderer'"),
+        (config | {"backbone": config["backbone"] | {"num_attention_heads": 3}}, "3 heads"),
+        (config | {"backbone": config["backbone"] | {"num_attention_heads": "two"}}, "'two'"),
+    ]:  # fmt: skip
+        with pytest.raises(InputError, match=message):
+            convert.from_reference(state, wrong)
+
+
+def test_trunc_exp_is_exp_forward():
+    state, config = tiny_state()
+    expected, _ = convert.from_reference(state, config)
+    config["renderer"]["density_activation"] = "trunc_exp"
+    model, _ = convert.from_reference(state, config)
+    assert model == expected
+
+
+def test_picture_size_that_no_config_tells_is_said(caplog):
+    state, config = tiny_state("lrm")
+    model, _ = convert.from_reference(state, config)
+    assert model.image_size == 32 and "source_size" in caplog.text
+
+
+def test_unknown_family_is_refused():
+    with pytest.raises(InputError, match=r"unet.a, unet.b.*no known family: TripoSR"):
+        convert.from_reference({"unet.a": np.ones(1), "unet.b": np.ones(1)})
+
+
+@pytest.mark.parametrize(
+    "content", [{"weights": {"a": 1.0}}, [1, 2], {}, {"state_dict": {"a": {"b": 2}}, "x": 1}]
+)
+def test_file_without_a_state_dict_is_refused(tmp_path, content):
+    tensor_files.write_torch(tmp_path / "w.pt", content)
+    with pytest.raises(InputError, match=r"w.pt: .*state_dict"):
+        convert.read_weights(str(tmp_path / "w.pt"))

@@ -1,0 +1,43 @@
+"""Random tiny models, and their references' state dicts and configs, for several test modules."""
+
+import jax
+import numpy as np
+import pytest
+
+from lrm_jax import convert, references
+from lrm_jax.models import build
+
+
+@pytest.fixture(scope="module")
+def each_model_is_traced_once():
+    """Tracing takes a second, and a hundred checks here are of a few tiny models."""
+    traced, trace = {}, references.param_shapes
+
+    def param_shapes(model):
+        if repr(model) not in traced:
+            traced[repr(model)] = trace(model)
+        return traced[repr(model)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(references, "param_shapes", param_shapes)
+        patch.setattr(convert, "param_shapes", param_shapes)
+        yield
+
+
+def tiny(family="triposr", seed=0, **overrides):
+    """A random tiny model and its parameters."""
+    model = build(family, "tiny", **overrides)
+    generator = np.random.default_rng(seed)
+    shapes = references.param_shapes(model)
+    return model, jax.tree.map(lambda x: generator.normal(size=x.shape).astype(np.float32), shapes)
+
+
+def tiny_state(family="triposr", **overrides):
+    """A tiny model's state dict and config, as its reference has them."""
+    model, params = tiny(family, **overrides)
+    module = references.family(family)
+    return module.to_torch(params, model), module.config_to_torch(model)
+
+
+def renamed(state, old, new):
+    return {new if k == old else k: v for k, v in state.items()}
