@@ -3,7 +3,8 @@
     lrm train --config configs/lrm.py --workdir runs/lrm --config.data.root=data/objaverse
     python tools/aot.py --topology v4:4x4x4 --config configs/lrm.py     # what a chip of a pod holds, does and sends
 
-Data: folders of `tools/render_objects.py`, 32 views an object in LRM's protocol. LPIPS needs `lpips_vgg16.safetensors`, which
+Data: folders of `tools/render_objects.py`, 32 views an object in LRM's protocol, made into records by `tools/build_dataset.py`
+(`--config.data.name=objects` reads a few hundred of them as they are). LPIPS needs `lpips_vgg16.safetensors`, which
 `lrm convert` makes once. The paper: 730k objects of Objaverse and 220k videos of MVImgNet, on 128 A100 of 40 GB for 3 days.
 
 Expected: not yet trained. The paper's own numbers on 100 objects of GSO are 19.6 dB and LPIPS 0.163, with its own alignment of
@@ -23,6 +24,7 @@ def get_config(size: str = ""):
     # 512 rays of each scene at a time: with 16 scenes on a chip, a layer of the decoder is 0.13 GB.
     config.model = dict(name="lrm", variant="lrm", dtype="bfloat16", ray_chunk=512)
     config.data.update(
+        name="records",
         batch_size=1024,
         num_workers=16,
         num_target=3,  # four views are supervised: the source is one of them

@@ -30,6 +30,7 @@ def get_config(size: str = ""):
     check_size(size, (*SIZES, "nano"))
     config, side = start("small" if size == "nano" else size)
     config.data.update(
+        name="objects" if size in ("small", "nano") else "records",
         batch_size=512,
         num_workers=16,
         source_background=1.0,

@@ -28,6 +28,7 @@ def get_config(size: str = "small"):
     source_size, render_size, patch = PICTURES[name]
     config.model = dict(name="lrm", variant=f"openlrm-{name}-1.1", dtype="bfloat16", ray_chunk=1024)
     config.data.update(
+        name="records",
         batch_size=128,
         num_workers=16,
         num_target=3,  # four views are supervised: the source is one of them

@@ -78,12 +78,12 @@ def _use_compilation_cache() -> None:
     """Keeps compiled programs between runs, in LRM_JAX_CACHE or ~/.cache/lrm_jax; not where that cannot be written."""
     import jax
 
-    folder = Path(os.environ.get("LRM_JAX_CACHE") or Path.home() / ".cache" / "lrm_jax")
     try:
+        folder = Path(os.environ.get("LRM_JAX_CACHE") or Path.home() / ".cache" / "lrm_jax")
         # A program compiled for one processor may not run on another that shares the home folder.
         folder = folder / hashlib.sha256(_processor().encode()).hexdigest()[:12]
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
+    except (OSError, RuntimeError):  # nobody's home folder is known
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -97,7 +97,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "src",
-        help="a model file, a reference's checkpoint (TripoSR, OpenLRM 1.0 and 1.1, DINO, DINOv2; its config.yaml or config.json"
+        help="a model file, a reference's checkpoint (TripoSR, OpenLRM 1.0 and 1.1, LVSM, DINO, DINOv2; its config.yaml or config.json"
         " is read from the same folder), a folder with one, a training workdir, hf:ORG/NAME, or hf:ORG/NAME/FILE",
     )
     parser.add_argument(
@@ -197,7 +197,7 @@ def read_weights(weights: str | None) -> tuple[nn.Module, dict, dict]:
             if metadata.get("format") == FORMAT["format"]:
                 model, params, training = _from_model_file(content, metadata)
             else:
-                (model, params), training = from_checkpoint(content, path.parent), {}
+                (model, params), training = from_checkpoint(content, path), {}
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
     for name, value in flatten_dict(params, sep=".").items():
@@ -350,7 +350,7 @@ def _from_model_file(tensors, metadata):
         model = family(metadata["family"]).MODEL(**fields)
         training = json.loads(metadata["training"])
         wanted = {k: x.shape for k, x in flatten_dict(param_shapes(model), sep=".").items()}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise InputError(
             f"its description is damaged or of a later lrm_jax ({str(error).splitlines()[0]}): update lrm_jax, or convert it again"
         ) from error

@@ -132,6 +132,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "were trained so, picture for the references' checkpoints and for models trained with data.normalize=picture)",
     )
     args = parser.parse_args(argv)
+    for name in ("split", "views", "sources", "resolution", "scale", "baseline_data"):
+        if args.index and getattr(args, name) != parser.get_default(name):
+            raise InputError(
+                f"--{name.replace('_', '-')} has no effect with --index, which names the views: leave it out"
+            )
     report.check_ranges(
         args, views=(1, 1000), size=(16, 2048), resolution=(8, 2048), sources=(1, 100)
     )

@@ -85,6 +85,8 @@ def evaluate(
         how = f"the first view {band}, prepared as `lrm reconstruct` does"
         normalize, scale = world.normalize, world.scale
     else:
+        if args.scale is not None:
+            raise InputError(f"--scale: {info['family']} is given true cameras: leave it out")
         posed = posed_views(info)
         args.sources = args.sources or posed.num_source
         give = functools.partial(give_posed, posed)
@@ -138,8 +140,10 @@ def model_world(model, training: dict, scale: str | None) -> World:
                 "--scale data: this model was trained where the picture gives the scale (data.normalize=picture): leave it out"
             )
         return World("picture", tuple(trained["assumed_camera"]), "picture")
-    normalize = "source" if models.name_of(model) in SEEN_BY_SOURCE else "azimuth"
-    return World(normalize, None, scale or ("data" if training else "picture"))
+    usual = "source" if models.name_of(model) in SEEN_BY_SOURCE else "azimuth"
+    return World(
+        trained.get("normalize", usual), None, scale or ("data" if training else "picture")
+    )
 
 
 def world_of(
@@ -193,7 +197,6 @@ def score(
 ) -> tuple[dict[str, Result], dict[str, str]]:
     """Results and causes of absence by uid, see `evaluate`."""
     results, skipped, jobs = {}, {}, {}
-    shapes = mean_object.shapes(mean, surface_metrics.NUM_POINTS, np.random.default_rng(0))
     # The device is fed from this thread; surfaces are aligned beside it.
     with ThreadPoolExecutor() as pool:
         items = given(folders, skipped, give, args)
@@ -213,7 +216,7 @@ def score(
                 except InputError as error:
                     skipped[uid] = f"no surface metrics: {error}"
                 else:
-                    jobs[uid] = pool.submit(score_surface, points, x.item.points, shapes)
+                    jobs[uid] = pool.submit(score_surface, points, x.item, mean)
         for uid, job in report.progress(jobs.items(), len(jobs), "surfaces"):
             try:
                 scores, results[uid].unaligned, guesses = job.result()
@@ -257,7 +260,12 @@ def given(
         elif not item.sources[..., 3].any((1, 2)).all():
             skipped[folder.name] = "a source view is transparent everywhere"
         else:
-            yield give(item)
+            try:
+                one = give(item)
+            except InputError as error:
+                skipped[folder.name] = str(error)
+            else:
+                yield one
 
 
 def give_picture(model, world: World, item: HeldOut) -> Given:
@@ -265,7 +273,7 @@ def give_picture(model, world: World, item: HeldOut) -> Given:
     view = jax.tree.map(np.asarray, model.prepare([item.source]))
     assumed = jax.tree.map(lambda x: x[0, 0], view.cameras)
     motion = world_of(model, item.source, item.source_camera, assumed, world)
-    if world.scale == "data" and world.normalize == "source":
+    if world.scale == "data":
         true = jax.tree.map(lambda x: x[None, None], item.source_camera)
         view = view.replace(cameras=true.replace(c2w=moved(motion, true.c2w)))
     targets = item.target_cameras.replace(c2w=moved(motion, item.target_cameras.c2w))
@@ -342,8 +350,6 @@ def surface_points(model, programs: Programs, scene, x: Given, resolution: int) 
     Raises:
       InputError: there is no surface, or no true one to compare it with.
     """
-    if programs.field is None:
-        raise InputError("this family has no surface")
     if x.item.points is None:
         raise InputError(x.item.no_points)
     field = functools.partial(programs.field, scene)
@@ -355,10 +361,12 @@ def surface_points(model, programs: Programs, scene, x: Given, resolution: int) 
 
 
 def score_surface(
-    points: np.ndarray, truth: np.ndarray, shapes: dict[str, np.ndarray]
+    points: np.ndarray, item: HeldOut, mean: mean_object.MeanObject
 ) -> tuple[dict[str, float], dict[str, float], dict[str, dict[str, float]]]:
     """Scores of predicted points: aligned, unaligned, and those of the guesses at the surface."""
-    truth = np.random.default_rng(0).permutation(truth)[: surface_metrics.NUM_POINTS]
+    count = surface_metrics.NUM_POINTS
+    truth = np.random.default_rng(0).permutation(item.points)[:count]
+    shapes = mean_object.shapes(mean, item, count, np.random.default_rng(0))
     guesses = {name: surface_metrics.aligned_scores(x, truth) for name, x in shapes.items()}
     aligned = surface_metrics.aligned_scores(points, truth)
     return aligned, surface_metrics.scores(points, truth), guesses

@@ -116,7 +116,9 @@ def page(summary: Mapping, strips: Mapping[str, bytes]) -> bytes:
     for uid in worst_first(summary["objects"]):
         body.append(_section(uid, summary["objects"][uid], strips[uid], skipped.get(uid)))
     head = f'<meta charset="utf-8"><title>{_text(title)}</title><style>{STYLE}</style>'
-    return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(body)}</body></html>".encode()
+    return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(body)}</body></html>".encode(
+        errors="replace"
+    )
 
 
 def _section(uid: str, scores: Mapping, picture: bytes, cause: str | None) -> str:

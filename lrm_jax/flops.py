@@ -1,7 +1,7 @@
 """Operations of a traced function, and what the device could do: for model FLOPs utilisation (MFU).
 
-MFU as in PaLM (https://arxiv.org/abs/2204.02311, appendix B): operations of the matrix products that the step has to do, over
-time, as a share of the peak rate. Products that rematerialisation repeats are counted: it is the rate of the hardware.
+MFU as in PaLM (https://arxiv.org/abs/2204.02311, appendix B): operations of the model's matrix products that the step has to do
+(`needed`: none repeated by rematerialisation, none of the losses' networks), over time, as a share of the peak rate.
 """
 
 import math
@@ -9,7 +9,11 @@ import time
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 from jax.extend.core import jaxprs_in_params
+
+from lrm_jax.ops import cameras
+from lrm_jax.types import Batch
 
 # Dense bfloat16 operations per second of one chip, by jax's `device_kind`; from the makers' data sheets.
 PEAK = {
@@ -64,14 +68,35 @@ def count_jaxpr(jaxpr, only_in_kernels: bool = False) -> float:
     return total
 
 
+def needed(model: nn.Module, patch: int, params, batch: Batch) -> float:
+    """Operations of a training step that repeats none: three times the model's forward products, as the gradient has twice as many.
+
+    Args:
+      patch: side of the window of each target view, pixels.
+      params, batch: arrays or their shapes.
+    """
+
+    def forward(params, batch):
+        rays = cameras.pixel_rays(batch.target.cameras, patch, patch)
+        source = batch.source.rgb.astype(jnp.float32)
+        return model.apply({"params": params}, batch.source.replace(rgb=source, alpha=None), rays)
+
+    return 3 * count(forward, params, batch)
+
+
 def peak_rate() -> float:
-    """Operations per second of all devices: from `PEAK`, or measured with one product (about a second) where it has no entry."""
+    """Operations per second of all devices: from `PEAK`, or measured with one product (about a second) where it has no entry.
+
+    It is measured in float32 on a CPU, in bfloat16 elsewhere.
+    """
     devices = jax.devices()
     for kind in sorted(PEAK, key=len, reverse=True):
         if devices[0].device_kind.startswith(kind):
             return PEAK[kind] * len(devices)
     # Virtual CPU devices share the cores, which one product keeps busy.
-    x = jnp.ones((1024, 1024))
+    cpu = devices[0].platform == "cpu"
+    size, dtype, count = (1024, jnp.float32, 1) if cpu else (8192, jnp.bfloat16, len(devices))
+    x = jnp.ones((size, size), dtype)
     product = jax.jit(lambda x: x @ x)
     product(x).block_until_ready()
     times = []
@@ -79,4 +104,4 @@ def peak_rate() -> float:
         start = time.perf_counter()
         product(x).block_until_ready()
         times.append(time.perf_counter() - start)
-    return 2 * 1024**3 / min(times)
+    return count * 2 * size**3 / min(times)

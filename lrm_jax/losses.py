@@ -13,7 +13,7 @@ from lrm_jax import lpips, perceptual
 from lrm_jax.types import InputError, Rendering
 
 NETWORKS = {"lpips": lpips, "perceptual": perceptual}  # the term's name is the network's too
-TERMS = ("mse", "mask", "mask_mse", "depth", "tv", *NETWORKS)
+TERMS = ("mse", "mask", "mask_mse", "tv", *NETWORKS)
 
 
 def terms(
@@ -42,7 +42,6 @@ def terms(
         "mse": lambda: mse(rendering, target),
         "mask": lambda: mask(rendering, target),
         "mask_mse": lambda: mask_mse(rendering, target),
-        "depth": lambda: depth(rendering, target),
         "tv": lambda: tv(scene),
         "lpips": lambda: lpips.distance(networks["lpips"], rendering.rgb, target.rgb).mean(),
         "perceptual": lambda: perceptual.distance(
@@ -97,26 +96,6 @@ def mask(rendering: Rendering, target: Rendering) -> jax.Array:
 def mask_mse(rendering: Rendering, target: Rendering) -> jax.Array:
     """Mean squared error of alpha, the milder form (InstantMesh, src/model.py:243-257)."""
     return jnp.square(_alpha(rendering, "mask_mse") - target.alpha.astype(jnp.float32)).mean()
-
-
-def depth(rendering: Rendering, target: Rendering) -> jax.Array:
-    """Mean absolute error of depth over the pixels that the object fills (alpha 1), world units along the ray.
-
-    After InstantMesh, src/model_mesh.py:243-277, which weights it by 0.5. It is 0 where no pixel is filled.
-    """
-    if rendering.depth is None:
-        raise InputError(
-            "config.losses.depth: this model family renders no depth: set config.losses.depth=0"
-        )
-    if target.depth is None:
-        raise InputError(
-            "config.losses.depth: the data has no depth: render it, or set config.losses.depth=0"
-        )
-    filled = target.alpha >= 1
-    # Inside the difference: depth outside of the object may be anything, also not a number.
-    truth = jnp.where(filled, target.depth, 0.0).astype(jnp.float32)
-    error = jnp.abs(jnp.where(filled, rendering.depth, 0.0).astype(jnp.float32) - truth)
-    return error.sum() / jnp.maximum(filled.sum(), 1)
 
 
 def tv(scene) -> jax.Array:

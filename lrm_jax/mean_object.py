@@ -25,9 +25,9 @@ class MeanObject:
     total: np.ndarray  # [A E S S 4] float64, premultiplied RGBA
     whole: np.ndarray  # [S S 4] over all bins
     seen: np.ndarray  # [A E] views
-    extents: (
-        np.ndarray | None
-    )  # [3] mean sides of the bounding box, world axes; None: no object has points
+    extents: dict[
+        Path, np.ndarray
+    ]  # [3] sides of the bounding box, world axes, of those with points
 
 
 def average(objects: Iterable[HeldOut], size: int) -> MeanObject:
@@ -39,20 +39,20 @@ def average(objects: Iterable[HeldOut], size: int) -> MeanObject:
     """
     total = np.zeros((NUM_AZIMUTHS, NUM_ELEVATIONS, size, size, 4))
     seen = np.zeros((NUM_AZIMUTHS, NUM_ELEVATIONS), int)
-    members, extents = set(), []
+    members, extents = set(), {}
     for item in objects:
         members.add(item.folder)
         bins = _bins(item)
         np.add.at(total, bins, premultiplied(item.targets))
         np.add.at(seen, bins, 1)
         if item.points is not None:
-            extents.append(np.ptp(item.points, axis=0))
+            extents[item.folder] = np.ptp(item.points, axis=0)
     return MeanObject(
         members=frozenset(members),
         total=total,
         whole=total.sum((0, 1)),
         seen=seen,
-        extents=np.mean(extents, axis=0) if extents else None,
+        extents=extents,
     )
 
 
@@ -76,13 +76,16 @@ def pictures(mean: MeanObject, item: HeldOut) -> dict[str, np.ndarray]:
     return dict(zip(PICTURES, (x.astype(np.float32) for x in (whole, by_view)), strict=True))
 
 
-def shapes(mean: MeanObject, count: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Points [count 3] on the guesses at the surface, uniform in area, by name; none where the extents are not known."""
-    if mean.extents is None:
+def shapes(
+    mean: MeanObject, item: HeldOut, count: int, rng: np.random.Generator
+) -> dict[str, np.ndarray]:
+    """Points [count 3] on the guesses at the object's surface, uniform in area, by name; none where no other's extents are known."""
+    others = [extents for folder, extents in mean.extents.items() if folder != item.folder]
+    if not others:
         return {}
     sphere = rng.normal(size=(4 * count, 3))
     sphere /= np.linalg.norm(sphere, axis=-1, keepdims=True)
-    half = np.maximum(mean.extents / 2, 1e-6)
+    half = np.maximum(np.mean(others, axis=0) / 2, 1e-6)
     # Stretching the sphere by `half` stretches the area around each point by this, up to a constant.
     stretch = np.linalg.norm(sphere / half, axis=-1)
     kept = sphere[rng.uniform(0, 1 / half.min(), len(sphere)) < stretch]

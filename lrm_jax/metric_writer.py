@@ -103,8 +103,12 @@ class TensorBoardWriter(_Writer):
     """Scalars, images [N H W C] or [H W C] in [0, 1], and texts as TensorBoard event files."""
 
     def __init__(self, folder: Path, first_step: int):
-        purge_step = first_step + 1 if first_step else None
-        self._writer = tensorboardX.SummaryWriter(str(folder), purge_step=purge_step, flush_secs=10)
+        self._writer = tensorboardX.SummaryWriter(
+            str(folder),
+            purge_step=first_step + 1,
+            filename_suffix=f".{first_step}",  # files are named by the second
+            flush_secs=10,
+        )
 
     def write_scalars(self, step, scalars):
         for name, value in scalars.items():

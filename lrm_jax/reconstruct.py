@@ -148,7 +148,7 @@ def read_pictures(
     paths: list[Path], remove_background: bool, stages: report.Stages, failures: dict
 ) -> Iterator[tuple[str, Path, np.ndarray]]:
     """Yields (folder name, path, uint8 [H W 4]) of all good pictures; tells of the bad ones, and puts them in `failures`."""
-    taken = set()
+    taken = {"report.json"}
     for path in paths:
         try:
             with stages("read", f" {path}"):
@@ -156,7 +156,8 @@ def read_pictures(
         except InputError as error:
             fail(failures, path, error)
             continue
-        names = itertools.chain([path.stem], (f"{path.stem}-{i}" for i in itertools.count(2)))
+        stem = report.printable(path.stem).strip(".") or "picture"
+        names = itertools.chain([stem], (f"{stem}-{i}" for i in itertools.count(2)))
         name = next(name for name in names if name not in taken)
         taken.add(name)
         yield name, path, rgba

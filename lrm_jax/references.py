@@ -57,7 +57,8 @@ def from_reference(
       state: NumPy arrays under the reference's names: TripoSR, OpenLRM 1.0 and 1.1, LVSM, or a DINO v1 or DINOv2 encoder alone.
         Wrappers of the names (`module.`, `_orig_mod.`, `backbone.`) are taken off, 16-bit numbers widened.
       config: the reference's own: TripoSR's config.yaml, OpenLRM 1.1's config.json, 1.0's `kwargs["model"]`; with the key
-        `source_size` where OpenLRM's picture size is not that of the published model of the same shapes.
+        `source_size` where OpenLRM's picture size is not that of the published model of the same shapes. LVSM's:
+        `{"image_size": pixels}`, which its published checkpoints tell only by their files' names.
 
     Raises:
       InputError: an unknown family, something that neither shapes nor config tell, a config of another model, or tensors that
@@ -77,7 +78,7 @@ def recognise(
         state = encoders.normalize_names(state)
     if frozen := getattr(module, "FROZEN", None):
         state = {k: v for k, v in state.items() if not k.startswith(frozen)}
-    if _name(module) not in CONFIG_NAMES:  # shapes tell all
+    if module is encoders:  # shapes tell all
         config = None
     title = TITLES[_name(module)]
     fields = _fields_from_shapes(module, state, title)
@@ -87,7 +88,7 @@ def recognise(
     model = module.MODEL(**{**like, **fields, **told})
     try:
         wanted = torch_shapes(model)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(
             f"no {title} has its sizes ({reason}): use an unchanged checkpoint with its own config"
@@ -101,13 +102,18 @@ def recognise(
             f"neither its shapes nor a config tell its {', '.join(missing)}, and no published {title} is of these sizes:"
             f" put its {CONFIG_NAMES[_name(module)]} beside it"
         )
-    if config is not None:
+    if _name(module) == "lvsm" and not told:
+        logging.warning(
+            "the file's name does not end in _256 or _res512: pictures of %d pixels are taken",
+            model.image_size,
+        )
+    elif config is not None and _name(module) in CONFIG_NAMES:
         _check_config(config, module.config_to_torch(model))
     return model, {k: np.asarray(v, np.float32) for k, v in state.items()}
 
 
-def from_checkpoint(content: object, folder: Path) -> tuple[nn.Module, dict]:
-    """As `from_reference`, of what a checkpoint file holds; its config is in it (OpenLRM 1.0) or beside it in `folder`."""
+def from_checkpoint(content: object, path: Path) -> tuple[nn.Module, dict]:
+    """As `from_reference`, of what a checkpoint file holds; its config is in it (OpenLRM 1.0), beside it, or its name (LVSM)."""
     config = None
     while isinstance(content, dict) and not any(
         isinstance(v, np.ndarray) for v in content.values()
@@ -124,10 +130,19 @@ def from_checkpoint(content: object, folder: Path) -> tuple[nn.Module, dict]:
             config = {**kwargs["model"], **(kwargs.get("infer") or {})}
         content = content[wrappers[0]]
     check_state_dict(content)
-    name = CONFIG_NAMES.get(_name(_family_of(_unwrapped(content))))
-    if config is None and name is not None and (folder / name).exists():
-        config = _read_config(folder / name)
+    name = _name(_family_of(_unwrapped(content)))
+    if name == "lvsm":
+        config = name_config(path)
+    elif config is None and name in CONFIG_NAMES:
+        beside = path.parent / CONFIG_NAMES[name]
+        config = _read_config(beside) if beside.exists() else None
     return from_reference(content, config)
+
+
+def name_config(path: Path) -> dict | None:
+    """The config of an LVSM checkpoint: the size of its pictures, which only the file's name tells, as `..._256`, `..._res512`."""
+    size = re.search(r"_(?:res)?(\d{2,4})$", path.stem)
+    return size and {"image_size": int(size[1])}
 
 
 def check_state_dict(content: object) -> None:
@@ -258,9 +273,15 @@ def _fields_from_config(module, config, fields):
             raise InputError(
                 f"its config gives {value!r} for {name}: put the checkpoint's own config beside it"
             )
-    if fields["width"] % told["num_heads"]:
+    least = {"image_size": (fields.get("encoder") or fields)["patch"], "num_samples": 2}
+    for name, low in least.items():
+        if told.get(name, low) < low:
+            raise InputError(
+                f"its config gives {told[name]} for {name}, at least {low} are needed: put the checkpoint's own config beside it"
+            )
+    if (heads := told.get("num_heads")) and fields["width"] % heads:
         raise InputError(
-            f"its config's {told['num_heads']} heads do not divide its width {fields['width']}: put its own config there"
+            f"its config's {heads} heads do not divide its width {fields['width']}: put its own config there"
         )
     return told
 
@@ -320,7 +341,7 @@ def write_reference(folder: Path, model: nn.Module, params: Mapping) -> list[Pat
         tensor_files.write_torch(path, state)
         return [path]
     if name == "lvsm":
-        path = folder / "model.pt"
+        path = folder / f"model_res{model.image_size}.pt"
         tensor_files.write_torch(path, {"model": state})
         return [path]
     if odd := _fixed_otherwise(model, name):

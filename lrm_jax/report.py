@@ -54,6 +54,11 @@ def write_files(folder: str | Path, files: dict[str, bytes]) -> None:
             path.unlink(missing_ok=True)
 
 
+def printable(name: str) -> str:
+    """A file's name as text: bytes that are no UTF-8 (of old archives) become question marks in diamonds."""
+    return os.fsencode(name).decode(errors="replace")
+
+
 def check_writable(folder: str | Path) -> None:
     """Finds out before an hour's work that its result cannot be written.
 
@@ -129,7 +134,7 @@ def depth_pictures(depth: np.ndarray, alpha: np.ndarray) -> np.ndarray:
         return np.full((*depth.shape, 3), 255, np.uint8)
     near, far = np.percentile(depth[seen], [1, 99])
     grey = 0.9 - 0.8 * np.clip((depth - near) / max(far - near, 1e-6), 0, 1)
-    return _to_uint8(np.where(seen, grey, 1.0)[..., None].repeat(3, -1))
+    return to_uint8(np.where(seen, grey, 1.0)[..., None].repeat(3, -1))
 
 
 def normal_pictures(
@@ -153,7 +158,7 @@ def normal_pictures(
     length = np.linalg.norm(normals, axis=-1, keepdims=True)
     valid = np.isfinite(length) & (length > 0)
     unit = np.divide(normals, length, out=np.ones_like(normals), where=valid)
-    return _to_uint8(np.where(valid, unit * 0.5 + 0.5, 1.0))
+    return to_uint8(np.where(valid, unit * 0.5 + 0.5, 1.0))
 
 
 def contact_sheet(
@@ -220,7 +225,7 @@ def turntable(frames: np.ndarray, frames_per_second: float = 24.0) -> bytes:
         if run.returncode:
             cause = " ".join(run.stderr.decode(errors="replace").split())[-200:]
             raise InputError(
-                f"ffmpeg could not make the film ({cause}): free some space in {tempfile.gettempdir()}, or leave --video out"
+                f"ffmpeg could not make the film ({cause}): free some space in {tempfile.gettempdir()}, or do without it"
             )
         return path.read_bytes()
 
@@ -247,5 +252,6 @@ def viewer_html(glb: bytes, title: str, distance: float, fov_y_deg: float) -> by
     return re.sub(r"\$([A-Z_]+)", lambda match: values[match[1]], page).encode()
 
 
-def _to_uint8(picture: np.ndarray) -> np.ndarray:
+def to_uint8(picture: np.ndarray) -> np.ndarray:
+    """[0, 1] to [0, 255], rounded."""
     return np.round(np.clip(picture, 0, 1) * 255).astype(np.uint8)

@@ -17,7 +17,7 @@ elsewhere give each process --coordinator HOST:PORT --num_processes N --process_
 import contextlib
 import functools
 import importlib
-import io
+import inspect
 import json
 import math
 import re
@@ -41,10 +41,11 @@ from lrm_jax import checkpoints, convert, flops, losses, metric_writer, optim, s
 from lrm_jax.data import Source, pipeline
 from lrm_jax.data.samples import check_normalize
 from lrm_jax.models import build
-from lrm_jax.report import depth_pictures, write_file
+from lrm_jax.report import depth_pictures, png, to_uint8, write_file
 from lrm_jax.step import eval_step, init_state, on_background, train_step
 from lrm_jax.types import Batch, Cameras, InputError, Rendering, TrainState, Views
 
+MAX_SKIPPED = 200  # updates in a row, after which it is not single batches that are at fault
 INTERRUPTED = 143  # exit code after SIGTERM, 128 + 15: saved, and the same command goes on
 SOURCES = ("objects", "records", "mvimgnet", "scenes", "procedural")  # modules of lrm_jax.data
 # Fields of `config.data` that every source takes, the procedural one too.
@@ -115,12 +116,13 @@ class Run(NamedTuple):
 def make_run(config: ConfigDict, device_mesh: Mesh) -> Run:
     """Everything of a run that is jitted. Nothing is allocated or compiled before it is called."""
     train = config.train
+    check_counts(train)
     model = build_model(**config.model)
     check_assumed_camera(config, model)
     schedule = optim.make_schedule(steps=train.steps, **config.schedule)
     optimizer = optim.make_optimizer(schedule, **config.optim)
     render_size = tuple(train.render_size) or (config.data.target_size,) * 2
-    if not train.patch <= render_size[0] <= render_size[1]:
+    if len(render_size) != 2 or not train.patch <= render_size[0] <= render_size[1]:
         raise InputError(
             f"train.render_size={render_size}: must be (low, high) with train.patch={train.patch} <= low <= high"
         )
@@ -227,10 +229,18 @@ def open_data(
     def make(name: str, split: str) -> Source:
         module = importlib.import_module(f"lrm_jax.data.{name}")
         kept = {k: v for k, v in fields.items() if k in SHARED} if name == "procedural" else fields
+        try:
+            inspect.signature(module.make).bind(split=split, **kept)
+        except TypeError as error:
+            raise InputError(
+                f"config.data does not fit data.name={name} ({error}): use a config that is made for such data"
+            ) from None
         return module.make(split=split, **kept)
 
     if name not in SOURCES:
         raise InputError(f"data.name={name!r}: must be one of {', '.join(SOURCES)}")
+    if len(mix) not in (0, 2):
+        raise InputError(f"data.mix={tuple(mix)}: must be (), or two numbers as (3, 1)")
     sources, weights = [make(name, "train")], [1]
     if mix:
         sources, weights = [*sources, make("procedural", "train")], list(mix)
@@ -244,6 +254,13 @@ def open_data(
         val=lambda: pipeline.open_batches(val, batch_size, prefetch=0, **share),
         finish=[jax.jit(source.finish) if source.finish else lambda batch: batch for source in sources],
     )  # fmt: skip
+
+
+def check_counts(train: ConfigDict) -> None:
+    """Raises InputError for a number of steps, batches or pixels below 1."""
+    for name in ("steps", "patch", "accumulate", "log_every", "save_every", "keep", "eval_every", "eval_batches"):  # fmt: skip
+        if train[name] < 1:
+            raise InputError(f"train.{name}={train[name]}: must be at least 1")
 
 
 def build_model(name: str, variant: str, **fields) -> nn.Module:
@@ -264,9 +281,9 @@ def initial_params(run: Run, init_from: str):
         return None
     model, params, _ = convert.load_weights(init_from)
     wanted, given = (
-        {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        {name: leaf.shape for name, leaf in optim.named(tree)}
         for tree in (run.abstract_state.params, params)
-    )  # fmt: skip
+    )
     if wrong := sorted(
         name for name in wanted | given if wanted.get(name, ()) != given.get(name, ())
     ):
@@ -302,6 +319,7 @@ def check_assumed_camera(config: ConfigDict, model: nn.Module) -> None:
 
 def check_batch_size(config: ConfigDict, device_mesh: Mesh) -> None:
     """Raises InputError where the batch does not divide over accumulation steps and the batch axes of the device mesh."""
+    check_counts(config.train)
     shards = sharding.num_batch_shards(device_mesh) * config.train.accumulate
     if config.data.batch_size % shards:
         raise InputError(
@@ -332,18 +350,19 @@ def fit(
     first = int(state.step)
     writer = metric_writer.open_writer(workdir, first, train.tensorboard)
     pending = []  # scalars of the steps since the last report, still on the device
-    work = None  # operations of a step
+    work = None  # operations that a step needs
+    skipped, stuck = int(optim.num_skipped(state.opt_state)), 0
     clock, waited = time.perf_counter(), 0.0
-    with terminated() as stop, contextlib.closing(writer):
+    with terminated() as stop, contextlib.closing(writer), profiler(workdir, train) as profile:
         for step in range(first + 1, train.steps + 1):
             before = time.perf_counter()
             which, elements = next(data.train)
             waited += time.perf_counter() - before
             batch = data.finish[which](sharding.global_batch(elements, device_mesh))
             if work is None:
-                work = flops.count(run.step, run.abstract_state, batch, networks)
+                work = flops.needed(run.model, train.patch, state.params, batch)
                 write_overview(workdir, state.params)
-            profile(workdir, step - first, train.profile_steps)
+            profile(step - first)
             state, scalars = run.step(state, batch, networks)
             pending.append(scalars)
             # At most two steps under way: batches are not hoarded.
@@ -357,6 +376,13 @@ def fit(
                     raise InputError(
                         f"the loss is not finite in any of the steps {step - len(pending) + 1} to {step}: the last good "
                         f"checkpoint is of step {manager.latest_step()}; lower schedule.learning_rate"
+                    )
+                stuck = stuck + len(pending) if row["skipped"] - skipped == len(pending) else 0
+                skipped = row["skipped"]
+                if stuck >= MAX_SKIPPED or stuck and stuck == train.steps - first:
+                    raise InputError(
+                        f"all of the last {stuck} updates were skipped: the gradient is not finite, or always longer than "
+                        f"optim.skip_norm (its norm: {row['grad_norm']:.3g}); the last checkpoint is of step {manager.latest_step()}"
                     )
                 seconds = time.perf_counter() - clock
                 row["samples_per_second"] = len(pending) * batch.source.rgb.shape[0] / seconds
@@ -489,12 +515,28 @@ def write_overview(workdir: Path, params) -> None:
         write_file(workdir / "parameters.txt", metric_writer.parameter_overview(params).encode())
 
 
-def profile(workdir: Path, step: int, num_steps: int) -> None:
-    """A trace of `num_steps` steps from the fifth on, in `profile/`, for TensorBoard or Perfetto."""
-    if num_steps and step == 5:
-        jax.profiler.start_trace(workdir / "profile")
-    if num_steps and step == 5 + num_steps:
-        jax.profiler.stop_trace()
+@contextlib.contextmanager
+def profiler(workdir: Path, train: ConfigDict) -> Iterator[Callable[[int], None]]:
+    """Gives what is to be called before each step: it traces `profile_steps` from the fifth on into `profile/`, for TensorBoard.
+
+    A run that ends before leaves the trace of the steps that it made.
+    """
+    tracing = False
+
+    def before(step: int) -> None:
+        nonlocal tracing
+        if train.profile_steps and step == 5:
+            jax.profiler.start_trace(workdir / "profile")
+            tracing = True
+        elif tracing and step == 5 + train.profile_steps:
+            jax.profiler.stop_trace()
+            tracing = False
+
+    try:
+        yield before
+    finally:
+        if tracing:
+            jax.profiler.stop_trace()
 
 
 def mean_of(scalars: list[dict[str, jax.Array]]) -> dict[str, float]:
@@ -527,15 +569,3 @@ def picture_grid(batch: Batch, rendering: Rendering) -> np.ndarray:
         pictures = to_uint8(pictures.reshape(-1, *pictures.shape[2:]))
         rows.append(np.concatenate([np.asarray(first), *pictures], axis=1))
     return np.concatenate(rows)
-
-
-def png(picture: np.ndarray) -> bytes:
-    """A uint8 picture as a PNG file."""
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
-def to_uint8(rgb: np.ndarray) -> np.ndarray:
-    """[0, 1] to [0, 255], rounded."""
-    return (np.clip(rgb, 0, 1) * 255 + 0.5).astype(np.uint8)

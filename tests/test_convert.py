@@ -80,6 +80,7 @@ def rewritten(tmp_path, change):
     ("change", "message"),
     [
         (lambda t, m: t.pop("plane_queries"), "1 missing: plane_queries"),
+        (lambda t, m: m.update(fields=m["fields"].replace('"num_heads": 2', '"num_heads": 0')), "its description is damaged"),
         (lambda t, m: t.update(other=t["plane_queries"]), "1 extra: other"),
         (lambda t, m: t.update(plane_queries=t["plane_queries"][:2]), r"1 mis-shaped: plane_queries \[2, 4, 4, 32\] not"),
         (lambda t, m: m.update(version="2"), "version 2: update"),

@@ -1,5 +1,7 @@
 """The command with a model that knows the answer, so that every change of world and unit on the way shows."""
 
+import argparse
+import dataclasses
 import functools
 import json
 import re
@@ -308,15 +310,20 @@ def test_the_mean_object_is_that_of_the_others(tmp_path):
 
 def test_the_mean_shapes_have_the_mean_extents_and_uniform_points(tmp_path):
     write_object(tmp_path / "a")
-    mean = mean_object.average([held_out.read(tmp_path / "a", 3, SIZE)], SIZE)
-    shapes = mean_object.shapes(mean, 20000, np.random.default_rng(0))
+    write_object(tmp_path / "b")
+    a, b = (held_out.read(tmp_path / name, 3, SIZE) for name in "ab")
+    mean = mean_object.average([a, dataclasses.replace(b, points=10 * b.points)], SIZE)
+    # b's own extents are not among those that it is guessed by, and nobody is guessed from himself alone.
+    shapes = mean_object.shapes(mean, b, 20000, np.random.default_rng(0))
+    assert mean_object.shapes(mean_object.average([a], SIZE), a, 9, np.random.default_rng(0)) == {}
     extents = np.ptp(np.load(tmp_path / "a" / "points.npy"), axis=0)
     np.testing.assert_allclose(np.ptp(shapes["mean box"], axis=0), extents, rtol=1e-6)
     assert (np.abs(shapes["mean box"] / extents).max(-1) > 0.5 - 1e-6).all()
     np.testing.assert_allclose(np.linalg.norm(2 * shapes["mean ellipsoid"] / extents, axis=-1), 1)
     # A flat spheroid (1, 1, 0.01) is two discs: half of its area has a distance to the axis below sqrt(1/2).
-    flat = mean_object.MeanObject(frozenset(), None, None, None, np.array([2, 2, 0.02]))
-    disc = mean_object.shapes(flat, 20000, np.random.default_rng(0))["mean ellipsoid"]
+    extents = {Path("flat"): np.array([2, 2, 0.02])}
+    flat = mean_object.MeanObject(frozenset(), None, None, None, extents)
+    disc = mean_object.shapes(flat, b, 20000, np.random.default_rng(0))["mean ellipsoid"]
     share = (np.hypot(disc[:, 0], disc[:, 1]) < np.sqrt(0.5)).mean()
     assert share == pytest.approx(0.5, abs=0.02)  # five deviations
 
@@ -494,3 +501,38 @@ def test_objects_need_a_view_from_beside_and_square_pictures(tmp_path):
     np.save(tmp_path / "a/intrinsics.npy", np.array([[50, 50], [24, 24], [48, 32.0]]))
     with pytest.raises(InputError, match="48x32, not square"):
         held_out.read(tmp_path / "a", 3, SIZE)
+
+
+def test_an_object_that_cannot_be_placed_is_left_out(lrm, tmp_path):
+    for name in ("good", "odd"):
+        write_object(Path("data") / name)
+    poses = sorted(Path("data/odd/pose").iterdir())
+    for path in poses:
+        pose = np.load(path)
+        pose[:, 1:3] *= -1  # looks away
+        np.save(path, pose)
+    for path in (Path("data/odd/points.npy"), Path("data/good/points.npy")):
+        np.savez(path.with_suffix(".npz"), a=np.ones(3))
+        path.with_suffix(".npz").rename(path)
+    model, given = models.build("triposr", "tiny"), []
+    world = evaluate_objects.World("picture", (1.9, 40.0), "picture")
+    give = functools.partial(evaluate_objects.give_picture, model, world)
+    skipped = {}
+    args = argparse.Namespace(views=3, size=SIZE, sources=1)
+    folders = [Path("data/good"), Path("data/odd")]
+    given = list(evaluate_objects.given(folders, skipped, give, args))
+    assert [x.item.uid for x in given] == ["good"] and "looks away" in skipped["odd"]
+    assert given[0].item.points is None and "cannot be read" in given[0].item.no_points
+
+
+def test_the_world_of_training_is_that_of_evaluation():
+    model = models.build("triposr", "tiny")
+    record = {"config": {"data": {"normalize": "source"}}}
+    assert evaluate_objects.model_world(model, record, None).normalize == "source"
+    assert evaluate_objects.model_world(model, {}, None).normalize == "azimuth"
+
+
+@pytest.mark.parametrize("option", ["--scale=data", "--views=3", "--baseline-data=x"])
+def test_an_option_without_effect_is_refused(lrm, option):
+    code, _, stderr = lrm("--data", "data", "--index", "i.json", option)
+    assert code == 2 and f"{option.split('=')[0]} has no effect with --index" in stderr

@@ -33,8 +33,7 @@ def test_a_saturated_mask_is_finite_and_has_a_gradient(alpha, label):
 
 def test_losses_are_computed_in_float32():
     low = rendering(jnp.bfloat16(0.5), jnp.bfloat16(1.0))
-    low = low.replace(depth=low.alpha)
-    weights = dict.fromkeys(("mse", "mask", "mask_mse", "depth", "tv"), 1.0)
+    weights = dict.fromkeys(("mse", "mask", "mask_mse", "tv"), 1.0)
     scene = {"triplane": jnp.ones((1, 3, 4, 4, 2), jnp.bfloat16)}
     values = losses.terms(low, low, weights, scene=scene)
     assert {name: x.dtype for name, x in values.items()} == dict.fromkeys(weights, jnp.float32)
@@ -52,21 +51,6 @@ def test_tv_counts_each_direction_by_its_own_pairs():
     plane = 2 * rows[:, None] + 3 * columns[None]
     planes_BPhwC = jnp.broadcast_to(plane[None, None, :, :, None], (2, 3, 3, 5, 4))
     np.testing.assert_allclose(losses.tv({"triplane": planes_BPhwC}), 4 + 9, rtol=1e-6)  # float32
-
-
-def test_depth_is_the_mean_error_inside_the_object_whatever_is_outside():
-    alpha = jnp.array([[1.0, 1.0], [0.5, 0.0]])[None, None]
-    truth = jnp.array([[2.0, 3.0], [7.0, jnp.nan]])[None, None]
-    target = Rendering(rgb=jnp.zeros((1, 1, 2, 2, 3)), alpha=alpha, depth=truth)
-
-    def loss(depth):
-        return losses.depth(target.replace(depth=depth), target)
-
-    value, grad = jax.value_and_grad(loss)(jnp.array([[2.5, 2.0], [jnp.nan, 9.0]])[None, None])
-    np.testing.assert_allclose(value, (0.5 + 1.0) / 2, rtol=1e-6)  # float32
-    np.testing.assert_allclose(grad[0, 0], [[0.5, -0.5], [0, 0]])
-    empty = target.replace(alpha=0 * alpha)
-    assert losses.depth(empty, empty) == 0
 
 
 @pytest.mark.parametrize("name", ["lpips", "perceptual"])
@@ -107,8 +91,6 @@ OPAQUE = Rendering(rgb=jnp.ones((1, 1, 2, 2, 3)), alpha=jnp.ones((1, 1, 2, 2)))
         ("tv", OPAQUE, "no planes: set config.losses.tv=0"),
         ("mask", OPAQUE.replace(alpha=None), "no alpha: set config.losses.mask=0"),
         ("mask_mse", OPAQUE.replace(alpha=None), "no alpha: set config.losses.mask_mse=0"),
-        ("depth", OPAQUE, "family renders no depth: set config.losses.depth=0"),
-        ("depth", OPAQUE.replace(depth=OPAQUE.alpha), "the data has no depth"),
     ],
 )  # fmt: skip
 def test_a_term_without_what_it_needs_is_named(name, rendered, message):

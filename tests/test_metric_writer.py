@@ -87,7 +87,7 @@ def test_a_resumed_run_hides_the_events_after_its_first_step(tmp_path):
             writer.write_scalars(step, {"a": value})
         writer.close()
     starts = [event.step for event in events(tmp_path) if event.HasField("session_log")]
-    assert starts == [3]  # TensorBoard drops what came before with a step of 3 or more
+    assert sorted(starts) == [1, 3]  # TensorBoard drops what came before with a step of 3 or more
 
 
 def test_only_process_0_writes(tmp_path, monkeypatch):

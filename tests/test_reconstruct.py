@@ -17,7 +17,7 @@ import pytest
 import trimesh
 from PIL import Image
 
-from lrm_jax import __main__, convert, models, reconstruct
+from lrm_jax import __main__, convert, models, reconstruct, report
 from lrm_jax.ops import cameras, surface
 from lrm_jax.types import Cameras, InputError, Views
 
@@ -77,6 +77,16 @@ def save(path: Path | str, rgba: np.ndarray, **kw) -> str:
 def errors(stderr: str) -> list[str]:
     assert "Traceback" not in stderr
     return [line for line in stderr.splitlines() if line.startswith("lrm: error: ")]
+
+
+def test_folders_of_results_lie_in_the_output_folder_whatever_pictures_are_called(tmp_path):
+    names = ["...png", "..png", "report.json.png", "a.png", os.fsdecode(b"caf\xe9.png")]
+    paths = [tmp_path / name for name in names]
+    for path in paths:
+        Image.fromarray(ball()).save(path, "png")
+    read = reconstruct.read_pictures(paths, False, report.Stages(), {})
+    folders = [name for name, _, _ in read]
+    assert folders == ["picture", "picture-2", "report.json-2", "a", "caf\ufffd"]
 
 
 @pytest.mark.filterwarnings("ignore:os.fork")  # imageio_ffmpeg's reader

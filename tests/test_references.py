@@ -395,3 +395,12 @@ def test_file_without_a_state_dict_is_refused(tmp_path, content):
     tensor_files.write_torch(tmp_path / "w.pt", content)
     with pytest.raises(InputError, match=r"w.pt: .*state_dict"):
         convert.read_weights(str(tmp_path / "w.pt"))
+
+
+@pytest.mark.parametrize(("key", "value"), [("cond_image_size", 8), ("num_samples_per_ray", 1)])
+def test_a_config_of_nothing_to_see_is_refused(key, value):
+    state, config = tiny_state()
+    section = config if key in config else config["renderer"]
+    section[key] = value
+    with pytest.raises(InputError, match=f"gives {value} for .*, at least"):
+        convert.from_reference(state, config)

@@ -364,3 +364,20 @@ def test_no_input_is_one_line_and_writes_nothing(tmp_path, capsys):
         assert render_objects.main([str(source), str(tmp_path / "out")]) == 2
         assert len(capsys.readouterr().err.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("at", "stops"), [("kit_raw/thing.glb", False), ("kit/.thing.unfinished", True), ("kit", True)]
+)
+def test_only_what_cannot_be_written_stops_the_run(tmp_path, monkeypatch, at, stops):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied", str(tmp_path / at))
+
+    monkeypatch.setattr(objects, "load_triangles", refuse)
+    path = save(tmp_path / "kit_raw" / "thing.glb", lopsided_scene())
+    arguments = ("thing", path, None, tmp_path / "kit", SETTINGS)
+    if stops:
+        with pytest.raises(PermissionError):
+            objects.write_object(*arguments)
+    else:
+        assert "Permission denied" in objects.write_object(*arguments)

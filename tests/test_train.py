@@ -101,6 +101,11 @@ def test_terminated_and_resumed_equals_uninterrupted_to_the_bit(
         (["--config.data.name=objcts"], "^data.name='objcts': must be one of objects, records"),
         (["--config.losses.lpips=1.0"], "config.networks.lpips=FILE"),
         (["--config.train.render_size=(4,16)"], "train.patch=8 <= low <= high"),
+        (["--config.train.render_size=(8,)"], "must be .low, high."),
+        (["--config.train.accumulate=0"], "train.accumulate=0: must be at least 1"),
+        (["--config.train.eval_batches=0"], "train.eval_batches=0: must be at least 1"),
+        (["--config.data.mix=(3,)"], "must be .., or two numbers"),
+        (["--config.data.name=scenes"], "does not fit data.name=scenes .*source_elevation"),
         (["--config.train.accumulate=3"], "does not divide by 24"),
         (
             ["--config.data.assumed_camera=(3.0,40.0)"],
@@ -151,6 +156,13 @@ def test_a_loss_that_is_never_finite_stops_the_run_and_is_not_saved(
         match="not finite in any of the steps 3 to 3: the last good checkpoint is of step 2",
     ):
         train.main([*TINY, "--workdir", str(tmp_path / "run")])
+
+
+def test_a_run_that_skips_every_update_does_not_end_well(balls_source, tmp_path):
+    arguments = ["--workdir", str(tmp_path / "run"), "--config.optim.skip_norm=1e-9"]
+    with pytest.raises(InputError, match="all of the last 4 updates were skipped.*skip_norm"):
+        train.main([*TINY, *arguments])
+    assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
 def test_a_run_starts_from_given_weights(balls_source, tmp_path):

@@ -10,7 +10,7 @@ Printed, and written as JSON:
   peak_gb                of the accelerator's memory, or of this process; and what XLA planned for one device
   loader                 samples/s that the config's data source makes on its own; at least twice what the step eats is wanted
 
-Weights are random, also those of the losses' networks, whose files need not be there.
+Weights are random, those of the losses' networks zeros: their files need not be there.
 """
 
 import argparse
@@ -25,11 +25,12 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lrm_jax import flops, sharding, train
+from lrm_jax.data import pipeline
 from lrm_jax.types import InputError
 
 sys.path.insert(0, str(Path(__file__).parent))
 import measure  # noqa: E402
-from step_shapes import abstract_networks, needed_flops  # noqa: E402
+from step_shapes import abstract_networks  # noqa: E402
 
 
 def main(argv: list[str]) -> int:
@@ -46,7 +47,7 @@ def main(argv: list[str]) -> int:
         train.check_batch_size(config, device_mesh)
         data = train.open_data(*sharding.process_share(device_mesh), **config.data)
         with contextlib.closing(data.train) as batches:
-            loader = loader_rate(batches, config.data.batch_size, args.steps)
+            loader = pipeline.rate(batches, config.data.batch_size, num_batches=args.steps)
             which, elements = next(batches)
         row = measure_step(config, device_mesh, data.finish[which], elements, args.steps)
     except InputError as error:
@@ -63,16 +64,6 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def loader_rate(batches, batch_size: int, num_batches: int) -> float:
-    """Samples per second of host batches, after the ones that were made ahead."""
-    for _ in range(3):
-        next(batches)
-    start = time.perf_counter()
-    for _ in range(num_batches):
-        next(batches)
-    return num_batches * batch_size / (time.perf_counter() - start)
-
-
 def measure_step(config, device_mesh, finish, elements, num_steps: int) -> dict[str, float]:
     """Rates and memory of the step, by name, on the batch that `finish` makes of this process's elements."""
     with jax.set_mesh(device_mesh):
@@ -83,7 +74,7 @@ def measure_step(config, device_mesh, finish, elements, num_steps: int) -> dict[
         )
         batch = finish(sharding.global_batch(elements, device_mesh))
         work = flops.count(run.step, run.abstract_state, batch, networks)
-        needed = needed_flops(run.model, config.train.patch, run.abstract_state.params, batch)
+        needed = flops.needed(run.model, config.train.patch, run.abstract_state.params, batch)
         measure.reset_peak()
         state = run.init(None)
         compiled = run.step.lower(state, batch, networks).compile()

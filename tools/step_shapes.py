@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 
-from lrm_jax import flops, losses, step
-from lrm_jax.ops import cameras
+from lrm_jax import losses
 
 
 def abstract_networks(loss_weights) -> dict:
@@ -21,14 +20,3 @@ def abstract_networks(loss_weights) -> dict:
         for name, network in losses.NETWORKS.items()
         if loss_weights.get(name)
     }
-
-
-def needed_flops(model, patch: int, params, batch) -> float:
-    """Operations of a step that repeats none: three times the model's forward products, as the gradient has twice as many."""
-
-    def forward(params, batch):
-        rays = cameras.pixel_rays(batch.target.cameras, patch, patch)
-        source = step.on_background(batch.source, 0.0)
-        return model.apply({"params": params}, source, rays)
-
-    return 3 * flops.count(forward, params, batch)

@@ -12,11 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from lrm_jax.ops.cameras import opengl_to_opencv
 from lrm_jax.ops.images import load_image
 from lrm_jax.types import InputError
-
-# `ops.cameras.opengl_to_opencv` as a matrix from the right: NumPy, since the loader's processes must leave jax asleep.
-BLENDER_TO_OPENCV = np.diag([1.0, -1.0, -1.0, 1.0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +73,7 @@ def read_cameras(folder: Path) -> Cameras:
     poses = np.stack([_load_array(folder / "pose" / f"{p.stem}.npy", (3, 4)) for p in pictures])
     c2w = np.concatenate([poses, np.tile([[[0, 0, 0, 1.0]]], (len(poses), 1, 1))], axis=1)
     fxfycxcy = np.tile(np.concatenate([focal / size, centre / size]), (len(poses), 1))
-    return Cameras(pictures, c2w @ BLENDER_TO_OPENCV, fxfycxcy, (int(size[0]), int(size[1])))
+    return Cameras(pictures, opengl_to_opencv(c2w), fxfycxcy, (int(size[0]), int(size[1])))
 
 
 def read_picture(cameras: Cameras, view: int) -> np.ndarray:
@@ -97,7 +95,7 @@ def read_picture(cameras: Cameras, view: int) -> np.ndarray:
 def _load_array(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     name = "/".join(path.parts[-2:]) if path.parent.name == "pose" else path.name
     try:
-        array = np.load(path)
+        array = np.asarray(np.load(path), np.float64)
     except FileNotFoundError:
         raise InputError(f"{name} is missing") from None
     except Exception as error:  # numpy raises ValueError, EOFError, OSError, SyntaxError ...
@@ -106,4 +104,4 @@ def _load_array(path: Path, shape: tuple[int, ...]) -> np.ndarray:
         raise InputError(f"{name} has shape {array.shape}, not {shape}")
     if not np.isfinite(array).all():
         raise InputError(f"{name} has values that are not finite")
-    return array.astype(np.float64)
+    return array

@@ -107,7 +107,7 @@ def _at(cameras: folders.Cameras, views) -> Cameras:
 def _points(path: Path) -> tuple[np.ndarray | None, str]:
     """The points, or why there are none: pictures can be compared without."""
     try:
-        points = np.load(path)
+        points = np.asarray(np.load(path), np.float64)
     except FileNotFoundError:
         return None, "points.npy is missing: render with tools/render_objects.py"
     except Exception as error:  # numpy raises ValueError, EOFError, OSError, SyntaxError ...
@@ -116,4 +116,4 @@ def _points(path: Path) -> tuple[np.ndarray | None, str]:
         return None, f"points.npy has shape {points.shape}, not (N, 3)"
     if not np.isfinite(points).all():
         return None, "points.npy has values that are not finite"
-    return points.astype(np.float64), ""
+    return points, ""

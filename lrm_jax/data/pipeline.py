@@ -8,6 +8,7 @@ turn, so that another number of processes permutes the batch.)
 
 import dataclasses
 import functools
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -93,21 +94,17 @@ def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(count)
 
 
-def rate(
-    sources: Source | Sequence[tuple[Source, int]], batch_size: int, *, num_batches: int = 50, **how
-) -> float:
-    """Samples per second that the loader makes on its own, once it is running. `how`: see `open_batches`."""
-    batches = open_batches(sources, batch_size, **how)
-    try:
-        # What was made while the first were waited for is not counted.
-        for _ in range(1 + how.get("prefetch", 2) * max(1, how.get("num_workers", 0))):
-            next(batches)
-        start = time.perf_counter()
-        for _ in range(num_batches):
-            next(batches)
-        return num_batches * batch_size / (time.perf_counter() - start)
-    finally:
-        batches.close()
+def rate(batches: "Batches", batch_size: int, *, num_batches: int = 50) -> float:
+    """Samples per second that the loader makes on its own, once it is running: at least two batches of each worker are timed."""
+    num_workers = max(1, batches.num_workers)
+    # What was made while the first were waited for is not counted.
+    for _ in range(1 + batches.prefetch * num_workers):
+        next(batches)
+    num_batches = max(num_batches, 2 * num_workers)
+    start = time.perf_counter()
+    for _ in range(num_batches):
+        next(batches)
+    return num_batches * batch_size / (time.perf_counter() - start)
 
 
 class Batches:
@@ -118,7 +115,8 @@ class Batches:
 
     def __init__(self, steps: grain.MapDataset, num_workers: int, prefetch: int):
         self.bad: dict[str, int] = {}
-        self._steps, self._num_workers, self._prefetch = steps, num_workers, prefetch
+        self.num_workers, self.prefetch = num_workers, prefetch
+        self._steps = steps
         self._step, self._iterator = 0, None
 
     def __iter__(self) -> "Batches":
@@ -155,14 +153,24 @@ class Batches:
 
     def _open(self) -> grain.IterDataset:
         # As many threads as batches ahead: each makes one.
-        read = grain.ReadOptions(num_threads=self._prefetch, prefetch_buffer_size=self._prefetch)
-        if not self._num_workers:
+        read = grain.ReadOptions(num_threads=self.prefetch, prefetch_buffer_size=self.prefetch)
+        if not self.num_workers:
             return self._steps[self._step :].to_iter_dataset(read)
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain hands its own flags on to the workers
-        workers = grain.MultiprocessingOptions(self._num_workers, max(1, self._prefetch))
+        workers = grain.MultiprocessingOptions(self.num_workers, max(1, self.prefetch))
         one = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-        return self._steps[self._step :].to_iter_dataset(one).mp_prefetch(workers)
+        return (
+            self._steps[self._step :]
+            .to_iter_dataset(one)
+            .mp_prefetch(workers, worker_init_fn=_leave_signals_to_the_parent)
+        )
+
+
+def _leave_signals_to_the_parent(index: int, count: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM reach the workers too: without them the run could not go on to save."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lrm_jax.data import Source, assembly, blueprints
-from lrm_jax.data.samples import check_normalize
+from lrm_jax.data.samples import make_recipe
 from lrm_jax.ops import cameras as cameras_lib
 from lrm_jax.ops import raytrace
 from lrm_jax.types import Batch, Cameras, InputError, Views
@@ -58,14 +58,18 @@ def make(
     Raises:
       InputError: a field is out of its range.
     """
+    make_recipe(
+        split,
+        num_target=num_target,
+        source_size=source_size,
+        target_size=target_size,
+        num_source=num_source,
+        source_elevation=source_elevation,
+        foreground_ratio=foreground_ratio,
+        normalize=normalize,
+        assumed_camera=assumed_camera,
+    )
     _check(split, seed, num_primitives, num_holes, source_elevation, elevation, distance, fov)
-    if num_source < 1 or num_target < 0:
-        raise InputError(
-            f"data.num_source={num_source}, data.num_target={num_target}: at least 1 and 0"
-        )
-    check_normalize(normalize, assumed_camera)
-    if foreground_ratio is not None and not 0 < foreground_ratio <= 1:
-        raise InputError(f"data.foreground_ratio={foreground_ratio}: must be in (0, 1], or None")
 
     def finish(elements: dict[str, jax.Array]) -> Batch:
         return jax.vmap(one)(elements["index"])
@@ -127,6 +131,8 @@ def render(scene: assembly.Scene, cameras: Cameras, size: int) -> Views:
 
 
 def _check(split, seed, num_primitives, num_holes, source_elevation, elevation, distance, fov):
+    if source_elevation is None:
+        raise InputError("data.source_elevation=None: procedural objects need (low, high), degrees")
     if split not in SPLITS:
         raise InputError(f"data.split={split!r}: must be train or val")
     if not 0 <= seed < 2**32:
@@ -135,9 +141,8 @@ def _check(split, seed, num_primitives, num_holes, source_elevation, elevation, 
         raise InputError(
             f"data.num_primitives={num_primitives}, data.num_holes={num_holes}: at least 1 and 0"
         )
-    for name, band in (("source_elevation", source_elevation), ("elevation", elevation)):
-        if not -90 <= band[0] <= band[1] <= 90:
-            raise InputError(f"data.{name}={band}: needs -90 <= low <= high <= 90")
+    if not -90 <= elevation[0] <= elevation[1] <= 90:
+        raise InputError(f"data.elevation={elevation}: needs -90 <= low <= high <= 90")
     if not 1 < distance[0] <= distance[1]:
         raise InputError(f"data.distance={distance}: needs 1 < low <= high; the radius is 1")
     if not 0 < fov < 170:

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from lrm_jax.ops import cameras
-from lrm_jax.ops.images import recenter_foreground
+from lrm_jax.ops.images import foreground_square
 from lrm_jax.types import Batch, Cameras, InputError, Views
 
 
@@ -49,11 +49,23 @@ def make_recipe(split: str, **fields) -> Recipe:
     """The recipe with these fields for a split: only "train" is mirrored.
 
     Raises:
-      InputError: no such way to normalise.
+      InputError: no such field, or one that is out of its range.
     """
-    recipe = Recipe(**fields)
+    try:
+        recipe = Recipe(**fields)
+    except TypeError as error:
+        raise InputError(f"config.data: {error}: check its name") from None
     check_normalize(recipe.normalize, recipe.assumed_camera)
     band, camera = recipe.source_elevation, recipe.assumed_camera
+    least = {"num_source": 1, "num_target": 0, "source_size": 1, "target_size": 1}
+    for name, low in least.items():
+        if getattr(recipe, name) < low:
+            raise InputError(f"data.{name}={getattr(recipe, name)}: must be at least {low}")
+    if band is not None and not (len(band) == 2 and -90 <= band[0] <= band[1] <= 90):
+        raise InputError(f"data.source_elevation={band}: needs -90 <= low <= high <= 90")
+    ratio = recipe.foreground_ratio
+    if ratio is not None and not 0 < ratio <= 1:
+        raise InputError(f"data.foreground_ratio={ratio}: must be in (0, 1], or None")
     return dataclasses.replace(
         recipe,
         mirror=recipe.mirror and split == "train",
@@ -206,10 +218,11 @@ def recentered(
         return rgba, np.array([0.0, 0.0, 1.0, 1.0])
     if not rgba[..., 3].any():
         raise InputError(f"{name} is transparent everywhere")
-    crop = recenter_foreground(rgba, foreground_ratio)
-    # The crop only moves pixels, so its corner is where the foreground went.
-    box = np.array([*(_first_foreground(rgba) - _first_foreground(crop)), *crop.shape[:2]])
-    return crop, box / np.tile(rgba.shape[:2], 2)
+    try:
+        square, corner = foreground_square(rgba, foreground_ratio)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
+    return square, np.array([*corner, *square.shape[:2]]) / np.tile(rgba.shape[:2], 2)
 
 
 def crop_intrinsics(fxfycxcy: np.ndarray, boxes: np.ndarray) -> np.ndarray:
@@ -251,11 +264,6 @@ def world_motion(
     motion[:3, 3] = -motion[:3, :3] @ (x, y, z)
     motion[1, 3] -= np.sqrt(x * x + y * y + z * z)
     return motion.astype(np.float32)
-
-
-def _first_foreground(rgba: np.ndarray) -> np.ndarray:
-    """(row, column) of the upper left corner of the foreground's box."""
-    return np.array([np.flatnonzero(rgba[..., 3].any(axis))[0] for axis in (1, 0)])
 
 
 def _mirror(c2w: np.ndarray) -> np.ndarray:

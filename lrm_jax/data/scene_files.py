@@ -28,7 +28,7 @@ from PIL import Image
 
 from lrm_jax import tensor_files
 from lrm_jax.data import colmap, splits
-from lrm_jax.data.folders import BLENDER_TO_OPENCV
+from lrm_jax.ops.cameras import opengl_to_opencv
 from lrm_jax.ops.images import blend, has_alpha, load_image
 from lrm_jax.types import InputError
 
@@ -251,7 +251,7 @@ def _read_transforms(path: Path) -> Frames:
     if not frames or c2w.shape[1:] != (4, 4):
         raise InputError(f"{path.name}: transform_matrix {list(c2w.shape)} of {len(frames)} frames")
     fxfycxcy, aspect = zip(*cameras, strict=True)
-    return Frames(pictures, c2w @ BLENDER_TO_OPENCV, np.array(fxfycxcy), np.array(aspect))
+    return Frames(pictures, opengl_to_opencv(c2w), np.array(fxfycxcy), np.array(aspect))
 
 
 def _pinhole(frame: dict, picture: Path) -> tuple[np.ndarray, float]:

@@ -8,9 +8,11 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -101,8 +103,7 @@ def _build(root: Path, uids: tuple[str, ...], settings: Settings, folder: Path) 
     fxfycxcy = np.concatenate([np.zeros((0, 4)), *(c.fxfycxcy for c in cameras.values())])
     is_source = samples.in_band(c2w, settings.source_elevation)
     source_row = np.where(is_source, np.cumsum(is_source) - 1, -1)
-    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.unfinished")
-    arrays = _allocate(unfinished, int(is_source.sum()), int(start[-1]), settings)
+    arrays, unfinished = _allocate(folder, int(is_source.sum()), int(start[-1]), settings)
     try:
         boxes, broken = _decode(cameras, settings, start, source_row, arrays)
         store = Store(
@@ -116,35 +117,46 @@ def _build(root: Path, uids: tuple[str, ...], settings: Settings, folder: Path) 
             source_fxfycxcy=samples.crop_intrinsics(fxfycxcy[is_source], boxes),
             **arrays,
         )
-        if unfinished.is_dir():
+        if unfinished is not None:
             _save(unfinished, store)
             try:
                 unfinished.rename(folder)
             except OSError:  # another process has made it meanwhile
                 pass
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        if unfinished is not None:
+            shutil.rmtree(unfinished, ignore_errors=True)
     return open_store(folder) if folder.is_dir() else store
 
 
 def _allocate(
     folder: Path, num_sources: int, num_views: int, settings: Settings
-) -> dict[str, np.ndarray]:
-    """The big arrays: files in a new folder, or in memory where the disk is full or read-only."""
+) -> tuple[dict[str, np.ndarray], Path | None]:
+    """The big arrays: files in a new folder beside `folder`, or in memory (None) where the disk is full or read-only.
+
+    Raises:
+      InputError: there is not enough memory either.
+    """
     source = (num_sources, settings.source_size, settings.source_size)
     target = (num_views, settings.target_size, settings.target_size)
     shapes = dict(zip(PICTURES, [(*source, 3), source, (*target, 3), target], strict=True))
+    made = None
     try:
-        folder.mkdir()
-        return {name: _allocate_file(folder / f"{name}.npy", s) for name, s in shapes.items()}
+        made = Path(tempfile.mkdtemp(".unfinished", f"{folder.name}.", folder.parent))
+        made.chmod(folder.parent.stat().st_mode & 0o777)  # mkdtemp's own is for its user alone
+        return {name: _allocate_file(made / f"{name}.npy", s) for name, s in shapes.items()}, made
     except OSError as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        gigabytes = sum(np.prod(shape, dtype=float) for shape in shapes.values()) / 1e9
-        print(
-            f"{folder.parent}: no cache can be written there ({error.strerror}): {gigabytes:.1f} GB kept in memory",
-            file=sys.stderr,
-        )
-        return {name: np.zeros(shape, np.uint8) for name, shape in shapes.items()}
+        if made is not None:
+            shutil.rmtree(made, ignore_errors=True)
+        bytes_ = sum(math.prod(shape) for shape in shapes.values())
+        problem = f"{folder.parent}: no cache can be written there ({error.strerror})"
+        if bytes_ > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+            raise InputError(
+                f"{problem}, and its {bytes_ / 1e9:.1f} GB are more than the memory: free some space, or make records with "
+                "tools/build_dataset.py and set config.data.name=records"
+            ) from None
+        print(f"{problem}: {bytes_ / 1e9:.1f} GB kept in memory", file=sys.stderr)
+        return {name: np.zeros(shape, np.uint8) for name, shape in shapes.items()}, None
 
 
 def _allocate_file(path: Path, shape: tuple[int, ...]) -> np.ndarray:

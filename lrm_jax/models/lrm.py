@@ -207,6 +207,7 @@ def _mid_density(raw_RS):
 def _pad_to_square(rgba):
     """Adds transparent pixels: the reference would stretch the picture."""
     height, width = rgba.shape[:2]
+    images.check_square(max(height, width))
     down, right = max(width - height, 0), max(height - width, 0)
     return np.pad(rgba, ((down // 2, down - down // 2), (right // 2, right - right // 2), (0, 0)))
 

@@ -286,6 +286,11 @@ def to_torch(params: dict, model: LVSM) -> dict[str, np.ndarray]:
     return torch_layout.to_torch(entries(model), params)
 
 
+def fields_from_config(config: dict) -> dict:
+    """The size of its pictures, which shapes do not tell."""
+    return dict(image_size=config["image_size"])
+
+
 def fields_from_torch(state: dict[str, np.ndarray]) -> dict:
     """What the shapes of an LVSM state dict tell of the model's fields: all but the size of its pictures."""
     width, inputs = state["image_tokenizer.1.weight"].shape

@@ -23,9 +23,15 @@ from jaxtyping import Array, Float
 from lrm_jax.types import Cameras, Rays
 
 
-def opengl_to_opencv(c2w: Float[Array, "*B 4 4"]) -> Float[Array, "*B 4 4"]:
-    """Turns the axes of an OpenGL (or Blender) camera into OpenCV's: y and z change sign. Its own inverse."""
-    return c2w * jnp.broadcast_to(jnp.array([1.0, -1.0, -1.0, 1.0], c2w.dtype), c2w.shape)
+def opengl_to_opencv(
+    c2w: Float[Array | np.ndarray, "*B 4 4"],
+) -> Float[Array | np.ndarray, "*B 4 4"]:
+    """Turns the axes of an OpenGL (or Blender) camera into OpenCV's: y and z change sign. Its own inverse.
+
+    NumPy arrays stay NumPy's: the loader's processes leave jax asleep.
+    """
+    xp = c2w.__array_namespace__()
+    return c2w * xp.broadcast_to(xp.asarray([1.0, -1.0, -1.0, 1.0], dtype=c2w.dtype), c2w.shape)
 
 
 opencv_to_opengl = opengl_to_opencv

@@ -9,7 +9,7 @@ look inwards with the axes reversed, so this is a doubt and not a proof; near pa
 import numpy as np
 from jaxtyping import Float
 
-from lrm_jax.ops import paths
+from lrm_jax.ops import cameras, paths
 
 MEANINGS = {
     "opengl-c2w": "camera to world, x right, y up, z backward",
@@ -22,18 +22,17 @@ CLEAR_SPREAD = 8.0  # degrees, of `paths.focus`: two axes at 16
 # turned towards a scene by hand have about 0.1; in a wrong direction of the poses, 0.6 to 1.
 MAX_MISS = 0.3
 AHEAD = 30.0  # degrees off an optical axis that the scene's middle may be
-_FLIP = np.diag([1.0, -1.0, -1.0, 1.0])
 
 
 def read(matrices: Float[np.ndarray, "V 4 4"], convention: str) -> Float[np.ndarray, "V 4 4"]:
     """Camera to world with OpenCV's axes, of poses written in one of MEANINGS."""
     c2w = matrices if convention.endswith("c2w") else np.linalg.inv(matrices)
-    return c2w @ _FLIP if convention.startswith("opengl") else c2w
+    return cameras.opengl_to_opencv(c2w) if convention.startswith("opengl") else c2w
 
 
 def write(c2w: Float[np.ndarray, "V 4 4"], convention: str) -> Float[np.ndarray, "V 4 4"]:
     """The inverse of `read`."""
-    c2w = c2w @ _FLIP if convention.startswith("opengl") else c2w
+    c2w = cameras.opencv_to_opengl(c2w) if convention.startswith("opengl") else c2w
     return c2w if convention.endswith("c2w") else np.linalg.inv(c2w)
 
 

@@ -37,5 +37,7 @@ def compositing_weights(
     The transmittance is exp of a sum, in float32: a product of (1 - alpha) loses the last digits, and a bfloat16 sum decibels.
     """
     optical = density.astype(jnp.float32) * (t_edges[..., 1:] - t_edges[..., :-1])
-    before = jnp.cumsum(optical, axis=-1) - optical
+    # A sum of those before, not of all less its own: that would cancel where a density is large.
+    before = jnp.cumsum(optical[..., :-1], axis=-1)
+    before = jnp.concatenate([jnp.zeros_like(optical[..., :1]), before], axis=-1)
     return jnp.exp(-before) * -jnp.expm1(-optical)

@@ -167,7 +167,7 @@ def test_numpy_cameras_are_those_of_ops():
     rng = np.random.default_rng(0)
     c2w = rng.normal(size=(3, 4, 4)).astype(np.float32)
     np.testing.assert_array_equal(
-        c2w @ folders.BLENDER_TO_OPENCV, cameras_lib.opengl_to_opencv(jax.numpy.asarray(c2w))
+        cameras_lib.opengl_to_opencv(c2w), cameras_lib.opengl_to_opencv(jax.numpy.asarray(c2w))
     )
     fxfycxcy, boxes = jax.numpy.asarray(rng.uniform(0.3, 1, (2, 3, 4)), jax.numpy.float32)
     cropped = cameras_lib.crop_cameras(
@@ -271,6 +271,51 @@ def test_a_folder_that_cannot_be_written_is_kept_in_memory(root, monkeypatch, ca
     assert_same(stack(make(root)), expected)
     assert "No space left on device" in capsys.readouterr().err
     assert not list(root.glob(".cache*"))
+
+
+def test_a_folder_that_fits_neither_the_disk_nor_the_memory_is_told(tmp_path):
+    settings = store.Settings(512, 512, None, None)
+    with pytest.raises(InputError, match="GB are more than the memory: .*config.data.name=records"):
+        store._allocate(tmp_path / ".cache-x", 10**8, 10**8, settings)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_start_has_left_is_not_in_the_way(root, capsys):
+    (root / f".cache-x.{os.getpid()}.unfinished").mkdir()
+    assert store._allocate(root / ".cache-x", 1, 1, store.Settings(8, 8, None, None))[1].is_dir()
+    assert capsys.readouterr().err == ""
+
+
+def test_a_thin_diagonal_object_is_where_its_crop_says():
+    """TripoSR's cropping loses the last row and column, and with them what would be the first pixel of the crop."""
+    rgba = np.zeros((64, 64, 4), np.uint8)
+    for i in range(30):
+        rgba[10 + i, 45 - i] = 255
+    crop, box = samples.recentered(rgba, 0.85, "sword")
+    top, left, height, _ = np.rint(box * 64).astype(int)
+    assert height == len(crop)
+    rows, columns = np.nonzero(crop[..., 3])
+    assert rgba[rows + top, columns + left, 3].all() and len(rows) == 28
+    rgba[:] = 0
+    rgba[3, 5] = rgba[4, 4] = 255
+    with pytest.raises(InputError, match="sword: the picture's foreground is two pixels"):
+        samples.recentered(rgba, 0.85, "sword")
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        (dict(num_source=0), "data.num_source=0: must be at least 1"),
+        (dict(num_target=-1), "num_target=-1"),
+        (dict(source_size=0), "source_size=0"),
+        (dict(foreground_ratio=2.0), "foreground_ratio=2.0: must be in"),
+        (dict(source_elevation=(5.0,)), "needs -90 <= low <= high"),
+        (dict(mirorr=True), "config.data: .*mirorr"),
+    ],
+)
+def test_a_field_out_of_its_range_is_told_at_the_start(root, field, message):
+    with pytest.raises(InputError, match=message):
+        make(root, **field)
 
 
 def test_variants_fall_on_one_side():

@@ -1,7 +1,11 @@
 """Batches are the same for every process count, worker count and resume, and bad records are replaced and told."""
 
+import contextlib
 import functools
 import json
+import multiprocessing
+import os
+import signal
 
 import grain
 import jax
@@ -172,4 +176,15 @@ def test_elements_may_be_anything_that_finish_takes():
 
 
 def test_rate_counts_samples():
-    assert pipeline.rate(make(), 4, num_batches=5) > 100
+    assert pipeline.rate(pipeline.open_batches(make(), 4), 4, num_batches=5) > 100
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_workers_go_on_when_a_scheduler_or_a_terminal_signals_all_processes(number):
+    batches = pipeline.open_batches(make(), 4, num_workers=1, prefetch=1)
+    with contextlib.closing(batches):
+        taken = take(batches, 2)
+        for child in multiprocessing.active_children():
+            os.kill(child.pid, number)
+        taken += take(batches, 4)
+    assert_same(taken, take(pipeline.open_batches(make(), 4), 6))

@@ -2,6 +2,7 @@
 
 import functools
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -72,14 +73,23 @@ def test_state_round_trips_to_the_bit(goldens, name):
 
 @pytest.mark.parametrize("name", GOLDENS)
 def test_a_training_checkpoint_is_recognised_its_loss_s_network_dropped_and_other_tensors_refused(
-    goldens, name, tmp_path
+    goldens, name, tmp_path, caplog
 ):
     state, _, _, model, params = read(goldens, name)
     frozen = {"loss_computer.perceptual_loss_module.vgg.conv1_1.weight": np.ones((2, 3))}
     content = {"model": state | frozen, "optimizer": {"state": {0: {"step": 3}}}}
     found, found_params = references.from_checkpoint(content, tmp_path)
-    # Pictures of no size are told: that of the first published one, which has no effect.
-    assert found == model.clone(image_size=256)
+    # Pictures of no size are told: that of the first published one.
+    assert found == model.clone(image_size=256) and "256 pixels are taken" in caplog.text
+    for name, size in [
+        ("a_512.pt", 512),
+        ("model_res16.pt", 16),
+        ("ckpt_0000000000000512.pt", 256),
+    ]:
+        found, _ = references.from_checkpoint(content, tmp_path / name)
+        assert found.image_size == size
+    with pytest.raises(InputError, match="not .*multiple|divide"):
+        references.from_checkpoint(content, tmp_path / "model_res15.pt")
     jax.tree.map(np.testing.assert_array_equal, found_params, params)
     extra = {"image_tokenizer.1.bias": np.ones(3)}
     with pytest.raises(InputError, match="of LVSM: 1 extra: image_tokenizer.1.bias: use"):
@@ -97,7 +107,7 @@ def test_lrm_convert_round_trips_a_checkpoint_to_the_bit(goldens, name, tmp_path
     ours = tmp_path / "ours.safetensors"
     assert convert.main([str(tmp_path / "published.pt"), str(ours)]) == 0
     assert convert.main([str(ours), str(tmp_path / "back"), "--to", "torch"]) == 0
-    back, _ = tensor_files.read(tmp_path / "back" / "model.pt")
+    back, _ = tensor_files.read(tmp_path / "back" / "model_res256.pt")
     assert back["model"].keys() == state.keys()
     for key, value in state.items():
         assert back["model"][key].tobytes() == value.tobytes(), key
@@ -116,6 +126,9 @@ def test_published_variant_has_exactly_the_published_names_and_shapes(goldens, v
     told = lvsm.fields_from_torch(state)
     assert {name: getattr(model, name) for name in told} == told
     assert LVSM(**told, image_size=model.image_size) == model
+    path = Path(f"lvsm_scene_res{model.image_size}.pt")
+    found, _ = references.recognise(state, references.name_config(path))
+    assert convert.variant_of(found) == variant
 
 
 def param_shapes(model):

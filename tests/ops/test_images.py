@@ -76,6 +76,8 @@ def test_recentering_finds_a_foreground_of_any_shape(box):
 def test_recentering_nothing_is_an_error():
     with pytest.raises(InputError, match="transparent everywhere: "):
         images.recenter_foreground(np.zeros((8, 8, 4), np.uint8), 0.85)
+    with pytest.raises(InputError, match="too long"):
+        images.recenter_foreground(np.full((2, 60_000, 4), 255, np.uint8), 0.85)
 
 
 def test_has_alpha_needs_a_pixel_that_is_not_opaque(picture):

@@ -56,6 +56,13 @@ def test_an_opaque_first_sample_hides_the_rest():
     np.testing.assert_allclose(out.depth[0], 0.5, atol=1e-6)
 
 
+@pytest.mark.parametrize("density", [[5.0, 1e9, 3.0], [0.7, 2e6, 1.0], [5.0, np.inf, 3.0]])
+def test_a_solid_behind_a_thin_sample_gets_the_rest_of_the_light(density):
+    weights = volrend.compositing_weights(jnp.array([density]), jnp.arange(4.0)[None])
+    first = 1 - np.exp(-density[0])
+    np.testing.assert_allclose(weights[0], [first, 1 - first, 0], atol=1e-6)
+
+
 def test_empty_rays_give_zeros_and_finite_gradients():
     edges = jnp.linspace(0.0, 1.0, 9)[None]
 

@@ -1,5 +1,6 @@
 """One object, from its file to its folder."""
 
+import errno
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,13 @@ from rendering.output import save_cameras, save_view, unfinished
 from rendering.protocols import Settings, choose_cameras, choose_lighting
 from rendering.sources import opened
 from rendering.surfaces import load_triangles, random_points
+
+
+def _is_written(path: Path, out: Path, uid: str) -> bool:
+    """Whether a path is of what is written of an object, or a folder in which that lies."""
+    path, out = path.absolute(), out.absolute()
+    written = out.is_relative_to(path)
+    return written or any(path.is_relative_to(x) for x in (unfinished(out, uid), out / uid))
 
 
 def is_finished(out: Path, uid: str) -> bool:
@@ -65,7 +73,11 @@ def write_object(
         shutil.rmtree(folder / ".blender", ignore_errors=True)
         folder.rename(out / uid)
     except OSError as error:
-        if error.filename is not None and str(out) in str(error.filename) or error.errno == 28:
+        if (
+            error.errno == errno.ENOSPC
+            or error.filename
+            and _is_written(Path(error.filename), out, uid)
+        ):
             raise  # the disk is at fault, not this object: the others would fail too
         return cause_of(error)
     except Exception as error:  # 3D files are broken in more ways than can be listed
