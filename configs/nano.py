@@ -5,7 +5,7 @@
         lrm train --config configs/nano.py --workdir runs/nano
 
 The two variables are for CPUs: huge pages take page faults away, and two devices keep both cores busy (6 to 7 samples/s).
-Of four batches three are of rendered objects and one of procedural shapes; `--config.data.name=procedural
+Of eight batches seven are of rendered objects and one of procedural shapes; `--config.data.name=procedural
 --config.data.mix=()` needs no files at all. `--config configs/nano.py:tiny` is a few steps of a tiny model, for trying things out.
 
 Expected: the 32,000 samples take 80 minutes of two cores. The bundled model, trained with as many in two runs, has 16.5 dB and F@0.2
@@ -21,7 +21,7 @@ def get_config(size: str = ""):
     config = base()
     config.model.variant = "nano"
     config.data.update(
-        root="data/kaykit", batch_size=16, mix=(3, 1), num_target=2, source_size=128, target_size=48, mirror=True,
+        root="data/kaykit", batch_size=16, mix=(7, 1), num_target=3, source_size=128, target_size=48, mirror=True,
         normalize="picture", assumed_camera=(3.0, 40.0),  # the variant's
     )  # fmt: skip
     config.losses.update(mask=0.2)

@@ -20,7 +20,7 @@ def test_the_bundled_model_is_small_and_says_how_it_was_made(bundled):
     assert (convert.BUNDLED).stat().st_size < 30e6
     assert info["family"] == "triposr" and info["variant"] == "nano"
     assert (
-        info["training"]["steps"] > 400 and info["training"]["config"]["data"]["name"] == "objects"
+        info["training"]["steps"] > 1000 and info["training"]["config"]["data"]["name"] == "objects"
     )
 
 

@@ -139,7 +139,9 @@ def lrm(tmp_path, monkeypatch, capfd):
         if model is not None:
             info = {"family": "oracle", "variant": "", "path": "oracle", "training": {"steps": 1}}
             monkeypatch.setattr(convert, "load_weights", lambda _: (model, {}, info))
-        options = ["--size", str(SIZE), "--views", "3", "--resolution", "40"]
+        options = ["--size", str(SIZE)]
+        if "--index" not in argv:
+            options += ["--views", "3", "--resolution", "40"]
         code = __main__.main(["evaluate", *options, *argv])
         return code, *capfd.readouterr()
 

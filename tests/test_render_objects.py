@@ -374,6 +374,7 @@ def test_only_what_cannot_be_written_stops_the_run(tmp_path, monkeypatch, at, st
         raise PermissionError(13, "Permission denied", str(tmp_path / at))
 
     monkeypatch.setattr(objects, "load_triangles", refuse)
+    (tmp_path / "kit_raw").mkdir()
     path = save(tmp_path / "kit_raw" / "thing.glb", lopsided_scene())
     arguments = ("thing", path, None, tmp_path / "kit", SETTINGS)
     if stops:

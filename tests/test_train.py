@@ -105,7 +105,7 @@ def test_terminated_and_resumed_equals_uninterrupted_to_the_bit(
         (["--config.train.accumulate=0"], "train.accumulate=0: must be at least 1"),
         (["--config.train.eval_batches=0"], "train.eval_batches=0: must be at least 1"),
         (["--config.data.mix=(3,)"], "must be .., or two numbers"),
-        (["--config.data.name=scenes"], "does not fit data.name=scenes .*source_elevation"),
+        (["--config.data.name=scenes"], "does not fit data.name=scenes .*unexpected keyword"),
         (["--config.train.accumulate=3"], "does not divide by 24"),
         (
             ["--config.data.assumed_camera=(3.0,40.0)"],
