@@ -62,7 +62,7 @@ class Store:
 def get_store(root: Path, uids: list[str], settings: Settings) -> Store:
     """The store of these objects; builds it where there is none of these very files."""
     files = folders.fingerprint(root, uids)
-    key = hashlib.sha256(repr((2, dataclasses.astuple(settings), files)).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr((3, dataclasses.astuple(settings), files)).encode()).hexdigest()[:16]
     return _get_store(root, tuple(uids), settings, key)
 
 
