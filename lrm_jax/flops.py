@@ -1,7 +1,7 @@
 """Operations of a traced function, and what the device could do: for model FLOPs utilisation (MFU).
 
 MFU as in PaLM (https://arxiv.org/abs/2204.02311, appendix B): operations of the model's matrix products that the step has to do
-(`needed`: none repeated by rematerialisation, none of the losses' networks), over time, as a share of the peak rate.
+(`step.needed_flops`: none repeated by rematerialisation, none of the losses' networks), over time, as a share of the peak rate.
 """
 
 import math
@@ -9,11 +9,7 @@ import time
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from jax.extend.core import jaxprs_in_params
-
-from lrm_jax.ops import cameras
-from lrm_jax.types import Batch
 
 # Dense bfloat16 operations per second of one chip, by jax's `device_kind`; from the makers' data sheets.
 PEAK = {
@@ -66,22 +62,6 @@ def count_jaxpr(jaxpr, only_in_kernels: bool = False) -> float:
         else:
             total += sum(inner) * equation.params.get("length", 1)
     return total
-
-
-def needed(model: nn.Module, patch: int, params, batch: Batch) -> float:
-    """Operations of a training step that repeats none: three times the model's forward products, as the gradient has twice as many.
-
-    Args:
-      patch: side of the window of each target view, pixels.
-      params, batch: arrays or their shapes.
-    """
-
-    def forward(params, batch):
-        rays = cameras.pixel_rays(batch.target.cameras, patch, patch)
-        source = batch.source.rgb.astype(jnp.float32)
-        return model.apply({"params": params}, batch.source.replace(rgb=source, alpha=None), rays)
-
-    return 3 * count(forward, params, batch)
 
 
 def peak_rate() -> float:

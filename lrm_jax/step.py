@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from lrm_jax import losses, metrics, optim, sharding
+from lrm_jax import flops, losses, metrics, optim, sharding
 from lrm_jax.ops import cameras as ops_cameras
 from lrm_jax.types import Batch, Cameras, Rays, Rendering, TrainState, Views
 
@@ -134,6 +134,21 @@ def init_state(
         opt_state=optimizer.init(params),
         key=key,
     )
+
+
+def needed_flops(model: nn.Module, patch: int, params, batch: Batch) -> float:
+    """Operations of a step that repeats none: three times the model's forward products, as the gradient has twice as many.
+
+    Args:
+      patch: side of the window of each target view, pixels.
+      params, batch: arrays or their shapes.
+    """
+
+    def forward(params, batch):
+        rays = ops_cameras.pixel_rays(batch.target.cameras, patch, patch)
+        return model.apply({"params": params}, on_background(batch.source, 0.0), rays)
+
+    return 3 * flops.count(forward, params, batch)
 
 
 def random_crops(

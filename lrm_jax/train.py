@@ -42,7 +42,7 @@ from lrm_jax.data import Source, pipeline
 from lrm_jax.data.samples import check_normalize
 from lrm_jax.models import build
 from lrm_jax.report import depth_pictures, png, to_uint8, write_file
-from lrm_jax.step import eval_step, init_state, on_background, train_step
+from lrm_jax.step import eval_step, init_state, needed_flops, on_background, train_step
 from lrm_jax.types import Batch, Cameras, InputError, Rendering, TrainState, Views
 
 MAX_SKIPPED = 200  # updates in a row, after which it is not single batches that are at fault
@@ -360,7 +360,7 @@ def fit(
             waited += time.perf_counter() - before
             batch = data.finish[which](sharding.global_batch(elements, device_mesh))
             if work is None:
-                work = flops.needed(run.model, train.patch, state.params, batch)
+                work = needed_flops(run.model, train.patch, state.params, batch)
                 write_overview(workdir, state.params)
             profile(step - first)
             state, scalars = run.step(state, batch, networks)

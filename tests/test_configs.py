@@ -7,7 +7,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from lrm_jax import flops, sharding, train
+from lrm_jax import sharding, train
+from lrm_jax.step import needed_flops
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -72,7 +73,7 @@ def test_the_paper_size_lrm_costs_what_its_sizes_say():
     run = train.make_run(config, device_mesh)
     batch = train.abstract_batch(config, device_mesh)
     with jax.set_mesh(device_mesh):
-        needed = flops.needed(run.model, config.train.patch, run.abstract_state.params, batch)
+        needed = needed_flops(run.model, config.train.patch, run.abstract_state.params, batch)
     L, M, D, E = 3072, 1025, 1024, 768
     block = 4 * L * D**2 + 2 * L**2 * D  # self-attention
     block += 2 * L * D**2 + 2 * M * E * D + 2 * L * M * D  # cross-attention

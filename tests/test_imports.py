@@ -24,7 +24,7 @@ ALLOWED = {
     "report": LOW,
     "metric_writer": LOW | {"report"},
     "flops": set(),
-    "step": LOW | {"ops", "losses", "metrics", "optim", "sharding"},
+    "step": LOW | {"flops", "ops", "losses", "metrics", "optim", "sharding"},
     "tensor_files": LOW,
     "references": LOW | {"models", "tensor_files"},
     "surface_metrics": LOW,
@@ -32,6 +32,10 @@ ALLOWED = {
     "evaluation_page": set(),
     "evaluation_scores": LOW
     | {"ops", "step", "metrics", "lpips", "mean_object", "surface_metrics"},
+    "evaluate_objects": LOW
+    | {"convert", "data", "evaluation_page", "evaluation_scores", "mean_object", "models", "ops"}
+    | {"report", "step", "surface_metrics"},
+    "evaluate_scenes": LOW | {"convert", "data", "evaluation_page", "evaluation_scores", "report"},
     "__main__": LOW | COMMANDS | {"lrm_jax"},
     "__init__": set(),
 }

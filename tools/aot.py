@@ -28,6 +28,7 @@ import hlo  # noqa: E402
 from step_shapes import abstract_networks  # noqa: E402
 
 from lrm_jax import flops, sharding, train  # noqa: E402
+from lrm_jax.step import needed_flops  # noqa: E402
 from lrm_jax.types import InputError  # noqa: E402
 
 
@@ -136,7 +137,7 @@ def trace(config, devices: list):
         batch = train.abstract_batch(config, device_mesh)
         traced = run.step.trace(run.abstract_state, batch, abstract_networks(config.losses))
     # Without the device mesh: a TPU's attention pads.
-    return traced, flops.needed(run.model, config.train.patch, run.abstract_state.params, batch)
+    return traced, needed_flops(run.model, config.train.patch, run.abstract_state.params, batch)
 
 
 def device_mesh_shape(config, devices: list) -> dict[str, int]:

@@ -26,6 +26,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lrm_jax import flops, sharding, train
 from lrm_jax.data import pipeline
+from lrm_jax.step import needed_flops
 from lrm_jax.types import InputError
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -74,7 +75,7 @@ def measure_step(config, device_mesh, finish, elements, num_steps: int) -> dict[
         )
         batch = finish(sharding.global_batch(elements, device_mesh))
         work = flops.count(run.step, run.abstract_state, batch, networks)
-        needed = flops.needed(run.model, config.train.patch, run.abstract_state.params, batch)
+        needed = needed_flops(run.model, config.train.patch, run.abstract_state.params, batch)
         measure.reset_peak()
         state = run.init(None)
         compiled = run.step.lower(state, batch, networks).compile()
