@@ -82,7 +82,7 @@ def evaluate(
         args.sources = 1
         world = model_world(model, info["training"], args.scale)
         give = functools.partial(give_picture, model, world)
-        how = f"the first view {band}, prepared as `lrm reconstruct` does"
+        how = f"one view {band}, drawn by the object's name, prepared as `lrm reconstruct` does"
         normalize, scale = world.normalize, world.scale
     else:
         if args.scale is not None:
@@ -90,7 +90,7 @@ def evaluate(
         posed = posed_views(info)
         args.sources = args.sources or posed.num_source
         give = functools.partial(give_posed, posed)
-        how = f"{args.sources} views {band}, with their true cameras, as in training"
+        how = f"{args.sources} views {band}, the first drawn by the object's name, with their true cameras, as in training"
         normalize, scale = posed.normalize, "data"
     programs = compiled(model, params, network, args.size)
     with stages("average", " the mean object"):

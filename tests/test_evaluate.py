@@ -92,9 +92,9 @@ def camera(azimuth: float, elevation: float) -> Cameras:
     return jax.tree.map(lambda x: np.asarray(x[0]), one)
 
 
-def write_object(folder: Path, num_views: int = 5, points: bool = True) -> None:
-    """View 0 is from too high; view 1 is the source."""
-    views = [(10.0, 60.0), SOURCE, *((70.0 * i, 5.0 * i) for i in range(1, num_views - 1))]
+def write_object(folder: Path, num_views: int = 5, points: bool = True, step: float = -5.0) -> None:
+    """View 1 is the source: the others are from too high or, with a negative step, too low."""
+    views = [(10.0, 60.0), SOURCE, *((70.0 * i, step * i) for i in range(1, num_views - 1))]
     for name in ("rgba", "pose"):
         (folder / name).mkdir(parents=True)
     for i, view in enumerate(views):
@@ -114,8 +114,8 @@ def write_object(folder: Path, num_views: int = 5, points: bool = True) -> None:
         np.save(folder / "points.npy", xyz[~inside].astype(np.float32))
 
 
-def upright() -> np.ndarray:
-    a = np.radians(-SOURCE[0])
+def upright(azimuth: float = SOURCE[0]) -> np.ndarray:
+    a = np.radians(-azimuth)
     world = np.eye(4)
     world[:2, :2] = [[np.cos(a), -np.sin(a)], [np.sin(a), np.cos(a)]]
     return world
@@ -194,6 +194,19 @@ def test_the_size_in_the_picture_decides_the_scale():
     poses = evaluate_objects.moved(world, camera(*SOURCE).c2w[None])
     np.testing.assert_allclose(np.linalg.det(poses[:, :3, :3]), 1, atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(poses[0, :3, 3]), scale * DISTANCE, rtol=1e-5)
+
+
+def test_the_name_draws_the_source(tmp_path):
+    names, seen = "abcdefgh", []
+    for name in names:
+        write_object(tmp_path / name, num_views=6, points=False, step=5.0)
+        item = held_out.read(tmp_path / name, 3, SIZE)
+        seen.append(item.source_camera.c2w)
+        assert samples.in_band(item.source_camera.c2w[None], held_out.SOURCE_ELEVATION).all()
+        assert not any(np.array_equal(item.source_camera.c2w, x) for x in item.target_cameras.c2w)
+        again = held_out.read(tmp_path / name, 3, SIZE).source_camera.c2w
+        np.testing.assert_array_equal(again, seen[-1])
+    assert len(np.unique(np.round(seen, 5), axis=0)) >= 3
 
 
 def test_a_model_of_pictures_worlds_is_evaluated_in_them(tmp_path):
@@ -426,12 +439,14 @@ class Posed(nn.Module):
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_family_of_posed_views_is_given_them_as_in_training(lrm, monkeypatch, count):
-    write_object(Path("data/a"), num_views=6)
+    write_object(Path("data/a"), num_views=6, step=5.0)
+    x, y, _ = held_out.read(Path("data/a"), 3, SIZE, count).source_camera.c2w[:3, 3]
+    model = Posed(tuple(map(tuple, upright(float(np.degrees(np.arctan2(y, x)))))))
     trained = dict(
         num_source=count, source_size=64, foreground_ratio=0.85, normalize="azimuth", source_background=0.5
     )  # fmt: skip
     info = {"family": "posed", "variant": "", "path": "posed", "training": {"config": {"data": trained}}}  # fmt: skip
-    monkeypatch.setattr(convert, "load_weights", lambda _: (Posed(), {}, info))
+    monkeypatch.setattr(convert, "load_weights", lambda _: (model, {}, info))
     code, _, stderr = lrm("--data", "data")
     assert code == 0, stderr
     summary = read_summary()

@@ -6,6 +6,7 @@ Read from OpenLRM's layout (see `folders`), with one file more, which `tools/ren
 """
 
 import dataclasses
+import hashlib
 from pathlib import Path
 
 import jax
@@ -54,9 +55,10 @@ def find(root: Path, split: str) -> list[Path]:
 
 
 def read(folder: Path, num_targets: int, size: int, num_sources: int = 1) -> HeldOut:
-    """Reads an object: as sources the first view in SOURCE_ELEVATION and others of them, as targets further ones.
+    """Reads an object: as sources a view in SOURCE_ELEVATION, which its name draws, and others of them, as targets further ones.
 
-    All are evenly spread over their order.
+    All are evenly spread over their order. Were the source the first view, it would show all objects from the same side: see
+    `choose_cameras` of tools/rendering/protocols.py.
 
     Args:
       num_targets: V.
@@ -75,7 +77,8 @@ def read(folder: Path, num_targets: int, size: int, num_sources: int = 1) -> Hel
         raise InputError(
             f"{len(in_band) or 'no'} view has an elevation of {low:g} to {high:g} degrees, of {num_sources} sources"
         )
-    sources, count = _spread(in_band, num_sources), len(cameras.pictures)
+    first = int.from_bytes(hashlib.sha256(folder.name.encode()).digest()[:8]) % len(in_band)
+    sources, count = _spread(np.roll(in_band, -first), num_sources), len(cameras.pictures)
     if count < num_sources + num_targets:
         raise InputError(
             f"{count} views are too few for {num_sources} as source and {num_targets} as targets: lower --views"
