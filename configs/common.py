@@ -45,6 +45,7 @@ def base() -> ConfigDict:
         init_from="",  # a model file, a reference's checkpoint, a run, hf:ORG/NAME; empty: from scratch
         patch=128,  # side of the window of each target view
         render_size=(),  # (low, high): side of the whole view that windows are cut from; (): target_size
+        antialias=True,  # of that resize; False: windows are single pixels of the target, with gaps between them
         foreground_crops=False,
         recolor=False,  # every other object, its colour channels change places and brightness
         backgrounds=(),  # greys behind the targets; (): any colour

@@ -21,14 +21,14 @@ def get_config(size: str = ""):
     config = base()
     config.model.variant = "nano"
     config.data.update(
-        root="data/kaykit", batch_size=16, mix=(7, 1), num_target=3, source_size=128, target_size=48, mirror=True,
+        root="data/kaykit", batch_size=16, mix=(7, 1), num_target=3, source_size=128, target_size=96, mirror=True,
         normalize="picture", assumed_camera=(3.0, 40.0),  # the variant's
     )  # fmt: skip
     config.losses.update(mask=0.2)
     config.optim.update(muon=r"(blocks/.*|proj_in|proj_out)/kernel$")
     config.schedule.update(learning_rate=2e-3, warmup_steps=50)
     config.train.update(
-        steps=2000, patch=24, recolor=True, ema_decay=0.995, log_every=25, save_every=100, eval_every=200
+        steps=2000, patch=20, render_size=(20, 40), antialias=False, recolor=True, ema_decay=0.995, log_every=25, save_every=100, eval_every=200
     )  # fmt: skip
     if size == "tiny":
         shrink(config).data.assumed_camera = (1.9, 40.0)

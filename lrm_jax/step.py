@@ -24,6 +24,7 @@ def train_step(
     source_background: float,
     patch: int,
     render_size: tuple[int, int],
+    antialias: bool,
     foreground_crops: bool,
     recolor: bool,
     backgrounds: tuple[float, ...],
@@ -37,7 +38,7 @@ def train_step(
       batch: straight colour and alpha, or opaque pictures; uint8, or floats in [0, 1].
       networks: parameters of the frozen networks of the losses, see `losses.terms`.
       source_background: grey that the source views are composited on.
-      patch, render_size, foreground_crops: see `random_crops`.
+      patch, render_size, antialias, foreground_crops: see `random_crops`.
       recolor: every other scene on average, the colours of all pictures change: see `recolored`.
       backgrounds: greys of which each target view gets one (OpenLRM: 0, 0.5, 1); empty: any colour.
       accumulate: equal parts that the batch is processed in, one after the other; the gradient is their mean.
@@ -53,7 +54,9 @@ def train_step(
         if recolor:
             part = recolored(jax.random.fold_in(key, 3), part)
         source = on_background(part.source, source_background)
-        target, cameras = random_crops(crop_key, part.target, patch, render_size, foreground_crops)
+        target, cameras = random_crops(
+            crop_key, part.target, patch, render_size, antialias, foreground_crops
+        )
         rays = ops_cameras.pixel_rays(cameras, patch, patch)
         background = random_backgrounds(background_key, target.alpha.shape[:2], backgrounds)
         wanted = blend(target, background)
@@ -152,14 +155,21 @@ def needed_flops(model: nn.Module, patch: int, params, batch: Batch) -> float:
 
 
 def random_crops(
-    key: jax.Array, views: Views, patch: int, render_size: tuple[int, int], foreground: bool
+    key: jax.Array,
+    views: Views,
+    patch: int,
+    render_size: tuple[int, int],
+    antialias: bool,
+    foreground: bool,
 ) -> tuple[Rendering, Cameras]:
     """A window of `patch` x `patch` pixels of every view, premultiplied, and the camera that sees just it.
 
     Args:
       views: [B V], square.
-      render_size: the whole picture is first resized, antialiased, to a side drawn from low..high for each scene, so that the
-        window shows more or less of it. OpenLRM: openlrm/datasets/objaverse.py:104-114 at 3108b69.
+      render_size: the whole picture is first resized to a side drawn from low..high for each scene, so that the window shows
+        more or less of it. OpenLRM: openlrm/datasets/objaverse.py:104-114 at 3108b69.
+      antialias: of that resize. Without it a window has single pixels of the sharp picture, with gaps between them: few rays
+        that see much of it (GRAF, https://arxiv.org/abs/2007.02442, section 3.2).
       foreground: a window is centred on a pixel of the object nine times out of ten, instead of lying anywhere. TripoSR
         (https://arxiv.org/abs/2403.02151, section 2.3) crops so "to focus on the foreground", without saying how.
     """
@@ -177,7 +187,13 @@ def random_crops(
     def crop(picture_HWC, corner, side):
         scale = side / jnp.array([height, width], jnp.float32)
         return jax.image.scale_and_translate(
-            picture_HWC, (patch, patch, picture_HWC.shape[-1]), (0, 1), scale, -corner, "linear"
+            picture_HWC,
+            (patch, patch, picture_HWC.shape[-1]),
+            (0, 1),
+            scale,
+            -corner,
+            "linear",
+            antialias,
         )
 
     stacked = jnp.concatenate([whole.rgb, whole.alpha[..., None]], axis=-1)

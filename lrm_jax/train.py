@@ -163,6 +163,7 @@ def make_run(config: ConfigDict, device_mesh: Mesh) -> Run:
         source_background=config.data.source_background,
         patch=train.patch,
         render_size=render_size,
+        antialias=train.antialias,
         foreground_crops=train.foreground_crops,
         recolor=train.recolor,
         backgrounds=tuple(train.backgrounds),

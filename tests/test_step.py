@@ -17,6 +17,7 @@ STEP = dict(
     source_background=0.5,
     patch=8,
     render_size=(16, 16),
+    antialias=True,
     foreground_crops=False,
     recolor=False,
     backgrounds=(),
@@ -110,7 +111,7 @@ def test_a_crop_is_what_its_camera_sees(foreground):
     rays = jax.tree.map(np.asarray, cameras.pixel_rays(target.cameras, 32, 32))
     rgb, alpha = ball(rays, centre, radius)
     crops, crop_cameras = step.random_crops(
-        jax.random.key(0), target.replace(rgb=rgb, alpha=alpha), 12, (32, 32), foreground
+        jax.random.key(0), target.replace(rgb=rgb, alpha=alpha), 12, (32, 32), True, foreground
     )
     assert crops.rgb.shape == (2, 3, 12, 12, 3)
     rays = jax.tree.map(np.asarray, cameras.pixel_rays(crop_cameras, 12, 12))
@@ -133,10 +134,13 @@ def gradient_views(size):
     return Views(rgb=np.float32(rgb)[None, None], cameras=camera)
 
 
-def test_a_resized_crop_is_what_its_camera_sees():
+@pytest.mark.parametrize("antialias", [True, False])
+def test_a_resized_crop_is_what_its_camera_sees(antialias):
     views, patch = gradient_views(64), 8
     for seed in range(6):
-        crops, camera = step.random_crops(jax.random.key(seed), views, patch, (16, 40), False)
+        crops, camera = step.random_crops(
+            jax.random.key(seed), views, patch, (16, 40), antialias, False
+        )
         # With c2w = identity and f = 1, c = 0.5 the place in the picture is direction + 0.5.
         rays = cameras.pixel_rays(camera, patch, patch)
         place = rays.dirs[..., :2] / rays.dirs[..., 2:] + 0.5
@@ -147,6 +151,19 @@ def test_a_resized_crop_is_what_its_camera_sees():
         assert patch / 40 - 1e-6 <= extent <= patch / 16 + 1e-6
 
 
+def test_without_antialiasing_a_window_is_of_single_pixels():
+    views = gradient_views(48)
+    stripes = np.tile(np.float32(np.arange(48) % 2), (48, 1))[None, None, ..., None].repeat(3, -1)
+    sharp, smooth = (
+        step.random_crops(jax.random.key(0), views.replace(rgb=stripes), 8, (16, 16), x, False)[
+            0
+        ].rgb
+        for x in (False, True)
+    )
+    assert set(np.unique(sharp)) == {0, 1}  # every third pixel
+    assert 0.2 < smooth.min() and smooth.max() < 0.8
+
+
 def test_windows_on_the_foreground_hold_a_small_object():
     views = gradient_views(64)
     alpha = np.zeros((1, 1, 64, 64), np.float32)
@@ -154,7 +171,9 @@ def test_windows_on_the_foreground_hold_a_small_object():
     views, seen = views.replace(alpha=alpha), {}
     for foreground in (False, True):
         crop = jax.jit(
-            lambda key, f=foreground: step.random_crops(key, views, 8, (64, 64), f)[0].alpha.max()
+            lambda key, f=foreground: step.random_crops(key, views, 8, (64, 64), True, f)[
+                0
+            ].alpha.max()
         )
         seen[foreground] = np.mean([float(crop(jax.random.key(i))) for i in range(40)])
     assert seen[True] > 0.8 and seen[False] < 0.3
