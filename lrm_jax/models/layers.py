@@ -10,6 +10,8 @@ from jaxtyping import Array, Float, Int
 
 from lrm_jax import sharding
 
+TOKENS = 512
+
 torch_linear_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
@@ -193,9 +195,32 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x_BLD):
-        width = x_BLD.shape[-1]
-        x_BLF = nn.Dense(width * self.expansion, dtype=self.dtype, name="fc1")(x_BLD)
-        return nn.Dense(width, dtype=self.dtype, name="fc2")(nn.gelu(x_BLF, approximate=False))
+        return by_tokens(self, _mlp, x_BLD)
+
+
+def _mlp(module, x_BLD):
+    width = x_BLD.shape[-1]
+    x_BLF = nn.Dense(width * module.expansion, dtype=module.dtype, name="fc1")(x_BLD)
+    return nn.Dense(width, dtype=module.dtype, name="fc2")(nn.gelu(x_BLF, approximate=False))
+
+
+def by_tokens(module: nn.Module, function: Callable, x_BLD):
+    """`function(module, x_BLD)`, which treats each token by itself and makes layers of the module.
+
+    On a CPU TOKENS at a time: what they have in the wide layer stays in the cache.
+    """
+    B, L, D = x_BLD.shape
+    if sharding.platform() != "cpu" or L <= TOKENS or L % TOKENS:
+        return function(module, x_BLD)
+    scanned = nn.scan(
+        lambda module, carry, x_BLD: (carry, function(module, x_BLD)),
+        variable_broadcast="params",
+        split_rngs={"params": False},
+        in_axes=1,
+        out_axes=1,
+    )
+    _, y_BZLD = scanned(module, None, x_BLD.reshape(B, -1, TOKENS, D))
+    return y_BZLD.reshape(B, L, -1)
 
 
 def sincos_code(length: int, channels: int) -> Float[Array, "length channels"]:

@@ -27,7 +27,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from lrm_jax.models import torch_layout
-from lrm_jax.models.layers import attention, stack
+from lrm_jax.models.layers import attention, by_tokens, stack
 from lrm_jax.ops import cameras
 from lrm_jax.types import InputError, Rays, Rendering, Views
 
@@ -206,11 +206,13 @@ class Block(nn.Module):
             norm = nn.RMSNorm(epsilon=1e-5, dtype=jnp.float32, name=f"{name}_norm")
             return norm(heads(name)).astype(self.dtype)
 
+        def mlp(_, y_BLD):
+            return dense(width, "fc2")(nn.gelu(dense(4 * width, "fc1")(y_BLD), approximate=False))
+
         y_BLD = _norm("norm1")(x_BLD)
         out_BLNK = attention(normed_heads("q"), normed_heads("k"), heads("v"), num_keys)
         x_BLD = x_BLD + dense(width, "out")(out_BLNK.reshape(x_BLD.shape))
-        x_BLF = dense(4 * width, "fc1")(_norm("norm2")(x_BLD))
-        x_BLD = x_BLD + dense(width, "fc2")(nn.gelu(x_BLF, approximate=False))
+        x_BLD = x_BLD + by_tokens(self, mlp, _norm("norm2")(x_BLD))
         return (x_BLD, index + 1), None
 
 

@@ -13,7 +13,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from lrm_jax.models import torch_layout, triplane, vit
-from lrm_jax.models.layers import Attention, layer_norm, sincos_code, sincos_grid, stack
+from lrm_jax.models.layers import Attention, by_tokens, layer_norm, sincos_code, sincos_grid, stack
 from lrm_jax.ops import cameras, images, sampling, volrend
 from lrm_jax.types import Rays, Rendering, Views
 
@@ -204,7 +204,6 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x_BLD, context_BMD):
-        width = x_BLD.shape[-1]
         self_attn = Attention(
             self.num_heads, qkv_bias=False, out_bias=True, dtype=self.dtype, name="self_attn"
         )
@@ -218,10 +217,15 @@ class Block(nn.Module):
         )
         x_BLD = x_BLD + self_attn(layer_norm(1e-5, "norm1")(x_BLD))
         x_BLD = x_BLD + cross_attn(layer_norm(1e-5, "norm2")(x_BLD), context_BMD)
-        hidden = nn.Dense(8 * width, dtype=self.dtype, name="fc1")(layer_norm(1e-5, "norm3")(x_BLD))
-        value, gate = jnp.split(hidden, 2, axis=-1)
-        hidden = value * nn.gelu(gate, approximate=False)
-        return x_BLD + nn.Dense(width, dtype=self.dtype, name="fc2")(hidden), None
+        return x_BLD + by_tokens(self, _geglu, layer_norm(1e-5, "norm3")(x_BLD)), None
+
+
+def _geglu(block, x_BLD):
+    """Equation 6 of https://arxiv.org/abs/2002.05202, with biases."""
+    width = x_BLD.shape[-1]
+    hidden = nn.Dense(8 * width, dtype=block.dtype, name="fc1")(x_BLD)
+    value, gate = jnp.split(hidden, 2, axis=-1)
+    return nn.Dense(width, dtype=block.dtype, name="fc2")(value * nn.gelu(gate, approximate=False))
 
 
 MODEL = TripoSR

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lrm_jax import flops, sharding
-from lrm_jax.models import layers
+from lrm_jax.models import layers, lvsm, triposr
 
 
 def in_parts(kernel):
@@ -49,6 +49,35 @@ def test_attention_by_head_or_in_chunks_equals_jax_s(lengths, attention):
 
     for actual, wanted in zip(total(attention), total(jax.nn.dot_product_attention), strict=True):
         np.testing.assert_allclose(actual, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        lambda x: (layers.MLP(4), x),
+        lambda x: (triposr.Block(2, "float32"), x, x),
+        lambda x: (lvsm.Block(2, "float32"), (x, jnp.float32(1)), None),
+    ],
+    ids=["MLP", "TripoSR", "LVSM"],
+)
+def test_tokens_in_parts_equal_all_at_once(module, monkeypatch):
+    module, *inputs = module(random(0, 2, 12, 8))
+
+    def outputs():
+        @jax.grad
+        def gradient(params):
+            return sum(jnp.sum(x**2) for x in jax.tree.leaves(module.apply(params, *inputs)))
+
+        params = jax.jit(module.init)(jax.random.key(1), *inputs)
+        return params, module.apply(params, *inputs), gradient(params)
+
+    whole = outputs()
+    monkeypatch.setattr(layers, "TOKENS", 4)
+    text = str(jax.make_jaxpr(module.apply)(whole[0], *inputs))
+    assert "length=3" in text  # the parts
+    for actual, wanted in zip(*map(jax.tree.leaves, (outputs(), whole)), strict=True):
+        np.testing.assert_allclose(actual, wanted, rtol=1e-5, atol=1e-5)
+    assert jax.tree.structure(outputs()) == jax.tree.structure(whole)
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
