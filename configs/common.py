@@ -23,6 +23,8 @@ def base() -> ConfigDict:
         source_elevation=(5.0, 35.0),  # degrees: sources are drawn from the views within
         foreground_ratio=0.85,  # sources are cropped to the object, which fills this share of the side; None: they are not
         normalize="azimuth",  # the world is turned so that the first source is at azimuth 0 (TripoSR); "source": LRM, OpenLRM; "picture": nano
+        assumed_camera=config_dict.placeholder(tuple),  # (distance, field of view): of "picture"
+        mirror=False,  # every other object
     )
     config.losses = dict(mse=1.0, mask=0.05)  # losses.terms: weights by name
     config.networks = dict(lpips="", perceptual="")  # files of the losses' frozen networks
@@ -45,7 +47,7 @@ def base() -> ConfigDict:
         init_from="",  # a model file, a reference's checkpoint, a run, hf:ORG/NAME; empty: from scratch
         patch=128,  # side of the window of each target view
         render_size=(),  # (low, high): side of the whole view that windows are cut from; (): target_size
-        antialias=True,  # of that resize; False: windows are single pixels of the target, with gaps between them
+        antialias=True,  # of that resize; False: windows are points of the sharp target, with gaps between them
         foreground_crops=False,
         recolor=False,  # every other object, its colour channels change places and brightness
         backgrounds=(),  # greys behind the targets; (): any colour
@@ -70,8 +72,8 @@ def check_size(size: str, sizes: tuple[str, ...] = ("", "tiny")) -> None:
 
 
 def finetune(config: ConfigDict, init_from: str) -> None:
-    """A config of training from scratch as one of fine-tuning: a tenth of the rate, over 10,000 steps of 32 objects."""
-    config.data.update(batch_size=32, num_workers=8)
+    """A config of training from scratch as one of fine-tuning, on a folder of one's own: a tenth of the rate, 10,000 steps of 32."""
+    config.data.update(name="objects", batch_size=32, num_workers=8)
     config.schedule.update(learning_rate=4e-5, warmup_steps=200)
     config.train.update(steps=10_000, init_from=init_from)
 

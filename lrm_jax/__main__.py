@@ -42,7 +42,8 @@ REMEDIES = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command. Exit codes: 0 done; 2 the input or the disk is at fault, one line on stderr; 130 interrupted."""
+    """Runs a command. Exit codes: 0 done; 2 the input or the disk is at fault, one line on stderr; 130 interrupted; 143 `lrm train`
+    after SIGTERM, saved."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(USAGE)
@@ -64,6 +65,11 @@ def main(argv: list[str] | None = None) -> int:
         place = f"{error.filename}: " if error.filename else ""
         remedy = REMEDIES.get(error.errno, "check the path and the disk")
         return _fail(f"{place}{error.strerror}: {remedy}")
+    except RuntimeError as error:  # JaxRuntimeError is one
+        if not str(error).startswith("RESOURCE_EXHAUSTED"):
+            raise
+        reason = str(error).splitlines()[0]
+        return _fail(f"not enough memory ({reason}): ask for less at a time, as a smaller --batch")
     except KeyboardInterrupt:
         print("lrm: interrupted", file=sys.stderr)
         return 130

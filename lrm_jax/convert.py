@@ -11,6 +11,7 @@ of the training.
 
 import argparse
 import json
+import posixpath
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -229,7 +230,9 @@ def download(name: str) -> Path:
     )
     for weights_names in ([file],) if file else (first, [fallback]):
         try:
-            patterns = [*weights_names, *CONFIG_NAMES.values()]
+            folder = posixpath.dirname(file or "")
+            configs = [posixpath.join(folder, name) for name in CONFIG_NAMES.values()]
+            patterns = [*weights_names, *configs]
             folder = Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns))
         except (
             Exception
@@ -268,8 +271,9 @@ def _read_workdir(workdir):
 
     try:
         config = json.loads((workdir / "config.json").read_text())
-        model = models.build(**config["model"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        fields = {k: v for k, v in config["model"].items() if k not in RUN_FIELDS}
+        model = models.build(**fields)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{workdir}: its config.json is not that of a training run ({error}): give a model file"
         ) from error

@@ -252,10 +252,19 @@ def reconstruct(
     model, apply, group: list[tuple[str, Path, np.ndarray]], args, stages, failures
 ) -> Iterator[tuple[tuple, dict[str, bytes]]]:
     """Reconstructs up to `args.batch` pictures at once and yields each with its files."""
+    prepared = []
+    for picture in group:
+        try:
+            prepared.append((picture, model.prepare([picture[2]])))
+        except InputError as error:
+            fail(failures, picture[1], error)
+    if not prepared:
+        return
+    group, views = zip(*prepared, strict=True)
     # Padded, so that a last group of fewer pictures is not compiled anew.
-    padded = group + group[-1:] * (args.batch - len(group))
+    padded = views + views[-1:] * (args.batch - len(views))
     with stages("encode", f" {', '.join(name for name, _, _ in group)} (the first time, compiled)"):
-        source = model.prepare([rgba for _, _, rgba in padded])
+        source = jax.tree.map(lambda *x: np.concatenate(x), *padded)
         scene = jax.block_until_ready(apply["encode"](source))
     orbit = Orbit.of(jax.tree.map(lambda x: x[0, 0], source.cameras))
     # The contact sheet shows every so many of the turntable's frames.

@@ -29,8 +29,10 @@ FIXED = {
 }
 # How a model is run, not what it is.
 RUN_FIELDS = ("dtype", "ray_chunk", "remat")
-# What a config says of the reference's classes and training, without effect on the result; trunc_exp is exp with another gradient.
-IGNORED_SETTINGS = re.compile(r".*_cls|.*model_name.*|encoder_freeze|density_activation")
+# What a config says of the reference's classes and training, without effect on the result.
+IGNORED_SETTINGS = re.compile(r".*_cls|.*model_name.*|encoder_freeze")
+# Activations of the density with the same values: they differ in the gradient.
+EXP = ("exp", "trunc_exp")
 
 
 def family(name: str) -> ModuleType:
@@ -141,8 +143,8 @@ def from_checkpoint(content: object, path: Path) -> tuple[nn.Module, dict]:
 
 def name_config(path: Path) -> dict | None:
     """The config of an LVSM checkpoint: the size of its pictures, which only the file's name tells, as `..._256`, `..._res512`."""
-    size = re.search(r"_(?:res)?(\d{2,4})$", path.stem)
-    return size and {"image_size": int(size[1])}
+    size = re.search(r"_(?:res(\d+)|(256|512))$", path.stem)
+    return size and {"image_size": int(size[1] or size[2])}
 
 
 def check_state_dict(content: object) -> None:
@@ -322,7 +324,7 @@ def _check_config(config, ours, at=""):
             continue
         if isinstance(value, dict) and isinstance(theirs, Mapping):
             _check_config(theirs, value, f"{at}{key}.")
-        elif theirs != value:
+        elif theirs != value and not (theirs in EXP and value in EXP):
             raise InputError(
                 f"its config says {at}{key}: {theirs}, but its tensors, or what is supported, {value}: put its own config there"
             )
@@ -336,6 +338,9 @@ def write_reference(folder: Path, model: nn.Module, params: Mapping) -> list[Pat
     name = models.name_of(model)
     module = family(name)
     state = module.to_torch(params, model)
+    for path in (folder / x for x in (*WEIGHTS_NAMES, *CONFIG_NAMES.values())):
+        if path.is_dir():
+            raise InputError(f"{path} is a folder: name another destination")
     if module is encoders:
         path = folder / "pytorch_model.bin"
         tensor_files.write_torch(path, state)

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lrm_jax.types import InputError
@@ -83,13 +83,13 @@ def start(
 def cluster_of(environ: Mapping[str, str]) -> str | None:
     """The cluster whose variables say that this process is one of several, or None.
 
-    Slurm: SLURM_JOB_ID, and SLURM_NTASKS above 1 with SLURM_PROCID (set by `srun`, not by `sbatch` alone).
+    Slurm: SLURM_NTASKS above 1 with SLURM_STEP_NODELIST, which `srun` sets, and `sbatch` alone does not.
     GKE with TPUs: several names in TPU_WORKER_HOSTNAMES or TPU_PROCESS_ADDRESSES, or MEGASCALE_NUM_SLICES above 1.
     GKE and other Kubernetes: KUBERNETES_SERVICE_HOST, and JOB_COMPLETION_INDEX of an indexed job.
     Cloud TPU: TPU_ML_PLATFORM, which JAX itself sets where there are TPU chips; the machine's metadata name the others.
     """
     hosts = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES", "")
-    if "SLURM_JOB_ID" in environ and "SLURM_PROCID" in environ:
+    if "SLURM_STEP_NODELIST" in environ:
         return "Slurm" if int(environ.get("SLURM_NTASKS", 1)) > 1 else None
     if "," in hosts or int(environ.get("MEGASCALE_NUM_SLICES") or 1) > 1:
         return "GKE"
@@ -137,9 +137,14 @@ def _meet(coordinator: str, process_id: int) -> None:
 
 def any_process(flag: bool) -> bool:
     """Whether any process says yes. Every process calls it."""
+    return total(flag) > 0
+
+
+def total(number: float) -> float:
+    """The sum over the processes. Every process calls it."""
     if jax.process_count() == 1:
-        return flag
-    return bool(multihost_utils.process_allgather(np.array(flag)).any())
+        return number
+    return float(multihost_utils.process_allgather(np.array(number, np.float32)).sum())
 
 
 def to_host(tree: Any) -> Any:
@@ -162,8 +167,10 @@ def to_host(tree: Any) -> Any:
 def make_device_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
     """Arranges devices (default: all) as (data, fsdp, tensor). At most one size may be -1: what is left.
 
+    Of several TPU slices `data` alone goes across them, over the slower network.
+
     Raises:
-      InputError: the sizes do not multiply to the number of devices.
+      InputError: the sizes do not multiply to the number of devices, or `data` does not divide over the slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, tensor]
@@ -178,7 +185,20 @@ def make_device_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=Non
             f"sharding data={data} fsdp={fsdp} tensor={tensor} does not arrange {len(devices)} devices: "
             "the three must multiply to that number (one of them may be -1: the rest)"
         )
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if sizes[0] % slices:
+        raise InputError(
+            f"sharding data={sizes[0]} does not divide over {slices} slices: make it a multiple, as nothing else may cross them"
+        )
+    # jax.make_mesh refuses several slices, and sizes that split an axis of a TPU's torus.
+    if slices > 1:
+        within, across = (sizes[0] // slices, *sizes[1:]), (slices, 1, 1)
+        arranged = mesh_utils.create_hybrid_device_mesh(
+            within, across, devices, allow_split_physical_axes=True
+        )
+    else:
+        arranged = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 # -- parameters

@@ -168,8 +168,8 @@ def random_crops(
       views: [B V], square.
       render_size: the whole picture is first resized to a side drawn from low..high for each scene, so that the window shows
         more or less of it. OpenLRM: openlrm/datasets/objaverse.py:104-114 at 3108b69.
-      antialias: of that resize. Without it a window has single pixels of the sharp picture, with gaps between them: few rays
-        that see much of it (GRAF, https://arxiv.org/abs/2007.02442, section 3.2).
+      antialias: of that resize. Without it a window has points of the sharp picture (bilinear between its nearest pixels), with
+        gaps between them: few rays that see much of it (GRAF, https://arxiv.org/abs/2007.02442, section 3.2).
       foreground: a window is centred on a pixel of the object nine times out of ten, instead of lying anywhere. TripoSR
         (https://arxiv.org/abs/2403.02151, section 2.3) crops so "to focus on the foreground", without saying how.
     """

@@ -10,7 +10,7 @@ Resumes where the workdir's last checkpoint ends, to the bit, also on another de
     config.json, parameters.txt
     model.safetensors       at the end: the running mean of the parameters (before it: `lrm convert WORKDIR FILE`)
 
-SIGTERM saves and exits with code 143; the same command goes on. Several processes: Slurm, GKE and Cloud TPU are recognised;
+SIGTERM saves and exits with code 143 (of several processes at the next multiple of `log_every`); the same command goes on. Several processes: Slurm, GKE and Cloud TPU are recognised;
 elsewhere give each process --coordinator HOST:PORT --num_processes N --process_id I.
 """
 
@@ -41,6 +41,7 @@ from lrm_jax import checkpoints, convert, flops, losses, metric_writer, optim, s
 from lrm_jax.data import Source, pipeline
 from lrm_jax.data.samples import check_normalize
 from lrm_jax.models import build
+from lrm_jax.references import RUN_FIELDS
 from lrm_jax.report import depth_pictures, png, to_uint8, write_file
 from lrm_jax.step import eval_step, init_state, needed_flops, on_background, train_step
 from lrm_jax.types import Batch, Cameras, InputError, Rendering, TrainState, Views
@@ -352,7 +353,7 @@ def fit(
     writer = metric_writer.open_writer(workdir, first, train.tensorboard)
     pending = []  # scalars of the steps since the last report, still on the device
     work = None  # operations that a step needs
-    skipped, stuck = int(optim.num_skipped(state.opt_state)), 0
+    skipped, stuck, bad = int(optim.num_skipped(state.opt_state)), 0, 0
     clock, waited = time.perf_counter(), 0.0
     with terminated() as stop, contextlib.closing(writer), profiler(workdir, train) as profile:
         for step in range(first + 1, train.steps + 1):
@@ -373,23 +374,20 @@ def fit(
             saving = step % train.save_every == 0 or last
             if step % train.log_every == 0 or evaluating or saving:
                 row = mean_of(pending)
-                if not math.isfinite(row["train/loss"]):
-                    raise InputError(
-                        f"the loss is not finite in any of the steps {step - len(pending) + 1} to {step}: the last good "
-                        f"checkpoint is of step {manager.latest_step()}; lower schedule.learning_rate"
-                    )
                 stuck = stuck + len(pending) if row["skipped"] - skipped == len(pending) else 0
                 skipped = row["skipped"]
-                if stuck >= MAX_SKIPPED or stuck and stuck == train.steps - first:
+                if stuck >= MAX_SKIPPED or step == skipped == train.steps:
                     raise InputError(
                         f"all of the last {stuck} updates were skipped: the gradient is not finite, or always longer than "
-                        f"optim.skip_norm (its norm: {row['grad_norm']:.3g}); the last checkpoint is of step {manager.latest_step()}"
+                        f"optim.skip_norm (its norm: {row['grad_norm']:.3g}); the last checkpoint is of step {manager.latest_step()}; "
+                        "lower schedule.learning_rate"
                     )
                 seconds = time.perf_counter() - clock
                 row["samples_per_second"] = len(pending) * batch.source.rgb.shape[0] / seconds
                 row["mfu"] = len(pending) * work / seconds / peak_rate
                 row["data_wait"] = waited / seconds
-                row["bad_records"] = float(sum(data.train.bad.values()))
+                bad, before_bad = sum(data.train.bad.values()), bad
+                row["bad_records"] = sharding.total(float(bad - before_bad))
                 if evaluating:
                     scores, grid = evaluate(run, state.ema_params, data, device_mesh, train)
                     row |= scores
@@ -467,8 +465,8 @@ def parse(argv: list[str]) -> tuple[ConfigDict, Path, dict]:
         if path.suffix == ".py":
             if not path.is_file():
                 raise InputError(f"{path}: no such config: check the path")
-            # A config starts from its siblings: `configs.common`.
-            sys.path.insert(0, str(path.absolute().parents[1]))
+            # A config starts from its siblings, or from those of the repository: `configs.common`.
+            sys.path[:0] = [str(folder) for folder in path.absolute().parents[:2]]
     values = flags.FlagValues()
     argv = ["lrm train", *argv]
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
@@ -478,7 +476,7 @@ def parse(argv: list[str]) -> tuple[ConfigDict, Path, dict]:
     flags.DEFINE_integer("process_id", None, "which one this is", flag_values=values)
     try:
         rest = values(argv)[1:]
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+    except Exception as error:  # a config is a program
         if near := re.search(r'Did you mean "(\w+)" instead of "(\w+)"', str(error)):
             raise InputError(
                 f"the config has no key {near[2]!r}: did you mean {near[1]!r}?"
@@ -486,6 +484,8 @@ def parse(argv: list[str]) -> tuple[ConfigDict, Path, dict]:
         message = " ".join(str(error).split()).strip('"')
         if "Traceback" in message:  # of a config file
             message = " ".join(str(error).strip().splitlines()[-1].split())
+        elif not isinstance(error, (flags.Error, AttributeError, KeyError, TypeError, ValueError)):
+            message = f"{type(error).__name__}: {message}"
         raise InputError(f"lrm train: {message}: check it against the config file") from None
     if rest or values.config is None or values.workdir is None:
         raise InputError(
@@ -498,10 +498,21 @@ def parse(argv: list[str]) -> tuple[ConfigDict, Path, dict]:
 
 
 def claim(workdir: Path, config: ConfigDict) -> None:
-    """Writes `config.json` into a new workdir; in one that is resumed the model must be the same."""
+    """Writes `config.json` into a new workdir; in one that is resumed the model must be the same, however it is run."""
     path = workdir / "config.json"
-    if path.exists() and json.loads(path.read_text())["model"] != config.model.to_dict():
-        raise InputError(f"{workdir} holds a run of another model: choose another --workdir")
+
+    def what_it_is(model: dict) -> dict:
+        return {key: value for key, value in model.items() if key not in RUN_FIELDS}
+
+    if path.exists():
+        try:
+            there = what_it_is(json.loads(path.read_text())["model"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"{path} is not that of a training run ({type(error).__name__}): choose another --workdir"
+            ) from None
+        if there != what_it_is(config.model.to_dict()):
+            raise InputError(f"{workdir} holds a run of another model: choose another --workdir")
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
         write_file(path, config.to_json(indent=2).encode())

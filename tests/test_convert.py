@@ -227,7 +227,7 @@ def test_workdir_gives_the_running_mean_of_its_last_checkpoint(tmp_path):
 
     model, params = tiny()
     means = jax.tree.map(lambda x: x + 1, params)
-    config = {"model": {"name": "triposr", "variant": "tiny"}}
+    config = {"model": {"name": "triposr", "variant": "tiny", "dtype": "bfloat16"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with checkpoints.open_folder(tmp_path) as manager:
         with pytest.raises(InputError, match="not saved a checkpoint yet"):
@@ -299,9 +299,9 @@ def test_bad_destinations_exit_with_2_and_leave_nothing(tmp_path, capsys):
 def test_config_that_cannot_be_written_leaves_no_weights(tmp_path):
     model, params = tiny()
     (tmp_path / "config.yaml").mkdir()
-    with pytest.raises(OSError):
+    with pytest.raises(InputError, match="config.yaml is a folder"):
         references.write_reference(tmp_path, model, params)
-    assert os.listdir(tmp_path / "config.yaml") == []
+    assert os.listdir(tmp_path) == ["config.yaml"] and not os.listdir(tmp_path / "config.yaml")
 
 
 def test_folder_as_destination_gets_a_model_file(tmp_path):

@@ -90,7 +90,7 @@ def test_killed_and_resumed_equals_uninterrupted_to_the_bit(folder, devices):
 
 
 def test_what_was_trained_is_evaluated_and_reconstructs(folder):
-    """After the run of the test before, or a new one."""
+    """In a run of its own: the other test may be on another worker."""
     words = commands(folder)
     run(words["lrm-train"])
     output = run(words["lrm-evaluate"])

@@ -94,6 +94,7 @@ def test_a_batch_with_bad_pictures_does_the_good_ones_and_exits_2(lrm, weights):
     save("in/a.png", ball())
     save("in/b.png", ball((20, 40, 200), 70))
     Path("in/broken.png").write_bytes(b"no picture")
+    save("in/long.png", np.pad(np.full((20, 20_000, 4), 255, np.uint8), ((1, 1), (0, 0), (0, 0))))
     save("copy/a.png", ball())
     argv = [
         "in",
@@ -110,9 +111,10 @@ def test_a_batch_with_bad_pictures_does_the_good_ones_and_exits_2(lrm, weights):
         "reconstruct", *argv, "--video", "--views", "2", "--formats", "glb,obj,ply"
     )
     assert code == 2
-    assert len(errors(stderr)) == 2
-    assert "in/broken.png is not a picture" in errors(stderr)[0]
-    assert "nothing.png does not exist" in errors(stderr)[1]
+    assert len(errors(stderr)) == 3
+    told = " ".join(errors(stderr))
+    assert "in/broken.png is not a picture" in told and "nothing.png does not exist" in told
+    assert "in/long.png: the picture is too long" in told
     names = {
         "contact_sheet.png",
         "viewer.html",
@@ -129,7 +131,7 @@ def test_a_batch_with_bad_pictures_does_the_good_ones_and_exits_2(lrm, weights):
     assert Path("out/a/surface.glb").read_bytes() == Path("out/a-2/surface.glb").read_bytes()
     assert Path("out/a/surface.glb").read_bytes() != Path("out/b/surface.glb").read_bytes()
     summary = json.loads(Path("out/report.json").read_text())
-    assert set(summary["pictures"]) == {"a", "b", "a-2"} and len(summary["failures"]) == 2
+    assert set(summary["pictures"]) == {"a", "b", "a-2"} and len(summary["failures"]) == 3
     assert summary["pictures"]["b"]["surface.glb"] == Path("out/b/surface.glb").stat().st_size
     assert {"read", "load", "encode", "render", "surface", "files", "write", "total"} == set(
         summary["seconds"]

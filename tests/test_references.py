@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import jax
 import ml_dtypes
@@ -206,12 +207,13 @@ def encoder(**fields):
 
 DINO_HF = dict(resize="dino", norm_epsilon=1e-12)
 DINO_HUB = dict(resize="dino", norm_epsilon=1e-6)
-DINOV2 = dict(resize="dinov2", norm_epsilon=1e-6, layer_scale=True)
+DINOV2 = dict(resize="dino", norm_epsilon=1e-6, layer_scale=True)
+DINOV2_REG = DINOV2 | {"resize": "dinov2", "num_registers": 4}
 
 
 @pytest.mark.parametrize(
     "fields",
-    [DINO_HF, DINO_HUB, DINOV2, DINOV2 | {"num_registers": 4}],
+    [DINO_HF, DINO_HUB, DINOV2, DINOV2_REG],
     ids=["hf", "hub", "v2", "v2reg"],
 )
 def test_encoder_round_trips_to_the_bit(tmp_path, fields):
@@ -375,6 +377,27 @@ def test_trunc_exp_is_exp_forward():
     config["renderer"]["density_activation"] = "trunc_exp"
     model, _ = convert.from_reference(state, config)
     assert model == expected
+
+
+def test_another_activation_is_refused():
+    state, config = tiny_state()
+    config["renderer"]["density_activation"] = "softplus"
+    with pytest.raises(InputError, match="renderer.density_activation: softplus"):
+        convert.from_reference(state, config)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("scene_decoder_only_256", 256), ("x_res512", 512), ("m_res64", 64), ("lvsm_step_5000", None), ("lvsm_20", None)],
+)  # fmt: skip
+def test_a_file_s_name_tells_the_size_of_lvsm_s_pictures(name, size):
+    assert references.name_config(Path(f"{name}.pt")) == (size and {"image_size": size})
+
+
+def test_dinov2_without_registers_resizes_its_positions_as_dino_does():
+    for fields in (DINOV2, DINOV2_REG):
+        model, _, state = encoder(**fields)
+        assert convert.from_reference(state)[0].resize == fields["resize"] == model.resize
 
 
 def test_picture_size_that_no_config_tells_is_said(caplog):

@@ -16,7 +16,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import render_objects  # noqa: E402
 from rendering import embree, objects, processes, surfaces  # noqa: E402
-from rendering.protocols import Lighting, Settings, choose_cameras  # noqa: E402
+from rendering.protocols import PROTOCOLS, Lighting, Settings, choose_cameras  # noqa: E402
 
 SETTINGS = Settings(
     views=6, size=64, distance=(2.6, 3.4), elevation=(-30.0, 75.0), fov=45.0, seed=0
@@ -246,6 +246,22 @@ def test_light_on_a_matt_surface_is_as_documented(tmp_path):
 
 def small(*arguments) -> list[str]:
     return [*map(str, arguments), "--views", "2", "--size", "16", "--workers", "1"]
+
+
+def test_a_sheet_seen_from_its_edge_is_seen_in_the_other_views(tmp_path):
+    sheet = trimesh.Trimesh(
+        [[-1, 0, -1], [1, 0, -1], [1, 0, 1], [-1, 0, 1]], [[0, 1, 2], [0, 2, 3]], process=False
+    )
+    settings = dataclasses.replace(PROTOCOLS["openlrm"], views=3, size=32)
+    pictures, _, _ = read(rendered(tmp_path, sheet, settings=settings))
+    assert any(picture[..., 3].any() for picture in pictures[1:])
+
+
+def test_a_name_that_is_too_long_fails_alone(tmp_path):
+    path, uid = save(tmp_path / "thing.glb", ball(1)), 300 * "x"
+    assert not objects.is_finished(tmp_path, uid)
+    assert "File name too long" in objects.write_object(uid, path, None, tmp_path, SETTINGS)
+    assert [x.name for x in tmp_path.iterdir()] == ["thing.glb"]
 
 
 def test_bad_files_fail_alone_and_a_second_run_keeps_what_is_there(tmp_path, capsys):

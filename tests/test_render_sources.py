@@ -15,7 +15,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 from rendering import objects  # noqa: E402
 from rendering.sources import find_objects, opened, referenced_files  # noqa: E402
-from rendering.surfaces import load_triangles, random_points  # noqa: E402
+from rendering.surfaces import _corners, load_triangles, random_points  # noqa: E402
 from test_render_objects import (  # noqa: E402
     CORNERS,
     SETTINGS,
@@ -234,3 +234,22 @@ def test_points_avoid_what_the_texture_cuts_out(tmp_path):
     board.visual.material.baseColorTexture = Image.fromarray(np.zeros((8, 8, 4), np.uint8))
     with pytest.raises(InputError, match="transparent"):
         random_points(load_triangles(save(tmp_path / "none.glb", board)), "none")
+
+
+@pytest.mark.parametrize(("dtype", "value"), [(np.uint8, 51), (np.uint16, 51 * 257), (np.float32, 0.2)])  # fmt: skip
+def test_vertex_colours_have_the_range_of_their_type(dtype, value):
+    board = trimesh.Trimesh([[0, 0, 0], [1, 0, 0], [0, 1, 0]], [[0, 1, 2]], process=False)
+    material = trimesh.visual.material.PBRMaterial()
+    board.visual = trimesh.visual.TextureVisuals(uv=np.zeros((3, 2)), material=material)
+    board.visual.vertex_attributes["color"] = np.full((3, 4), value, dtype)
+    rgba = _corners(board, linear=True, file_normals=False)[3]
+    np.testing.assert_allclose(rgba[..., :3], 0.2, rtol=1e-6)
+
+
+def test_names_are_of_the_folder_and_never_hidden(tmp_path, monkeypatch):
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    (tmp_path / "in" / "chair.obj").write_text("v 0 0 0\n")
+    monkeypatch.chdir(tmp_path / "in" / "sub")
+    assert list(find_objects(Path(".."))) == ["in-chair"]
+    (tmp_path / "in").rename(tmp_path / ".in")
+    assert list(find_objects(tmp_path / ".in")) == ["in-chair"]

@@ -125,7 +125,8 @@ def test_micro_batches_that_do_not_divide_are_an_error_of_one_line():
     assert sharding.micro_batches(jnp.zeros((12, 3)), 2).shape == (2, 6, 3)
 
 
-SLURM = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "2"}
+SBATCH = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "2"}
+SLURM = SBATCH | {"SLURM_STEP_NODELIST": "node[1-2]"}
 
 
 @pytest.mark.parametrize(
@@ -134,7 +135,7 @@ SLURM = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "2"}
         ({}, None),
         (SLURM, "Slurm"),
         (SLURM | {"SLURM_NTASKS": "1"}, None),
-        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2"}, None),  # sbatch without srun: one process
+        (SBATCH, None),  # without srun: one process
         ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_ML_PLATFORM": "JAX"}, "GKE"),
         ({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ML_PLATFORM": "JAX"}, None),
         ({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, "GKE"),
@@ -152,7 +153,7 @@ def started(monkeypatch):
     """What `jax.distributed.initialize` was called with, without calling it."""
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **kw: calls.append((args, kw)))
-    for name in ("SLURM_JOB_ID", "SLURM_PROCID", "TPU_WORKER_HOSTNAMES", "TPU_ML_PLATFORM"):
+    for name in ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "TPU_WORKER_HOSTNAMES", "TPU_ML_PLATFORM"):
         monkeypatch.delenv(name, raising=False)
     return calls
 

@@ -138,9 +138,9 @@ def after(num_batches, act):
     return counted
 
 
-def test_a_loss_that_is_never_finite_stops_the_run_and_is_not_saved(
-    balls_source, tmp_path, monkeypatch
-):
+@pytest.fixture
+def poisoned(monkeypatch):
+    """While it holds anything, what `balls.sample` gives is not a number."""
     sample, poisoned = balls.sample, []
 
     def poison(*args):
@@ -150,12 +150,47 @@ def test_a_loss_that_is_never_finite_stops_the_run_and_is_not_saved(
         return scene.replace(target=scene.target.replace(rgb=scene.target.rgb * np.nan))
 
     monkeypatch.setattr(balls, "sample", poison)
+    return poisoned
+
+
+def test_a_loss_that_is_never_finite_stops_the_run_and_is_not_saved(
+    balls_source, poisoned, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(train, "MAX_SKIPPED", 2)
     monkeypatch.setattr(balls, "sample", after(2, lambda: poisoned.append(True)))
     with pytest.raises(
-        InputError,
-        match="not finite in any of the steps 3 to 3: the last good checkpoint is of step 2",
+        InputError, match="all of the last 2 updates were skipped.*last checkpoint is of step 2"
     ):
         train.main([*TINY, "--workdir", str(tmp_path / "run")])
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_one_skipped_update_after_a_resume_does_not_stop_the_run(balls_source, poisoned, tmp_path):
+    arguments = [*TINY, "--workdir", str(tmp_path / "run")]
+    assert train.main([*arguments, "--config.train.steps=3"]) == 0
+    poisoned.append(True)
+    assert train.main(arguments) == 0
+    assert rows(tmp_path / "run")[-1]["step"] == 4 and rows(tmp_path / "run")[-1]["skipped"] == 1
+
+
+def test_a_folder_of_something_else_is_not_taken_for_a_run(tmp_path):
+    config, _, _ = train.parse([*TINY, "--workdir", str(tmp_path)])
+    path = tmp_path / "config.json"
+    for text in ('{"architectures": []}', "[]", "{"):
+        path.write_text(text)
+        with pytest.raises(InputError, match="config.json is not that of a training run"):
+            train.claim(tmp_path, config)
+        assert path.read_text() == text
+    path.write_text(json.dumps({"model": config.model.to_dict() | {"remat": True}}))
+    train.claim(tmp_path, config)  # the same model, run otherwise
+
+
+@pytest.mark.parametrize("line", ["import absent", "x = y", "def f(:"])
+def test_a_broken_config_is_one_line(tmp_path, line):
+    (tmp_path / "mine.py").write_text(f"{line}\ndef get_config():\n    return None\n")
+    with pytest.raises(InputError, match="check it against the config file") as error:
+        train.main(["--config", str(tmp_path / "mine.py"), "--workdir", str(tmp_path / "run")])
+    assert "Error" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_run_that_skips_every_update_does_not_end_well(balls_source, tmp_path):

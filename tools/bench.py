@@ -52,7 +52,10 @@ VIEW_STAGES = (*(f"{x}-{n}" for n in NUM_VIEWS for x in ("encode", "frame")), "g
 
 
 def main() -> int:
-    """Runs each family in a process of its own, so that its peak memory is its own, and prints a table."""
+    """Runs each family in a process of its own, so that its peak memory is its own, and prints a table.
+
+    This process leaves the accelerator to them.
+    """
     if sys.argv[1:2] == ["train"]:
         return bench_train.main(sys.argv[2:])
     parser = argparse.ArgumentParser(
@@ -83,27 +86,28 @@ def main() -> int:
     )  # a child: one family, rows as JSON lines
     args = parser.parse_args()
     if args.one:
+        print(json.dumps(machine()), flush=True)
         name, *rest = args.families[0], args.stages, args.repeats, args.dtype
         for row in (measure_views if name.startswith("lvsm:") else measure)(name, *rest):
             print(json.dumps(row), flush=True)
         return 0
-    print(
-        f"{'family':28s} {'stage':9s} {'seconds':>8s} {'TFLOP':>7s} {'of rate':>8s} {'GB':>6s}   {machine()}"
-    )
+    print(f"{'family':28s} {'stage':9s} {'seconds':>8s} {'TFLOP':>7s} {'of rate':>8s} {'GB':>6s}")
     environment = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", **os.environ}
-    rows = []
+    rows, where = [], None
     for family in args.families:
         stages = args.stages or (VIEW_STAGES if family.startswith("lvsm:") else STAGES)
         command = [sys.executable, __file__, "--one", family, "--stages", ",".join(stages)]
         command += ["--dtype", args.dtype, "--repeats", str(args.repeats)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as child:
+            where = json.loads(child.stdout.readline() or "null")
             for line in child.stdout:
                 rows.append(json.loads(line))
                 print_row(rows[-1])
         if child.returncode:
             return child.returncode
+    print(where)
     if args.json:
-        report = {"machine": machine(), "commit": commit(), "dtype": args.dtype, "rows": rows}
+        report = {"machine": where, "commit": commit(), "dtype": args.dtype, "rows": rows}
         args.json.write_text(json.dumps(report, indent=1) + "\n")
         print(f"wrote {args.json}")
     return 0

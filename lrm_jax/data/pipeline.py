@@ -1,8 +1,9 @@
 """From sources to batches: this process's share of every global batch, prefetched, resumable to the bit.
 
 The batch of step n is made of the positions n B ... (n + 1) B - 1 of its source, and process p of P holds the p-th of P
-equal runs of them: the global batch is the same array for every number of processes. All that there is to restore is the
-number of batches that the consumer has received. (grain.experimental.ElasticIterator counts likewise, but deals positions out in
+equal runs of them: the global batch has the same elements for every number of processes. (In the same order, too, where the
+shards of a process are neighbours; in a TPU's torus they may not be.) All that there is to restore is the number of batches
+that the consumer has received. (grain.experimental.ElasticIterator counts likewise, but deals positions out in
 turn, so that another number of processes permutes the batch.)
 """
 

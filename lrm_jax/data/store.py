@@ -4,7 +4,9 @@ On two CPU cores this is what makes small pictures cheap: a sample costs a copy 
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import json
@@ -13,6 +15,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +24,7 @@ import tqdm
 from lrm_jax.data import folders, samples
 from lrm_jax.types import InputError
 
+MAX_COPIED = 2**30  # bytes of a store in memory that each process of the loader may have a copy of
 PICTURES = ("source_rgb", "source_alpha", "target_rgb", "target_alpha")  # memory-mapped
 
 
@@ -56,7 +60,13 @@ class Store:
         """A loader's process opens the files itself: pickled, a memory map would become all that it shows."""
         if self.folder is not None:
             return open_store, (self.folder,)
-        return Store, tuple(getattr(self, f.name) for f in dataclasses.fields(self))
+        fields = [getattr(self, f.name) for f in dataclasses.fields(self)]
+        if sum(getattr(x, "nbytes", 0) for x in fields) > MAX_COPIED:
+            raise InputError(
+                "the decoded pictures are in memory, and each of the loader's processes would have a copy: set data.num_workers=0 "
+                "(threads), or put the data where a cache can be written"
+            )
+        return Store, tuple(fields)
 
 
 def get_store(root: Path, uids: list[str], settings: Settings) -> Store:
@@ -70,7 +80,32 @@ def get_store(root: Path, uids: list[str], settings: Settings) -> Store:
 def _get_store(root: Path, uids: tuple[str, ...], settings: Settings, key: str) -> Store:
     """Cached: both splits share the store, also where it is in memory."""
     folder = root / f".cache-{key}"
-    return open_store(folder) if folder.is_dir() else _build(root, uids, settings, folder)
+    if not folder.is_dir():
+        with _alone(root) as alone:
+            for left in root.glob(f"{folder.name}.*.unfinished") if alone else ():
+                shutil.rmtree(left, ignore_errors=True)  # of a start that was killed
+            if not folder.is_dir():
+                return _build(root, uids, settings, folder)
+    return open_store(folder)
+
+
+@contextlib.contextmanager
+def _alone(root: Path) -> Iterator[bool]:
+    """Waits until no other process of this machine makes a cache in the folder. False where it cannot be locked."""
+    try:
+        descriptor = os.open(root, os.O_RDONLY)
+    except OSError:
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
 
 
 def open_store(folder: Path) -> Store:

@@ -1,6 +1,6 @@
 """The model families, one a file, behind one contract.
 
-A family is a linen module in `models/<name>.py` with these members; commands, training and evaluation use nothing else:
+A family is a linen module in `models/<name>.py` with these members; rendering, training and evaluation use nothing else:
 
 | member | signature | meaning |
 | --- | --- | --- |
@@ -9,11 +9,15 @@ A family is a linen module in `models/<name>.py` with these members; commands, t
 | `query` (optional) | `(scene, xyz[B Q 3]) -> (field[B Q], rgb[B Q 3])` | field grows inward; absent means "no surface" |
 | `__call__` | `(source: Views, rays: Rays) -> Rendering` | `render(encode(source), rays)`: for `init` |
 | `prepare` (optional) | `(rgba: list of uint8[H W 4]) -> Views[B 1 H W]` | single-image families: pictures as `encode` wants them, with the camera that the family takes them to be seen from |
+| `image_size` | class field | side of the source pictures in pixels |
+| `foreground_ratio` (optional) | class field | with `prepare`: the share of the side that it makes the object fill; absent means that it does not crop |
 | `surface_level`, `radius` | class fields | with `query`: the field's value at the surface, and half the side of the cube around the origin that it fills |
 | `VARIANTS` | `dict[str, dict]` | field overrides of each published size, and `"tiny"` |
 | `from_torch(state, model)` / `to_torch(params, model)` | dict of NumPy arrays <-> params | renames, transposes, (un)stacks only: exact inverses |
 
-`VARIANTS`, `from_torch` and `to_torch` stand at module level beside the class, which is `MODEL`. `encode`, `render` and `query` are reached by
+`VARIANTS`, `from_torch` and `to_torch` stand at module level beside the class, which is `MODEL`. For `lrm convert` to recognise
+a checkpoint and write one, `references.py` also wants there `entries(model)` (the checkpoint's names), `fields_from_torch(state)` and,
+where a config lies beside it, `fields_from_config(config)` and `config_to_torch(model)`, and has the family in its tables. `encode`, `render` and `query` are reached by
 `model.apply({"params": params}, scene, rays, method="render")`.
 """
 

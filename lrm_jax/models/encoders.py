@@ -75,5 +75,5 @@ def to_torch(params: dict, model: vit.ViT) -> dict[str, np.ndarray]:
     if model.norm_epsilon == 1e-12:
         unused = {"pooler.dense.weight": (width, width), "pooler.dense.bias": (width,)}
     else:
-        unused = {"mask_token": (1, width)} if model.resize == "dinov2" else {}
+        unused = {"mask_token": (1, width)} if model.layer_scale else {}
     return state | {name: np.zeros(shape, np.float32) for name, shape in unused.items()}

@@ -30,7 +30,7 @@ def attention(
       num_keys_B: how many keys of each sequence count, 1 or more; the later ones are padding. None: all.
     """
     platform = sharding.platform()
-    # cuDNN's backward pass takes even lengths only.
+    # JAX has refused odd lengths to cuDNN's backward pass; this version does not, which is untried.
     even = q_BLNK.shape[1] % 2 == k_BMNK.shape[1] % 2 == 0
     if platform == "tpu":
         kernel = _attention_by_splash

@@ -121,7 +121,8 @@ class TripoSR(nn.Module):
         raw_density, raw_rgb = triplane.evaluate(
             projected, layers, xyz_Q3 / self.radius, PLANE_AXES, nn.silu
         )
-        return jnp.exp(raw_density - 1.0), nn.sigmoid(raw_rgb)
+        # An infinite density would have no gradient but NaN; exp(80) is as opaque.
+        return jnp.exp(jnp.minimum(raw_density - 1.0, 80.0)), nn.sigmoid(raw_rgb)
 
     def _march(self, projected, layers, rays: Rays, key) -> Rendering:
         # Parity: the box is shrunk by 0.1%, and a ray that crosses less than 0.01 of it is a miss.
@@ -142,7 +143,7 @@ class TripoSR(nn.Module):
 
 
 # Initial values for training from scratch. The planes' tokens start with the code of the place in the picture that they project
-# to, in the encoder's own code of places, and cross-attention with equal q and k: so from the first step each token looks there.
+# to, and cross-attention with equal q and k: so, where the encoder is as wide (nano), each token looks there from the first step.
 
 
 def _init_queries(key, shape):

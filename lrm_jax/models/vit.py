@@ -223,7 +223,9 @@ def hub_fields(prefix: str, state: dict) -> dict:
     if prefix + "blocks.0.ls1.gamma" not in state:
         return _fields(kernel, positions, depth, resize="dino", norm_epsilon=1e-6)
     registers = state.get(prefix + "register_tokens", np.zeros((1, 0, 1))).shape[1]
-    fields = _fields(kernel, positions, depth, resize="dinov2", norm_epsilon=1e-6)
+    # Parity: only the models with registers were made with interpolate_antialias=True and interpolate_offset=0.
+    resize = "dinov2" if registers else "dino"
+    fields = _fields(kernel, positions, depth, resize=resize, norm_epsilon=1e-6)
     return fields | dict(num_registers=registers, layer_scale=True)
 
 

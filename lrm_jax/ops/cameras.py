@@ -117,7 +117,7 @@ def pixel_rays(cameras: Cameras, height: int, width: int) -> Rays:
     uv = jnp.broadcast_to(uv, (*batch, height, width, 2))
     xy = (uv - centre) / focal
     directions = jnp.concatenate([xy, jnp.ones_like(xy[..., :1])], axis=-1)
-    directions = jnp.einsum("...ij,...hwj->...hwi", cameras.c2w[..., :3, :3], directions)
+    directions = _product("...ij,...hwj->...hwi", cameras.c2w[..., :3, :3], directions)
     origins = jnp.broadcast_to(cameras.c2w[..., None, None, :3, 3], directions.shape)
     return Rays(origins=origins, dirs=_unit(directions))
 
@@ -132,7 +132,7 @@ def project(
       the optical axis in world units. Where z <= 0 the point is behind the camera and u, v mean nothing.
     """
     offset = xyz - cameras.c2w[..., None, :3, 3]
-    local = jnp.einsum("...ji,...qj->...qi", cameras.c2w[..., :3, :3], offset)
+    local = _product("...ji,...qj->...qi", cameras.c2w[..., :3, :3], offset)
     focal, centre = jnp.split(cameras.fxfycxcy[..., None, :], 2, axis=-1)
     z = local[..., 2]
     return local[..., :2] / z[..., None] * focal + centre, z
@@ -179,8 +179,8 @@ def normalize_to_source(cameras: Cameras, distance: float | None = None) -> Came
         for axis in ([1.0, 0.0, 0.0], [0.0, 1.0, 0.0])
     )
     canonical = _pose(-d[..., None] * axis_y, axis_x, axis_y)
-    motion = canonical @ _rigid_inverse(source)
-    return cameras.replace(c2w=motion[..., None, :, :] @ cameras.c2w)
+    motion = _product("...ij,...jk->...ik", canonical, _rigid_inverse(source))
+    return cameras.replace(c2w=_product("...ij,...vjk->...vik", motion, cameras.c2w))
 
 
 def picture_motion(
@@ -224,6 +224,11 @@ def moved(
     return xp.concat([xp.concat([rotation, rest], axis=-1), poses[..., 3:, :]], axis=-2)
 
 
+def _product(subscripts: str, *arrays: Float[Array | np.ndarray, "..."]) -> Float[Array, "..."]:
+    """In float32 on every device: TPUs round the factors to bfloat16 by default, which moves a ray by a pixel."""
+    return jnp.einsum(subscripts, *arrays, precision="highest")
+
+
 def _unit(vector: Float[Array, "*B 3"]) -> Float[Array, "*B 3"]:
     return vector / jnp.linalg.norm(vector, axis=-1, keepdims=True)
 
@@ -238,7 +243,7 @@ def _pose(
 
 def _rigid_inverse(pose: Float[Array, "*B 4 4"]) -> Float[Array, "*B 4 4"]:
     rotation = einops.rearrange(pose[..., :3, :3], "... i j -> ... j i")
-    translation = -rotation @ pose[..., :3, 3:]
+    translation = -_product("...ij,...jk->...ik", rotation, pose[..., :3, 3:])
     return jnp.concatenate(
         [jnp.concatenate([rotation, translation], axis=-1), pose[..., 3:, :]], axis=-2
     )

@@ -170,7 +170,8 @@ def resize_bicubic(rgb: Float[Array, "*B H W 3"], size: int) -> Float[Array, "*B
     torch's `interpolate(mode="bicubic", align_corners=True)` and a clamp: OpenLRM's. The aspect is not kept.
     """
     rows, columns = (jnp.asarray(_bicubic_weights(n, size)) for n in rgb.shape[-3:-1])
-    return jnp.einsum("ih,jw,...hwc->...ijc", rows, columns, rgb).clip(0, 1)
+    resized = jnp.einsum("ih,jw,...hwc->...ijc", rows, columns, rgb, precision="highest")
+    return resized.clip(0, 1)
 
 
 def _bicubic_weights(size_in: int, size_out: int) -> Float[np.ndarray, "size_out size_in"]:

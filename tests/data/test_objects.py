@@ -1,5 +1,6 @@
 """Samples of folders are right in geometry, exact on resuming, and survive broken objects."""
 
+import dataclasses
 import io
 import os
 import pickle
@@ -273,6 +274,15 @@ def test_a_folder_that_cannot_be_written_is_kept_in_memory(root, monkeypatch, ca
     assert not list(root.glob(".cache*"))
 
 
+def test_what_is_in_memory_is_not_copied_to_many_processes(root, monkeypatch):
+    monkeypatch.setattr(store, "MAX_COPIED", 1000)
+    there = store.get_store(root, folders.find(root), store.Settings(8, 8, None, None))
+    pickle.dumps(there)  # each process opens the files
+    kept = dataclasses.replace(there, folder=None)
+    with pytest.raises(InputError, match="set data.num_workers=0"):
+        pickle.dumps(kept)
+
+
 def test_a_folder_that_fits_neither_the_disk_nor_the_memory_is_told(tmp_path):
     settings = store.Settings(512, 512, None, None)
     with pytest.raises(InputError, match="GB are more than the memory: .*config.data.name=records"):
@@ -284,6 +294,15 @@ def test_what_a_killed_start_has_left_is_not_in_the_way(root, capsys):
     (root / f".cache-x.{os.getpid()}.unfinished").mkdir()
     assert store._allocate(root / ".cache-x", 1, 1, store.Settings(8, 8, None, None))[1].is_dir()
     assert capsys.readouterr().err == ""
+
+
+def test_what_a_killed_start_has_left_is_taken_away_with_the_next(root):
+    stack(make(root))
+    cache = next(root.glob(".cache-*"))
+    cache.rename(f"{cache}.1234.unfinished")
+    store._get_store.cache_clear()
+    stack(make(root))
+    assert [x.name for x in root.glob(".cache-*")] == [cache.name]
 
 
 def test_a_thin_diagonal_object_is_where_its_crop_says():

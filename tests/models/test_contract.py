@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lrm_jax import models
+from lrm_jax import models, sharding
+from lrm_jax.models import layers
 from lrm_jax.ops import cameras
 from lrm_jax.types import Views
 
@@ -153,18 +154,34 @@ def test_gradients_reach_every_parameter_and_are_finite(name):
         assert np.abs(grad).max() > 0, path
 
 
+@pytest.mark.parametrize(
+    ("platform", "dtype"), [("tpu", "bfloat16"), ("gpu", "float32"), ("gpu", "bfloat16")]
+)
 @pytest.mark.parametrize("name", models.FAMILIES)
-def test_the_model_and_its_gradient_lower_for_gpu_and_tpu(name):
-    model, params, source, rays = tiny(name, dtype="bfloat16")
+def test_the_model_and_its_gradient_lower_for(name, platform, dtype, monkeypatch):
+    """As they are traced for that platform. cuDNN's attention cannot be lowered without a GPU: only that it would be called."""
+    model, params, source, rays = tiny(name, dtype=dtype)
+    calls = []
+
+    def cudnn(q_BLNK, *_):
+        calls.append(q_BLNK.dtype)
+        return q_BLNK
+
+    monkeypatch.setattr(layers, "_attention_by_cudnn", cudnn)
+    device = jax.sharding.AbstractDevice(device_kind="", num_cores=1, platform=platform)
+    device_mesh = jax.sharding.AbstractMesh((1, 1, 1), sharding.AXES, abstract_device=device)
 
     def loss(params, source, rays):
         return jnp.mean(model.apply({"params": params}, source, rays).rgb)
 
-    exported = jax.export.export(jax.jit(jax.grad(loss)), platforms=("cuda", "tpu"))(
-        params, source, rays
-    )
-    assert exported.platforms == ("cuda", "tpu")
+    target = {"tpu": "tpu", "gpu": "cuda"}[platform]
+    with jax.sharding.use_abstract_mesh(device_mesh):
+        exported = jax.export.export(jax.jit(jax.grad(loss)), platforms=[target])(
+            params, source, rays
+        )
+    assert exported.platforms == (target,)
     assert len(exported.out_avals) == len(jax.tree.leaves(params))
+    assert bool(calls) == (dtype == "bfloat16" and platform == "gpu")
 
 
 @pytest.mark.parametrize("name", models.FAMILIES)

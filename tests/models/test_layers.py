@@ -115,9 +115,21 @@ def test_the_kernel_is_that_of_the_devices_of_the_mesh_and_runs_on_each_ones_par
     assert "pallas_call" not in str(jax.make_jaxpr(layers.attention)(x, x, x))
 
 
-def test_attention_survives_large_scores():
-    q, k, v = 1e3 * random(0, 1, 4, 1, 8), 1e3 * random(1, 1, 6, 1, 8), random(2, 1, 6, 1, 8)
-    assert np.isfinite(layers.attention(q, k, v)).all()
+def test_attention_by_head_of_large_scores_equals_jax_s():
+    """Their bound is above that from which the largest score is taken off."""
+    q, k, v = 30 * random(0, 1, 4, 1, 8), random(1, 1, 6, 1, 8), random(2, 1, 6, 1, 8)
+    bound = np.linalg.norm(q, axis=-1).max() * np.linalg.norm(k, axis=-1).max() * 8**-0.5
+    assert bound > 60
+
+    def outputs(attention):
+        return jax.value_and_grad(lambda *x: jnp.sum(attention(*x) ** 2), argnums=(0, 1, 2))(
+            q, k, v
+        )
+
+    found, wanted = outputs(layers.attention), outputs(jax.nn.dot_product_attention)
+    for actual, expected in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
+    assert np.isfinite(layers.attention(1e3 * q, 1e3 * k, v)).all()
 
 
 @pytest.mark.parametrize("sizes", [None, (4, 1, 1), (2, 1, 2)])

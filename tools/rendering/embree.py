@@ -46,8 +46,9 @@ def windows(cameras: Cameras, triangles: Triangles, size: int) -> list[tuple[sli
         np.asarray(uv),
         np.asarray(z).min(1) < 0.05,
     )  # a corner beside the camera: look everywhere
-    start = np.where(near[:, None], 0, np.floor(uv.min(1) * size)).clip(0, size).astype(int)
+    start = np.where(near[:, None], 0, np.floor(uv.min(1) * size)).clip(0, size - 1).astype(int)
     stop = np.where(near[:, None], size, np.ceil(uv.max(1) * size)).clip(0, size).astype(int)
+    stop = np.maximum(stop, start + 1)  # a sheet seen from its edge has no height
     return [(slice(a[1], b[1]), slice(a[0], b[0])) for a, b in zip(start, stop, strict=True)]
 
 

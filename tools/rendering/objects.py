@@ -23,7 +23,10 @@ def _is_written(path: Path, out: Path, uid: str) -> bool:
 
 def is_finished(out: Path, uid: str) -> bool:
     """Whether there is nothing left to do. Folders from before points.npy was written lack that one file."""
-    return (out / uid / "points.npy").exists()
+    try:
+        return (out / uid / "points.npy").exists()
+    except OSError:  # the name is too long, which `write_object` tells
+        return False
 
 
 def write_object(
@@ -75,7 +78,8 @@ def write_object(
     except OSError as error:
         if (
             error.errno == errno.ENOSPC
-            or error.filename
+            or error.errno != errno.ENAMETOOLONG
+            and error.filename
             and _is_written(Path(error.filename), out, uid)
         ):
             raise  # the disk is at fault, not this object: the others would fail too

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import re
 import struct
 import tempfile
@@ -29,7 +30,7 @@ def find_objects(source: Path) -> dict[str, tuple[Path, str | None]]:
         if path.suffix.lower() == ".zip":
             for member in _members(path):
                 name = Path(member).with_suffix("").as_posix()
-                found.setdefault(f"{path.stem}-{name}".replace("/", "-"), (path, member))
+                found.setdefault(_uid(path.stem, name), (path, member))
         elif path.suffix.lower() in SUFFIXES:
             folder = source if source.is_dir() else path.parent.absolute()
             name = (
@@ -37,10 +38,15 @@ def find_objects(source: Path) -> dict[str, tuple[Path, str | None]]:
                 if source.is_dir()
                 else path.stem
             )
-            found.setdefault(f"{folder.absolute().name}-{name}".replace("/", "-"), (path, None))
+            found.setdefault(_uid(Path(os.path.abspath(folder)).name, name), (path, None))
     if not found:
         raise InputError(f"{source}: no {', '.join(SUFFIXES)} or .zip with such files in it")
     return dict(sorted(found.items()))
+
+
+def _uid(*parts: str) -> str:
+    """Without leading dots: readers take such folders for hidden ones."""
+    return "-".join(parts).replace("/", "-").lstrip(".")
 
 
 def _members(path: Path) -> list[str]:

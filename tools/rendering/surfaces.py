@@ -129,7 +129,8 @@ def _corners(part: trimesh.Trimesh, *, linear: bool, file_normals: bool) -> tupl
     elif colors is not None:
         colors = np.asarray(colors)[faces]
     if colors is not None:
-        scaled = colors[..., :3] / (255 if colors.dtype == np.uint8 else 1)
+        whole = np.iinfo(colors.dtype).max if colors.dtype.kind == "u" else 1
+        scaled = colors[..., :3] / whole
         rgba[..., :3] *= scaled if linear else _srgb_to_linear(scaled)
     return part.vertices[faces], normals, uv, rgba, texture, cutout
 
