@@ -16,7 +16,7 @@ the data of the bundled model: of four batches three of rendered objects and one
 `:nano` is for comparison with a TripoSR of 4.6 M parameters, which README names: as many samples of the same data, 3.5 M parameters, one source view, 128 px, two CPU
 cores; run it with the variables that configs/nano.py names.
 
-Expected: `:nano` reaches 15.8 dB on side views of held-out objects (that TripoSR 15.6, the mean picture 13.2), as soft shapes, in
+Expected: `:nano` reaches 15.7 dB on side views of held-out objects (that TripoSR 15.4, the mean picture 13.1), as soft shapes, in
 an hour of two busy cores. The others are not yet trained, and the time of `:small` is not yet measured.
 `--config configs/lvsm_objects.py:tiny` is a few steps of a tiny model, for trying things out.
 """
