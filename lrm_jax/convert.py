@@ -33,6 +33,7 @@ from lrm_jax.references import (
     from_checkpoint,
     from_reference,
     param_shapes,
+    what_it_is,
     write_reference,
 )
 from lrm_jax.report import Stages
@@ -230,8 +231,8 @@ def download(name: str) -> Path:
     )
     for weights_names in ([file],) if file else (first, [fallback]):
         try:
-            folder = posixpath.dirname(file or "")
-            configs = [posixpath.join(folder, name) for name in CONFIG_NAMES.values()]
+            beside = posixpath.dirname(file or "")
+            configs = [posixpath.join(beside, name) for name in CONFIG_NAMES.values()]
             patterns = [*weights_names, *configs]
             folder = Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns))
         except (
@@ -271,8 +272,7 @@ def _read_workdir(workdir):
 
     try:
         config = json.loads((workdir / "config.json").read_text())
-        fields = {k: v for k, v in config["model"].items() if k not in RUN_FIELDS}
-        model = models.build(**fields)
+        model = models.build(**what_it_is(config["model"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{workdir}: its config.json is not that of a training run ({error}): give a model file"

@@ -35,6 +35,11 @@ IGNORED_SETTINGS = re.compile(r".*_cls|.*model_name.*|encoder_freeze")
 EXP = ("exp", "trunc_exp")
 
 
+def what_it_is(config: Mapping) -> dict:
+    """A config's `model` without how it is run."""
+    return {key: value for key, value in config.items() if key not in RUN_FIELDS}
+
+
 def family(name: str) -> ModuleType:
     """The module of a model's family by `models.name_of`: as `models.family`, and "vit" for encoders alone."""
     return encoders if name == "vit" else models.family(name)
@@ -338,9 +343,6 @@ def write_reference(folder: Path, model: nn.Module, params: Mapping) -> list[Pat
     name = models.name_of(model)
     module = family(name)
     state = module.to_torch(params, model)
-    for path in (folder / x for x in (*WEIGHTS_NAMES, *CONFIG_NAMES.values())):
-        if path.is_dir():
-            raise InputError(f"{path} is a folder: name another destination")
     if module is encoders:
         path = folder / "pytorch_model.bin"
         tensor_files.write_torch(path, state)

@@ -132,8 +132,14 @@ def write_torch(path: Path, content: object) -> None:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Gives a temporary path in the same folder, which is made if missing: renamed to `path` when the block ends well, else removed."""
+    """Gives a temporary path in the same folder, which is made if missing: renamed to `path` when the block ends well, else removed.
+
+    Raises:
+      InputError: `path` is a folder, which nothing could be renamed to in the end.
+    """
     path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: name another destination")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -41,7 +41,7 @@ from lrm_jax import checkpoints, convert, flops, losses, metric_writer, optim, s
 from lrm_jax.data import Source, pipeline
 from lrm_jax.data.samples import check_normalize
 from lrm_jax.models import build
-from lrm_jax.references import RUN_FIELDS
+from lrm_jax.references import what_it_is
 from lrm_jax.report import depth_pictures, png, to_uint8, write_file
 from lrm_jax.step import eval_step, init_state, needed_flops, on_background, train_step
 from lrm_jax.types import Batch, Cameras, InputError, Rendering, TrainState, Views
@@ -500,10 +500,6 @@ def parse(argv: list[str]) -> tuple[ConfigDict, Path, dict]:
 def claim(workdir: Path, config: ConfigDict) -> None:
     """Writes `config.json` into a new workdir; in one that is resumed the model must be the same, however it is run."""
     path = workdir / "config.json"
-
-    def what_it_is(model: dict) -> dict:
-        return {key: value for key, value in model.items() if key not in RUN_FIELDS}
-
     if path.exists():
         try:
             there = what_it_is(json.loads(path.read_text())["model"])

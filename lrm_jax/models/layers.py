@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from lrm_jax import sharding
 
-TOKENS = 512
+TOKENS = 512  # of `by_tokens`
 
 torch_linear_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
