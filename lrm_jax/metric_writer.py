@@ -1,4 +1,4 @@
-"""What a training run writes down: `metrics.jsonl` and TensorBoard event files, behind clu's MetricWriter interface, and its text.
+"""What a training run writes down: `metrics.jsonl` and TensorBoard event files, behind clu's MetricWriter interface.
 
 `metrics.jsonl` has one object a line, for each call of `write_scalars`: {"step": 25, "train/loss": 0.1, ...}. A number that is
 not finite is null there: JSON has none.
@@ -9,14 +9,11 @@ import json
 import math
 import sys
 import types
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 import tensorboardX
-from clu import parameter_overview as clu_overview
 
 from lrm_jax.report import write_file
 
@@ -141,39 +138,3 @@ def _is_before(line: bytes, first_step: int) -> bool:
 
 def _finite(value) -> float | None:
     return float(value) if math.isfinite(value) else None
-
-
-# -- texts
-
-
-def parameter_overview(params: Any) -> str:
-    """A table of all parameters, arrays or their shapes: name, shape, dtype, size and sharding; and what they come to."""
-    return clu_overview.get_parameter_overview(params, include_stats="sharding")
-
-
-def progress_line(row: Mapping[str, float], steps: int, batch_size: int) -> str:
-    """A report as one line: where the run is, how good, how fast, and how long it will take.
-
-    Args:
-      row: `step`, `train/loss` and `samples_per_second`; where it has them also `train/psnr` and `val/psnr` (dB), `mfu` and
-        `data_wait` (shares of 1: of the device's peak rate, of the time spent waiting for data), `skipped` (updates) and
-        `bad_records`.
-      steps: of the whole run.
-      batch_size: samples a step.
-    """
-    parts = [f"step {row['step']:.0f}/{steps}", f"loss {row['train/loss']:.4f}"]
-    for name, text in [
-        ("train/psnr", "psnr {:.2f} dB"),
-        ("val/psnr", "val {:.2f} dB"),
-        ("samples_per_second", "{:.2f} samples/s"),
-        ("mfu", "MFU {:.1%}"),
-        ("data_wait", "data wait {:.0%}"),
-    ]:
-        if name in row:
-            parts.append(text.format(row[name]))
-    seconds = round((steps - row["step"]) * batch_size / row["samples_per_second"])
-    parts.append(f"ETA {seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}")
-    for name in ("skipped", "bad_records"):
-        if row.get(name):
-            parts.append(f"{name.replace('_', ' ')} {row[name]:.0f}")
-    return "  ".join(parts)

@@ -19,7 +19,6 @@ import functools
 import importlib
 import inspect
 import json
-import math
 import re
 import signal
 import sys
@@ -35,15 +34,15 @@ from absl import flags
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict, config_flags
-from PIL import Image
 
 from lrm_jax import checkpoints, convert, flops, losses, metric_writer, optim, sharding
 from lrm_jax.data import Source, pipeline
 from lrm_jax.data.samples import check_normalize
 from lrm_jax.models import build
 from lrm_jax.references import what_it_is
-from lrm_jax.report import depth_pictures, png, to_uint8, write_file
-from lrm_jax.step import eval_step, init_state, needed_flops, on_background, train_step
+from lrm_jax.report import png, write_file
+from lrm_jax.step import eval_step, init_state, needed_flops, train_step
+from lrm_jax.train_report import mean_of, picture_grid, profiler, progress_line, write_overview
 from lrm_jax.types import Batch, Cameras, InputError, Rendering, TrainState, Views
 
 MAX_SKIPPED = 200  # updates in a row, after which it is not single batches that are at fault
@@ -355,7 +354,11 @@ def fit(
     work = None  # operations that a step needs
     skipped, stuck, bad = int(optim.num_skipped(state.opt_state)), 0, 0
     clock, waited = time.perf_counter(), 0.0
-    with terminated() as stop, contextlib.closing(writer), profiler(workdir, train) as profile:
+    with (
+        terminated() as stop,
+        contextlib.closing(writer),
+        profiler(workdir, train.profile_steps) as profile,
+    ):
         for step in range(first + 1, train.steps + 1):
             before = time.perf_counter()
             which, elements = next(data.train)
@@ -396,7 +399,7 @@ def fit(
                         write_file(workdir / "grids" / f"{step:07d}.png", png(grid))
                 writer.write_scalars(step, row)
                 if jax.process_index() == 0:
-                    line = metric_writer.progress_line(
+                    line = progress_line(
                         {"step": step, **row}, train.steps, batch.source.rgb.shape[0]
                     )
                     print(line, file=sys.stderr, flush=True)  # fmt: skip
@@ -512,68 +515,3 @@ def claim(workdir: Path, config: ConfigDict) -> None:
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
         write_file(path, config.to_json(indent=2).encode())
-
-
-# -- what a person sees
-
-
-def write_overview(workdir: Path, params) -> None:
-    """The names, shapes and sizes of all parameters, in `parameters.txt`."""
-    if jax.process_index() == 0:
-        write_file(workdir / "parameters.txt", metric_writer.parameter_overview(params).encode())
-
-
-@contextlib.contextmanager
-def profiler(workdir: Path, train: ConfigDict) -> Iterator[Callable[[int], None]]:
-    """Gives what is to be called before each step: it traces `profile_steps` from the fifth on into `profile/`, for TensorBoard.
-
-    A run that ends before leaves the trace of the steps that it made.
-    """
-    tracing = False
-
-    def before(step: int) -> None:
-        nonlocal tracing
-        if train.profile_steps and step == 5:
-            jax.profiler.start_trace(workdir / "profile")
-            tracing = True
-        elif tracing and step == 5 + train.profile_steps:
-            jax.profiler.stop_trace()
-            tracing = False
-
-    try:
-        yield before
-    finally:
-        if tracing:
-            jax.profiler.stop_trace()
-
-
-def mean_of(scalars: list[dict[str, jax.Array]]) -> dict[str, float]:
-    """The mean of each named scalar over the steps where it is finite (the others were skipped); NaN where it never is."""
-    rows, means = jax.device_get(scalars), {}
-    for name in rows[0]:
-        values = np.array([row[name] for row in rows], np.float64)
-        finite = values[np.isfinite(values)]
-        means[name] = float(finite.mean()) if finite.size else math.nan
-    means["skipped"] = float(rows[-1]["skipped"])
-    return means
-
-
-def picture_grid(batch: Batch, rendering: Rendering) -> np.ndarray:
-    """A row a scene: the source, then target, render and (of families that have it) depth of each view, on white.
-
-    uint8 [height width 3].
-    """
-    source, target = (
-        np.asarray(on_background(views, 1.0).rgb) for views in (batch.source, batch.target)
-    )
-    pictures = [target, rendering.rgb]
-    if rendering.depth is not None:
-        depth = [depth_pictures(*x) for x in zip(rendering.depth, rendering.alpha, strict=True)]
-        pictures.append(np.stack(depth) / 255)
-    pairs = np.stack(pictures, axis=2)  # [B V 2|3 H W 3]
-    size, rows = target.shape[2:4], []
-    for first, pictures in zip(source[:, 0], pairs, strict=True):
-        first = Image.fromarray(to_uint8(first)).resize(size[::-1], Image.Resampling.BOX)
-        pictures = to_uint8(pictures.reshape(-1, *pictures.shape[2:]))
-        rows.append(np.concatenate([np.asarray(first), *pictures], axis=1))
-    return np.concatenate(rows)

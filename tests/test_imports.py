@@ -24,6 +24,7 @@ ALLOWED = {
     "report": LOW,
     "metric_writer": LOW | {"report"},
     "flops": set(),
+    "train_report": LOW | {"report", "step"},
     "step": LOW | {"flops", "ops", "losses", "metrics", "optim", "sharding"},
     "tensor_files": LOW,
     "references": LOW | {"models", "tensor_files"},
