@@ -1,6 +1,6 @@
 """Fine-tuning of an LRM at the paper's size on one's own objects, on one node.
 
-    python tools/render_objects.py my_objects/ data/mine --views 32 --size 512
+    python tools/render_objects.py my_objects/ data/mine --protocol lrm --size 512
     lrm train --config configs/lrm_finetune.py --workdir runs/mine --config.data.root=data/mine
 
 No weights of LRM were released: it starts from a run of configs/lrm.py. Published weights to start from are those of

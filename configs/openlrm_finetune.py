@@ -1,6 +1,6 @@
 """Fine-tuning of a published OpenLRM 1.1 on one's own objects, on one node.
 
-    python tools/render_objects.py my_objects/ data/mine --views 32 --size 512
+    python tools/render_objects.py my_objects/ data/mine --protocol openlrm --size 512
     lrm train --config configs/openlrm_finetune.py:base --workdir runs/mine --config.data.root=data/mine
 
 Sizes: small, base, large; of each the one trained on Objaverse and MVImgNet (`mix`). Starts from a tenth of the learning rate,

@@ -1,6 +1,6 @@
 """Fine-tuning of the published TripoSR on one's own objects, on one node.
 
-    python tools/render_objects.py my_objects/ data/mine --views 32 --size 512
+    python tools/render_objects.py my_objects/ data/mine --protocol triposr
     lrm train --config configs/triposr_finetune.py --workdir runs/mine --config.data.root=data/mine
 
 Starts from a tenth of the learning rate, over 10,000 steps of 32 objects. With one accelerator of 80 GB or less, raise

@@ -8,8 +8,8 @@ One view of each object is given to the model, or to a family that takes posed v
 Other views are compared with what it renders (PSNR, SSIM, LPIPS, foreground IoU), the surface that it finds with the true one
 (Chamfer distance, F-scores), and both with the mean object, a guess that looks at no picture. With --index, views of scenes
 are compared: given and asked for are those that pixelSplat's index names, of all scenes, and the guess is the nearest given picture.
-Prints a table; leaves `evaluation.json` and `evaluation.html`. An object that cannot be read, or has no surface, is named and
-left out of the means.
+Prints a table; leaves `evaluation.json` and `evaluation.html`. An object that cannot be read is named and
+left out of the means; one of which the model makes no surface is named, and has F-scores of 0.
 """
 
 import argparse

@@ -101,7 +101,7 @@ def evaluate(
         results, skipped = score(model, programs, mean, folders, give, args)
     words = {
         "source": how,
-        "targets": f"{args.views} other views, evenly spread over their order, {args.size} x {args.size} pixels, on white",
+        "targets": f"{args.views} other views, spread over their order, drawn by the object's name, {args.size} x {args.size} pixels, on white",
         "world": f"the model's is {WORLDS[normalize]}; scale: {SCALES[scale]}",
         **picture_protocol(args.lpips is not None),
         "iou": "of the foregrounds (alpha above 0.5) of a view; a family without alpha has none",
@@ -109,6 +109,7 @@ def evaluate(
         if hasattr(model, "query")
         else "this family has none",
         "surface metrics": surface_metrics.PROTOCOL,
+        "empty surfaces": "have F-scores of 0 and no Chamfer distance",
         "unaligned": "the same surface metrics in the data's own world and unit: nothing is normalised or aligned",
         "baseline": f"the mean {baseline_from}; of two guesses at the pictures, and two at the surface, the better one",
     }
@@ -210,13 +211,14 @@ def score(
                 results[uid] = result
                 if programs.field is None:
                     continue
-                try:
-                    one = jax.tree.map(lambda x, i=i: x[i : i + 1], scene)
-                    points = surface_points(model, programs, one, x, args.resolution)
-                except InputError as error:
-                    skipped[uid] = f"no surface metrics: {error}"
-                else:
-                    jobs[uid] = pool.submit(score_surface, points, x.item, mean)
+                if x.item.points is None:
+                    skipped[uid] = f"no surface metrics: {x.item.no_points}"
+                    continue
+                one = jax.tree.map(lambda x, i=i: x[i : i + 1], scene)
+                points, empty = surface_points(model, programs, one, x, args.resolution)
+                if empty:
+                    skipped[uid] = f"no Chamfer distance, F-scores of 0: {empty}"
+                jobs[uid] = pool.submit(score_surface, points, x.item, mean)
         for uid, job in report.progress(jobs.items(), len(jobs), "surfaces"):
             try:
                 scores, results[uid].unaligned, guesses = job.result()
@@ -344,29 +346,31 @@ def predict(programs: Programs, mean, group: list[Given]) -> tuple[Any, list[Res
     return scene, results
 
 
-def surface_points(model, programs: Programs, scene, x: Given, resolution: int) -> np.ndarray:
-    """Points [NUM_POINTS 3] on the surface of one scene [1 ...], in the world of the data.
-
-    Raises:
-      InputError: there is no surface, or no true one to compare it with.
-    """
-    if x.item.points is None:
-        raise InputError(x.item.no_points)
+def surface_points(
+    model, programs: Programs, scene, x: Given, resolution: int
+) -> tuple[np.ndarray | None, str]:
+    """Points [NUM_POINTS 3] on the surface of one scene [1 ...], in the world of the data; None, and why, where it has none."""
     field = functools.partial(programs.field, scene)
-    vertices, faces = surface.extract(field, resolution, model.radius, model.surface_level)
     rng = np.random.default_rng(0)
-    points = surface_metrics.sample_surface(vertices, faces, surface_metrics.NUM_POINTS, rng)
+    try:
+        vertices, faces = surface.extract(field, resolution, model.radius, model.surface_level)
+        points = surface_metrics.sample_surface(vertices, faces, surface_metrics.NUM_POINTS, rng)
+    except InputError as error:
+        return None, str(error)
     back = np.linalg.inv(x.world)
-    return points @ back[:3, :3].T + back[:3, 3]
+    return points @ back[:3, :3].T + back[:3, 3], ""
 
 
 def score_surface(
-    points: np.ndarray, item: HeldOut, mean: mean_object.MeanObject
+    points: np.ndarray | None, item: HeldOut, mean: mean_object.MeanObject
 ) -> tuple[dict[str, float], dict[str, float], dict[str, dict[str, float]]]:
-    """Scores of predicted points: aligned, unaligned, and those of the guesses at the surface."""
+    """Scores of predicted points (None: an empty surface): aligned, unaligned, and those of the guesses at the surface."""
     count = surface_metrics.NUM_POINTS
     truth = np.random.default_rng(0).permutation(item.points)[:count]
     shapes = mean_object.shapes(mean, item, count, np.random.default_rng(0))
     guesses = {name: surface_metrics.aligned_scores(x, truth) for name, x in shapes.items()}
+    if points is None:
+        nothing = dict.fromkeys(surface_metrics.NAMES[1:], 0.0)
+        return nothing, nothing, guesses
     aligned = surface_metrics.aligned_scores(points, truth)
     return aligned, surface_metrics.scores(points, truth), guesses

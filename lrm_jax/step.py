@@ -142,6 +142,8 @@ def init_state(
 def needed_flops(model: nn.Module, patch: int, params, batch: Batch) -> float:
     """Operations of a step that repeats none: three times the model's forward products, as the gradient has twice as many.
 
+    Those of a CPU's program, whatever runs: a TPU's attention pads.
+
     Args:
       patch: side of the window of each target view, pixels.
       params, batch: arrays or their shapes.
@@ -151,7 +153,12 @@ def needed_flops(model: nn.Module, patch: int, params, batch: Batch) -> float:
         rays = ops_cameras.pixel_rays(batch.target.cameras, patch, patch)
         return model.apply({"params": params}, on_background(batch.source, 0.0), rays)
 
-    return 3 * flops.count(forward, params, batch)
+    cpu = jax.sharding.AbstractDevice(device_kind="", num_cores=1, platform="cpu")
+    sizes = jax.sharding.get_abstract_mesh().axis_sizes or (1, 1, 1)
+    device_mesh = jax.sharding.AbstractMesh(sizes, sharding.AXES, abstract_device=cpu)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, batch))
+    with jax.sharding.use_abstract_mesh(device_mesh):
+        return 3 * flops.count(forward, *shapes)
 
 
 def random_crops(

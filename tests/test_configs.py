@@ -74,6 +74,13 @@ def test_the_paper_size_lrm_costs_what_its_sizes_say():
     batch = train.abstract_batch(config, device_mesh)
     with jax.set_mesh(device_mesh):
         needed = needed_flops(run.model, config.train.patch, run.abstract_state.params, batch)
+    chip = jax.sharding.AbstractDevice(device_kind="TPU v4", num_cores=1, platform="tpu")
+    with jax.sharding.use_abstract_mesh(
+        jax.sharding.AbstractMesh((4, 2, 2), sharding.AXES, abstract_device=chip)
+    ):  # whose attention pads
+        assert needed == needed_flops(
+            run.model, config.train.patch, run.abstract_state.params, batch
+        )
     L, M, D, E = 3072, 1025, 1024, 768
     block = 4 * L * D**2 + 2 * L**2 * D  # self-attention
     block += 2 * L * D**2 + 2 * M * E * D + 2 * L * M * D  # cross-attention

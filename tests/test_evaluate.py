@@ -196,6 +196,25 @@ def test_the_size_in_the_picture_decides_the_scale():
     np.testing.assert_allclose(np.linalg.norm(poses[0, :3, 3]), scale * DISTANCE, rtol=1e-5)
 
 
+def test_the_name_draws_targets_from_all_parts_of_the_views(tmp_path):
+    """Views at even places are alike, as those of `render_objects` are: half of the targets are at odd ones, wherever the source is."""
+    odd, firsts = [], set()
+    for i in range(24):
+        folder = tmp_path / f"thing{i}"
+        write_object(folder, num_views=16, points=False, step=2.0)
+        cameras = held_out.folders.read_cameras(folder)
+        item = held_out.read(folder, 4, SIZE)
+        places = [
+            int(np.flatnonzero([np.array_equal(c, x) for x in cameras.c2w.astype(np.float32)])[0])
+            for c in item.target_cameras.c2w
+        ]
+        assert places == sorted(set(places))
+        assert all(4 * k <= place <= 4 * k + 5 for k, place in enumerate(places))
+        odd += [place % 2 for place in places]
+        firsts.add(places[0])
+    assert 0.35 < np.mean(odd) < 0.65 and len(firsts) >= 3
+
+
 def test_the_name_draws_the_source(tmp_path):
     names, seen = "abcdefgh", []
     for name in names:
@@ -299,9 +318,11 @@ def test_what_is_not_finite_or_has_no_surface_is_named(lrm):
     assert code == 2 and "not finite" in stderr.splitlines()[-1]
     code, _, stderr = lrm("--data", "data", model=Oracle(surface_level=5.0))
     assert code == 0 and re.search(
-        "^lrm: a: no surface metrics: the surface is empty", stderr, re.M
+        "^lrm: a: no Chamfer distance, F-scores of 0: the surface is empty", stderr, re.M
     )
-    assert read_summary()["mean"]["fscore@0.2"] is None
+    summary = read_summary()
+    assert summary["mean"]["fscore@0.2"] == 0 and summary["mean"]["chamfer"] is None
+    assert summary["unaligned"]["mean"]["fscore@0.2"] == 0
 
 
 def test_the_mean_object_is_that_of_the_others(tmp_path):
@@ -310,7 +331,7 @@ def test_the_mean_object_is_that_of_the_others(tmp_path):
     rgba = np.full((SIZE, SIZE, 4), 255, np.uint8)
     for view in range(5):
         Image.fromarray(rgba).save(tmp_path / "c" / "rgba" / f"{view:03d}.png")
-    a, b, c = (held_out.read(tmp_path / name, 3, SIZE) for name in "abc")
+    a, b, c = (held_out.read(tmp_path / name, 4, SIZE) for name in "abc")  # all but the source
     mean = mean_object.average([a, c], SIZE)
     of_a, of_b = mean_object.pictures(mean, a), mean_object.pictures(mean, b)
     np.testing.assert_allclose(of_a["mean picture"], 1, atol=1e-6)
@@ -318,7 +339,7 @@ def test_the_mean_object_is_that_of_the_others(tmp_path):
     # b, which is not in it, is as a.
     wanted = (mean_object.premultiplied(a.targets) + 1) / 2
     np.testing.assert_allclose(of_b["mean picture by view"], wanted, atol=1e-6)
-    np.testing.assert_allclose(of_b["mean picture"], wanted.mean(0)[None].repeat(3, 0), atol=1e-6)
+    np.testing.assert_allclose(of_b["mean picture"], wanted.mean(0)[None].repeat(4, 0), atol=1e-6)
     empty = mean_object.pictures(mean_object.average([], SIZE), a)
     assert all((x == 0).all() for x in empty.values())
 

@@ -80,9 +80,7 @@ def test_blender_is_told_the_cameras_the_world_and_the_light(tmp_path):
     path = save(tmp_path / "thing.glb", lopsided_scene())
     blender = cycles.find_blender(stand_in(tmp_path), threads=3)
     settings = dataclasses.replace(SETTINGS, size=9)
-    cause = objects.write_object(
-        "thing", path, None, out=tmp_path / "out", settings=settings, blender=blender
-    )
+    cause = objects.write_object("thing", path, None, tmp_path / "out", settings, blender)
     assert cause is None
     job = json.loads((tmp_path / "job.json").read_text())
     assert (job["file"], job["size"], job["samples"], job["threads"]) == (str(path), 9, 16, 3)
@@ -110,9 +108,7 @@ def test_what_ends_blender_is_the_cause_of_the_failure(tmp_path):
     ends = "print('Error: out of memory', file=sys.stderr); print('bye'); sys.exit(3)"
     blender = cycles.find_blender(stand_in(tmp_path, ends=ends), threads=1)
     settings = dataclasses.replace(SETTINGS, size=9)
-    cause = objects.write_object(
-        "thing", path, None, out=tmp_path / "out", settings=settings, blender=blender
-    )
+    cause = objects.write_object("thing", path, None, tmp_path / "out", settings, blender)
     assert cause == "Blender ended with code 3 after 1 views: Error: out of memory"
     assert not any((tmp_path / "out").iterdir())
 

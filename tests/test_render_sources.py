@@ -88,7 +88,7 @@ def write_gltf(path: Path, image: str) -> Path:
 
 
 def cause(path: Path, tmp_path: Path) -> str:
-    return objects.write_object("thing", path, None, out=tmp_path / "out", settings=SETTINGS)
+    return objects.write_object("thing", path, None, tmp_path / "out", SETTINGS)
 
 
 def test_an_empty_file_is_called_that(tmp_path):

@@ -136,7 +136,6 @@ def trace(config, devices: list):
         run = train.make_run(config, device_mesh)
         batch = train.abstract_batch(config, device_mesh)
         traced = run.step.trace(run.abstract_state, batch, abstract_networks(config.losses))
-    # Without the device mesh: a TPU's attention pads.
     return traced, needed_flops(run.model, config.train.patch, run.abstract_state.params, batch)
 
 

@@ -14,10 +14,9 @@ and with --geometry, of the rays through the pixels' centres, 0 where nothing is
     OUT/<uid>/depth/000.png ...  16 bits, steps of 1e-4 world units, along the optical axis (not along the ray)
     OUT/<uid>/normal/000.png ... 8-bit RGB = 127.5 n + 127.5, unit, in the world's frame, of the side that is seen
 
-`<uid>` is `<zip or folder stem>-<file stem>`; of `--variants`, which `tools/rendering/variants.py` makes for training, that with
-`~1`, `~2` ... . The world has z up (the files are y-up, as glTF says) and the object's bounding box is centred on the origin. How
-large the object is in it, where the cameras are and what the light is: `--protocol`, in numbers in `tools/rendering/protocols.py`.
-By default the farthest vertex is at distance 1: the object fills the bounding sphere of radius 1.
+`<uid>` is `<zip or folder stem>-<file stem>`. The world has z up (the files are y-up, as glTF says) and the object's bounding
+box is centred on the origin. How large the object is in it, where the cameras are and what the light is: `--protocol`, in numbers in
+`tools/rendering/protocols.py`. By default the farthest vertex is at distance 1: the object fills the bounding sphere of radius 1.
 Views with even numbers then have an elevation in [5, 35] degrees, as photographs have; the odd ones in `--elevation`.
 
 Two back ends have the same cameras, light, depth and normals: embree (needs nothing, on a CPU, without OpenGL; matt, no shadows)
@@ -38,7 +37,7 @@ import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import tqdm  # noqa: E402
-from rendering import cycles, variants  # noqa: E402
+from rendering import cycles  # noqa: E402
 from rendering.objects import cause_of, is_finished, write_object  # noqa: E402
 from rendering.output import DEPTH_UNIT, prepare_folder, write_failures  # noqa: E402
 from rendering.processes import run_in_processes  # noqa: E402
@@ -54,12 +53,10 @@ def render_all(
     settings: Settings,
     workers: int,
     limit: int | None,
-    num_variants: int = 0,
     blender: cycles.Blender | None = None,
 ) -> dict[str, list[str]]:
     """Renders what is not there yet. Returns cause -> uids of those that could not be."""
     objects = dict(list(find_objects(source).items())[:limit])
-    objects |= variants.plan(objects, num_variants, settings.seed)
     prepare_folder(out, settings)
     missing = {uid: where for uid, where in objects.items() if not is_finished(out, uid)}
     done = len(objects) - len(missing)
@@ -106,13 +103,6 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Setting
     add("--workers", type=int, default=2, help="processes")
     add("--seed", type=int, default=0)
     add("--limit", type=int, help="only the first N objects")
-    add(
-        "--variants",
-        type=int,
-        default=0,
-        metavar="N",
-        help="for training: N more of every object that is not held out, with other proportions, colours and company",
-    )
     args = parser.parse_args(argv)
     protocol = PROTOCOLS[args.protocol]
     if args.elevation is not None and protocol.elevation is None:
@@ -132,10 +122,6 @@ def _problem(args: argparse.Namespace, settings: Settings) -> str | None:
     for name in ("views", "size", "samples"):
         if getattr(settings, name) < 1:
             return f"--{name} {getattr(settings, name)}: must be at least 1"
-    if args.variants < 0:
-        return f"--variants {args.variants}: must not be negative"
-    if args.variants and settings.backend != "embree":
-        return "--variants: only for --backend embree"
     for name in ("workers", "limit"):
         if (value := getattr(args, name)) is not None and value < 1:
             return f"--{name} {value}: must be at least 1"
@@ -168,9 +154,7 @@ def main(argv: list[str] | None = None) -> int:
         if settings.backend == "cycles":
             threads = max(1, (os.cpu_count() or 1) // args.workers)
             blender = cycles.find_blender(args.blender, threads)
-        causes = render_all(
-            args.source, args.out, settings, args.workers, args.limit, args.variants, blender
-        )
+        causes = render_all(args.source, args.out, settings, args.workers, args.limit, blender)
     except InputError as error:
         print(f"render_objects: {error}", file=sys.stderr)
         return 2

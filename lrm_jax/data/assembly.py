@@ -200,7 +200,7 @@ def _draw_paint(own: jax.Array, parts: dict, placed: dict, uniform: jax.Array) -
         colours=linear,
         pattern=_pick(parts["pattern"], (uniform[:, 22] * 12).astype(jnp.int32)),
         scale=half * frequency,
-        shift=uniform[:, 21:24],
+        shift=uniform[:, 23:26],
     )
 
 

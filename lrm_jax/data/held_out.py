@@ -55,10 +55,10 @@ def find(root: Path, split: str) -> list[Path]:
 
 
 def read(folder: Path, num_targets: int, size: int, num_sources: int = 1) -> HeldOut:
-    """Reads an object: as sources a view in SOURCE_ELEVATION, which its name draws, and others of them, as targets further ones.
+    """Reads an object: its name draws the first source, from those in SOURCE_ELEVATION, and a target of each part of the other views.
 
-    All are evenly spread over their order. Were the source the first view, it would show all objects from the same side: see
-    `choose_cameras` of tools/rendering/protocols.py.
+    Further sources are evenly spread over the views in SOURCE_ELEVATION. Were the source the first view, or every fourth one a target, they
+    would be alike in all objects: see `choose_cameras` of tools/rendering/protocols.py.
 
     Args:
       num_targets: V.
@@ -77,14 +77,15 @@ def read(folder: Path, num_targets: int, size: int, num_sources: int = 1) -> Hel
         raise InputError(
             f"{len(in_band) or 'no'} view has an elevation of {low:g} to {high:g} degrees, of {num_sources} sources"
         )
-    first = int.from_bytes(hashlib.sha256(folder.name.encode()).digest()[:8]) % len(in_band)
+    digest = hashlib.sha256(folder.name.encode()).digest()
+    first, rng = int.from_bytes(digest[:8]) % len(in_band), np.random.default_rng(list(digest))
     sources, count = _spread(np.roll(in_band, -first), num_sources), len(cameras.pictures)
     if count < num_sources + num_targets:
         raise InputError(
             f"{count} views are too few for {num_sources} as source and {num_targets} as targets: lower --views"
         )
     others = np.delete(np.arange(count), sources)
-    chosen = _spread(others, num_targets)
+    chosen = [rng.choice(part) for part in np.array_split(others, num_targets)]
     points, no_points = _points(folder / "points.npy")
     return HeldOut(
         folder=folder.absolute(),

@@ -12,8 +12,8 @@ _VARIANT = re.compile(rf"_(?:{_COLORS}|[A-Z]|\d+)(?=_|$)|(?<=[a-z])(?:[A-Z]|\d+)
 
 
 def group(uid: str) -> str:
-    """The uid without what tells variants apart: `_blue`, `_A`, `_2`, letters and digits glued to a word's end, `~1` at the end."""
-    return _VARIANT.sub("", re.sub(r"~\d+$", "", uid))
+    """The uid without what tells variants apart: `_blue`, `_A`, `_2`, and letters and digits glued to a word's end."""
+    return _VARIANT.sub("", uid)
 
 
 def in_validation(uid: str) -> bool:

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from lrm_jax.types import InputError
-from rendering import cycles, embree, variants
+from rendering import cycles, embree
 from rendering.output import save_cameras, save_view, unfinished
 from rendering.protocols import Settings, choose_cameras, choose_lighting
 from rendering.sources import opened
-from rendering.surfaces import Triangles, load_triangles, random_points
+from rendering.surfaces import load_triangles, random_points
 
 
 def _is_written(path: Path, out: Path, uid: str) -> bool:
@@ -33,8 +33,6 @@ def write_object(
     uid: str,
     path: Path,
     member: str | None,
-    company: list[tuple[Path, str | None]] | None = None,
-    *,
     out: Path,
     settings: Settings,
     blender: cycles.Blender | None = None,
@@ -44,7 +42,6 @@ def write_object(
     Args:
       uid: its name.
       path, member: the file, or the .zip and the file in it.
-      company: of a variant, the second object, or none; None: this is the object itself.
       out: the folder of all objects.
       settings: how.
       blender: what renders it where `settings.backend` is "cycles".
@@ -58,9 +55,6 @@ def write_object(
         folder.mkdir(parents=True)
         with opened(path, member) as file:
             triangles = load_triangles(file, settings.box, file_normals=settings.file_normals)
-            if company is not None:
-                others = [_load(*where, settings) for where in company]
-                triangles = variants.vary(uid, triangles, others, settings.box, settings.seed)
             np.save(folder / "points.npy", random_points(triangles, uid))
             if (out / uid).exists():
                 (folder / "points.npy").rename(out / uid / "points.npy")
@@ -95,11 +89,6 @@ def write_object(
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return None
-
-
-def _load(path: Path, member: str | None, settings: Settings) -> Triangles:
-    with opened(path, member) as file:
-        return load_triangles(file, settings.box, file_normals=settings.file_normals)
 
 
 def cause_of(error: Exception) -> str:

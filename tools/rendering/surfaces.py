@@ -56,7 +56,15 @@ def load_triangles(
     if not np.isfinite(xyz).all():
         raise InputError("vertices that are not finite (NaN or infinity)")
     xyz, normals = xyz @ Y_UP_TO_Z_UP.T, normals @ Y_UP_TO_Z_UP.T
-    xyz, facing, centre, scale = normalized(xyz, box)
+    low, high = xyz.min((0, 1)), xyz.max((0, 1))
+    xyz = xyz - (low + high) / 2
+    radius = np.linalg.norm(xyz, axis=-1).max() if box is None else (high - low).max() / box
+    if radius == 0:
+        raise InputError("all vertices are one point")
+    xyz = (xyz / radius).astype(np.float32)
+    facing = np.cross(xyz[:, 1] - xyz[:, 0], xyz[:, 2] - xyz[:, 0])
+    if not facing.any():
+        raise InputError("no surface: every triangle has area 0")
     first, second, third = np.nan_to_num(
         np.concatenate([normals, uv, rgba], axis=-1).astype(np.float32)
     ).swapaxes(0, 1)
@@ -68,30 +76,9 @@ def load_triangles(
         material=np.repeat(np.arange(len(parts)), count),
         textures={i: piece[4] for i, piece in enumerate(pieces) if piece[4] is not None},
         cutout=np.repeat([piece[5] for piece in pieces], count),
-        centre=centre,
-        scale=scale,
+        centre=(low + high) / 2,
+        scale=float(1 / radius),
     )
-
-
-def normalized(
-    xyz: np.ndarray, box: float | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
-    """`xyz`, `facing`, `centre` and `scale` of Triangles, of corners[M 3 3] in a world with z up. `box`: see `load_triangles`.
-
-    Raises:
-      InputError: no surface.
-    """
-    low, high = xyz.min((0, 1)), xyz.max((0, 1))
-    centre = (low + high) / 2
-    xyz = xyz - centre
-    radius = np.linalg.norm(xyz, axis=-1).max() if box is None else (high - low).max() / box
-    if radius == 0:
-        raise InputError("all vertices are one point")
-    xyz = (xyz / radius).astype(np.float32)
-    facing = np.cross(xyz[:, 1] - xyz[:, 0], xyz[:, 2] - xyz[:, 0])
-    if not facing.any():
-        raise InputError("no surface: every triangle has area 0")
-    return xyz, facing, centre, float(1 / radius)
 
 
 class _Resolver(trimesh.resolvers.FilePathResolver):
