@@ -9,7 +9,7 @@ Of eight batches seven are of rendered objects and one of procedural shapes; `--
 --config.data.mix=()` needs no files at all. `--config configs/nano.py:tiny` is a few steps of a tiny model, for trying things out.
 
 Expected: the 32,000 samples take 90 minutes of two cores. The bundled model, trained with 98,880 in four runs, has 17.4 dB and F@0.2
-0.87 on side views of a pack that it never saw, and the mean object 13.8 dB and 0.51.
+0.87 on side views of a pack that it never saw, and the mean object 13.7 dB and 0.49.
 """
 
 from configs.common import base, check_size, shrink
