@@ -1,7 +1,6 @@
 """The command with a model that knows the answer, so that every change of world and unit on the way shows."""
 
 import argparse
-import dataclasses
 import functools
 import json
 import re
@@ -13,6 +12,17 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from PIL import Image
+from three_balls import (
+    BALLS,
+    DISTANCE,
+    FOV,
+    RADII,
+    SIZE,
+    SOURCE,
+    camera,
+    draw,
+    write_object,
+)
 
 from lrm_jax import (
     __main__,
@@ -20,39 +30,12 @@ from lrm_jax import (
     evaluate_objects,
     evaluation_page,
     lpips,
-    mean_object,
     models,
     surface_metrics,
 )
 from lrm_jax.data import held_out, samples
 from lrm_jax.ops import cameras
-from lrm_jax.types import Cameras, InputError, Rays, Rendering, Views
-
-SIZE, FOV, DISTANCE = 48, 45.0, 2.8
-SOURCE = (50.0, 20.0)  # azimuth, elevation
-BALLS = np.array([[0.5, 0.1, -0.3], [-0.3, 0.4, 0.2], [-0.1, -0.4, 0.3]])
-RADII = np.array([0.45, 0.3, 0.25])
-COLORS = np.array([[0.9, 0.2, 0.1], [0.1, 0.8, 0.2], [0.2, 0.3, 0.9]])
-
-
-@jax.numpy_rank_promotion("allow")
-@jax.jit
-def draw(rays: Rays, balls, radii) -> Rendering:
-    """The balls as seen by rays, in flat colours."""
-    offset = rays.origins[..., None, :] - balls
-    along = (offset * rays.dirs[..., None, :]).sum(-1)
-    squared = along**2 - (offset**2).sum(-1) + radii**2
-    depth = jnp.where(squared > 0, -along - jnp.sqrt(jnp.maximum(squared, 0)), jnp.inf)
-    hit = (squared > 0).any(-1)
-    rgb = jnp.where(hit[..., None], jnp.asarray(COLORS)[depth.argmin(-1)], 0.0)
-    return Rendering(rgb=rgb, alpha=hit.astype(jnp.float32))
-
-
-@functools.cache
-def picture(azimuth: float, elevation: float) -> np.ndarray:
-    seen = draw(cameras.pixel_rays(camera(azimuth, elevation), SIZE, SIZE), BALLS, RADII)
-    rgba = np.concatenate([seen.rgb, seen.alpha[..., None]], -1)
-    return np.rint(rgba * 255).astype(np.uint8)
+from lrm_jax.types import Cameras, InputError, Rendering, Views
 
 
 class Oracle(nn.Module):
@@ -85,33 +68,6 @@ class Oracle(nn.Module):
         balls, radii = self._balls()
         field = (radii - jnp.linalg.norm(xyz[..., None, :] - balls, axis=-1)).max(-1)
         return field + scene["level"][:, None], jnp.ones_like(xyz)
-
-
-def camera(azimuth: float, elevation: float) -> Cameras:
-    one = cameras.orbit(1, DISTANCE, elevation, FOV, azimuth)
-    return jax.tree.map(lambda x: np.asarray(x[0]), one)
-
-
-def write_object(folder: Path, num_views: int = 5, points: bool = True, step: float = -5.0) -> None:
-    """View 1 is the source: the others are from too high or, with a negative step, too low."""
-    views = [(10.0, 60.0), SOURCE, *((70.0 * i, step * i) for i in range(1, num_views - 1))]
-    for name in ("rgba", "pose"):
-        (folder / name).mkdir(parents=True)
-    for i, view in enumerate(views):
-        one = camera(*view)
-        Image.fromarray(picture(*view)).save(folder / "rgba" / f"{i:03d}.png")
-        blender = np.asarray(cameras.opencv_to_opengl(jnp.asarray(one.c2w)))[:3]
-        np.save(folder / "pose" / f"{i:03d}.npy", blender)
-    focal = one.fxfycxcy[0] * SIZE
-    np.save(folder / "intrinsics.npy", np.array([[focal] * 2, [SIZE / 2] * 2, [SIZE] * 2]))
-    if points:
-        rng = np.random.default_rng(1)
-        dirs = rng.normal(size=(12000, 3))
-        dirs /= np.linalg.norm(dirs, axis=-1, keepdims=True)
-        ball = rng.choice(3, len(dirs), p=RADII**2 / (RADII**2).sum())
-        xyz = BALLS[ball] + RADII[ball, None] * dirs
-        inside = (np.linalg.norm(xyz[:, None] - BALLS, axis=-1) < RADII - 1e-6).any(-1)
-        np.save(folder / "points.npy", xyz[~inside].astype(np.float32))
 
 
 def upright(azimuth: float = SOURCE[0]) -> np.ndarray:
@@ -194,38 +150,6 @@ def test_the_size_in_the_picture_decides_the_scale():
     poses = evaluate_objects.moved(world, camera(*SOURCE).c2w[None])
     np.testing.assert_allclose(np.linalg.det(poses[:, :3, :3]), 1, atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(poses[0, :3, 3]), scale * DISTANCE, rtol=1e-5)
-
-
-def test_the_name_draws_targets_from_all_parts_of_the_views(tmp_path):
-    """Views at even places are alike, as those of `render_objects` are: half of the targets are at odd ones, wherever the source is."""
-    odd, firsts = [], set()
-    for i in range(24):
-        folder = tmp_path / f"thing{i}"
-        write_object(folder, num_views=16, points=False, step=2.0)
-        cameras = held_out.folders.read_cameras(folder)
-        item = held_out.read(folder, 4, SIZE)
-        places = [
-            int(np.flatnonzero([np.array_equal(c, x) for x in cameras.c2w.astype(np.float32)])[0])
-            for c in item.target_cameras.c2w
-        ]
-        assert places == sorted(set(places))
-        assert all(4 * k <= place <= 4 * k + 5 for k, place in enumerate(places))
-        odd += [place % 2 for place in places]
-        firsts.add(places[0])
-    assert 0.35 < np.mean(odd) < 0.65 and len(firsts) >= 3
-
-
-def test_the_name_draws_the_source(tmp_path):
-    names, seen = "abcdefgh", []
-    for name in names:
-        write_object(tmp_path / name, num_views=6, points=False, step=5.0)
-        item = held_out.read(tmp_path / name, 3, SIZE)
-        seen.append(item.source_camera.c2w)
-        assert samples.in_band(item.source_camera.c2w[None], held_out.SOURCE_ELEVATION).all()
-        assert not any(np.array_equal(item.source_camera.c2w, x) for x in item.target_cameras.c2w)
-        again = held_out.read(tmp_path / name, 3, SIZE).source_camera.c2w
-        np.testing.assert_array_equal(again, seen[-1])
-    assert len(np.unique(np.round(seen, 5), axis=0)) >= 3
 
 
 def test_a_model_of_pictures_worlds_is_evaluated_in_them(tmp_path):
@@ -323,45 +247,6 @@ def test_what_is_not_finite_or_has_no_surface_is_named(lrm):
     summary = read_summary()
     assert summary["mean"]["fscore@0.2"] == 0 and summary["mean"]["chamfer"] is None
     assert summary["unaligned"]["mean"]["fscore@0.2"] == 0
-
-
-def test_the_mean_object_is_that_of_the_others(tmp_path):
-    for name in ("a", "b", "c"):
-        write_object(tmp_path / name)
-    rgba = np.full((SIZE, SIZE, 4), 255, np.uint8)
-    for view in range(5):
-        Image.fromarray(rgba).save(tmp_path / "c" / "rgba" / f"{view:03d}.png")
-    a, b, c = (held_out.read(tmp_path / name, 4, SIZE) for name in "abc")  # all but the source
-    mean = mean_object.average([a, c], SIZE)
-    of_a, of_b = mean_object.pictures(mean, a), mean_object.pictures(mean, b)
-    np.testing.assert_allclose(of_a["mean picture"], 1, atol=1e-6)
-    np.testing.assert_allclose(of_a["mean picture by view"], 1, atol=1e-6)
-    # b, which is not in it, is as a.
-    wanted = (mean_object.premultiplied(a.targets) + 1) / 2
-    np.testing.assert_allclose(of_b["mean picture by view"], wanted, atol=1e-6)
-    np.testing.assert_allclose(of_b["mean picture"], wanted.mean(0)[None].repeat(4, 0), atol=1e-6)
-    empty = mean_object.pictures(mean_object.average([], SIZE), a)
-    assert all((x == 0).all() for x in empty.values())
-
-
-def test_the_mean_shapes_have_the_mean_extents_and_uniform_points(tmp_path):
-    write_object(tmp_path / "a")
-    write_object(tmp_path / "b")
-    a, b = (held_out.read(tmp_path / name, 3, SIZE) for name in "ab")
-    mean = mean_object.average([a, dataclasses.replace(b, points=10 * b.points)], SIZE)
-    # b's own extents are not among those that it is guessed by, and nobody is guessed from himself alone.
-    shapes = mean_object.shapes(mean, b, 20000, np.random.default_rng(0))
-    assert mean_object.shapes(mean_object.average([a], SIZE), a, 9, np.random.default_rng(0)) == {}
-    extents = np.ptp(np.load(tmp_path / "a" / "points.npy"), axis=0)
-    np.testing.assert_allclose(np.ptp(shapes["mean box"], axis=0), extents, rtol=1e-6)
-    assert (np.abs(shapes["mean box"] / extents).max(-1) > 0.5 - 1e-6).all()
-    np.testing.assert_allclose(np.linalg.norm(2 * shapes["mean ellipsoid"] / extents, axis=-1), 1)
-    # A flat spheroid (1, 1, 0.01) is two discs: half of its area has a distance to the axis below sqrt(1/2).
-    extents = {Path("flat"): np.array([2, 2, 0.02])}
-    flat = mean_object.MeanObject(frozenset(), None, None, None, extents)
-    disc = mean_object.shapes(flat, b, 20000, np.random.default_rng(0))["mean ellipsoid"]
-    share = (np.hypot(disc[:, 0], disc[:, 1]) < np.sqrt(0.5)).mean()
-    assert share == pytest.approx(0.5, abs=0.02)  # five deviations
 
 
 def test_the_baseline_can_come_from_training_objects(lrm):
@@ -527,18 +412,6 @@ def test_all_scenes_of_an_index_count_and_absent_ones_are_named(lrm, monkeypatch
     assert summary["mean"]["iou"] is None and "all views" in summary["protocol"]["world"]
     code, _, stderr = lrm("--data", "data", "--index", "index.json", model=Oracle())
     assert code == 2 and "without --index" in stderr
-
-
-def test_objects_need_a_view_from_beside_and_square_pictures(tmp_path):
-    write_object(tmp_path / "a")
-    high = np.load(tmp_path / "a/pose/000.npy")
-    for i in range(5):
-        np.save(tmp_path / f"a/pose/{i:03d}.npy", high)
-    with pytest.raises(InputError, match="no view has an elevation"):
-        held_out.read(tmp_path / "a", 3, SIZE)
-    np.save(tmp_path / "a/intrinsics.npy", np.array([[50, 50], [24, 24], [48, 32.0]]))
-    with pytest.raises(InputError, match="48x32, not square"):
-        held_out.read(tmp_path / "a", 3, SIZE)
 
 
 def test_an_object_that_cannot_be_placed_is_left_out(lrm, tmp_path):
