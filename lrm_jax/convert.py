@@ -324,7 +324,7 @@ def save_model(
             raise InputError(
                 f"{path}: {name} has numbers that are not finite in {dtype}: store it as float32, or train again"
             )
-    fields = json.dumps(_fields(model), default=dict)
+    fields = json.dumps(fields_of(model), default=dict)
     about = {"family": models.name_of(model), "variant": variant_of(model), "fields": fields}
     tensor_files.write_safetensors(
         Path(path), stored, FORMAT | about | {"training": json.dumps(training)}
@@ -371,12 +371,13 @@ def variant_of(model: nn.Module) -> str:
     """The name of the variant that `model` is, or "custom"."""
     module = family(models.name_of(model))
     for name, fields in module.VARIANTS.items():
-        if _fields(module.MODEL(**fields)) == _fields(model):
+        if fields_of(module.MODEL(**fields)) == fields_of(model):
             return name
     return "custom"
 
 
-def _fields(model):
+def fields_of(model: nn.Module) -> dict:
+    """The fields that make a model what it is, without those of how it is run."""
     names = [
         k for k in type(model).__dataclass_fields__ if k not in ("parent", "name", *RUN_FIELDS)
     ]

@@ -21,6 +21,7 @@ SIZES = {
     "openlrm": ("small", "base", "large", "tiny"),
     "lvsm_objects": (*LVSM, "nano"),
     "lvsm_scenes": LVSM,
+    "nano": ("", "fine", "tiny"),
 }
 # Fine-tuning takes the sizes of its sibling: one of them is enough.
 CASES = [

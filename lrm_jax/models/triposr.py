@@ -19,6 +19,14 @@ from lrm_jax.types import Rays, Rendering, Views
 
 PLANE_AXES = ((0, 1), (0, 2), (1, 2))
 
+NANO = dict(
+    image_size=128,
+    encoder=dict(patch=16, width=192, depth=3, num_heads=3, grid=8, resize="dino", norm_epsilon=1e-6),
+    width=192, depth=4, num_heads=3, plane_tokens=8, upsample=4, plane_channels=24, decoder_width=32, decoder_layers=4,
+    radius=1.1, num_samples=32, surface_level=5.0, source_distance=3.0, source_fov=40.0,
+    source_elevation=20.0, remat=False,
+)  # fmt: skip
+
 VARIANTS = {
     # config.yaml of https://huggingface.co/stabilityai/TripoSR
     "triposr": dict(
@@ -26,14 +34,9 @@ VARIANTS = {
         plane_channels=40, decoder_width=64, decoder_layers=10, radius=0.87, num_samples=128, surface_level=25.0,
         source_distance=1.9, source_fov=40.0,
     ),
-    # The bundled model: configs/nano.py.
-    "nano": dict(
-        image_size=128,
-        encoder=dict(patch=16, width=192, depth=3, num_heads=3, grid=8, resize="dino", norm_epsilon=1e-6),
-        width=192, depth=4, num_heads=3, plane_tokens=8, upsample=4, plane_channels=24, decoder_width=32, decoder_layers=4,
-        radius=1.1, num_samples=32, surface_level=5.0, source_distance=3.0, source_fov=40.0,
-        source_elevation=20.0, remat=False,
-    ),
+    # The bundled model, and how it is trained on with finer tokens: configs/nano.py.
+    "nano": NANO,
+    "nano-fine": {**NANO, "encoder": {**NANO["encoder"], "patch": 8, "grid": 16}, "plane_tokens": 12},
     "tiny": dict(
         image_size=32, encoder=vit.VARIANTS["tiny"], width=32, depth=2, num_heads=2, plane_tokens=4, plane_channels=8,
         decoder_width=16, decoder_layers=3, radius=0.87, num_samples=8, surface_level=25.0, source_distance=1.9,

@@ -1,0 +1,107 @@
+"""A trained TripoSR with smaller patches and more tokens a plane, to train on from.
+
+    python tools/finer_tokens.py runs/nano runs/start.safetensors --variant nano-fine
+    lrm train --config configs/nano.py:fine --workdir runs/fine --config.train.init_from=runs/start.safetensors
+
+Nothing is learnt here, but what was learnt is kept as far as it fits:
+
+* the ViT's patches of p pixels become patches of p / k: their kernel is that for a picture enlarged k times, each pixel repeated
+  (https://arxiv.org/abs/2212.08013, section 3.3, of this enlargement);
+* its grid of positions and the planes' queries are interpolated linearly between the centres of the tokens;
+* a plane's token stands for a smaller square: the upsampler's kernel is the middle of what one token told, interpolated.
+
+All other fields of the models must be the same.
+"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from lrm_jax import convert, models
+from lrm_jax.types import InputError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command. Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("src", help="what `lrm reconstruct --weights` takes")
+    parser.add_argument("dst", type=Path, help="the model file to write")
+    parser.add_argument("--variant", required=True, help="of TripoSR: the model to write")
+    args = parser.parse_args(argv)
+    try:
+        fine = models.build("triposr", args.variant)
+        coarse, params, info = convert.load_weights(args.src)
+        convert.save_model(args.dst, fine, refine(params, coarse, fine), info["training"])
+    except (InputError, ValueError) as error:
+        print(f"finer_tokens: {error}", file=sys.stderr)
+        return 2
+    print(args.dst)
+    return 0
+
+
+def refine(params: dict, coarse, fine) -> dict:
+    """Parameters with which `fine` makes of a picture about what `coarse` makes of it with `params`.
+
+    Raises:
+      InputError: `coarse` is no TripoSR, or the two differ in more than their tokens.
+    """
+    if models.name_of(coarse) != "triposr":
+        raise InputError(f"{models.name_of(coarse)}: give a TripoSR")
+    tokens = dict(plane_tokens=fine.plane_tokens, upsample=fine.upsample)
+    encoder = {**coarse.encoder, **{k: fine.encoder[k] for k in ("patch", "grid")}}
+    there, wanted = (convert.fields_of(x) for x in (coarse.clone(encoder=encoder, **tokens), fine))
+    if wrong := [k for k in wanted if there[k] != wanted[k]]:
+        raise InputError(
+            f"{wrong[0]} is {there[wrong[0]]} there and {wanted[wrong[0]]} here: only tokens can be made finer"
+        )
+    flat = {name: np.asarray(x) for name, x in flatten_dict(params, sep="/").items()}
+    kernel, positions = "image_tokenizer/patch_kernel", "image_tokenizer/positions"
+    flat[kernel] = smaller_patches(flat[kernel], fine.encoder["patch"])
+    flat[positions] = finer_positions(flat[positions], fine.encoder["grid"])
+    queries = centres(fine.plane_tokens, coarse.plane_tokens)
+    flat["plane_queries"] = resampled(flat["plane_queries"], queries)
+    share = coarse.plane_tokens / fine.plane_tokens
+    cells = centres(fine.upsample, share * coarse.upsample) + (1 - share) * coarse.upsample / 2
+    flat["upsampler/kernel"] = resampled(flat["upsampler/kernel"], cells)
+    return unflatten_dict(flat, sep="/")
+
+
+def smaller_patches(kernel: np.ndarray, patch: int) -> np.ndarray:
+    """The kernel [patch patch 3 D] that makes of a picture what `kernel` [p p 3 D] makes of it enlarged p / patch times."""
+    factor, rest = divmod(len(kernel), patch)
+    if rest:
+        raise InputError(f"patches of {patch} pixels do not divide those of {len(kernel)}")
+    blocks = kernel.reshape(patch, factor, patch, factor, *kernel.shape[2:])
+    return blocks.sum((1, 3))
+
+
+def finer_positions(positions: np.ndarray, grid: int) -> np.ndarray:
+    """Positions [1 1+grid^2 D] from [1 1+g^2 D]; the first is CLS's."""
+    cls, old = positions[:, :1], math.isqrt(positions.shape[1] - 1)
+    table = resampled(positions[:, 1:].reshape(1, old, old, -1), centres(grid, old))
+    return np.concatenate([cls, table.reshape(1, grid**2, -1)], axis=1)
+
+
+def centres(count: int, length: float) -> np.ndarray:
+    """Where `count` cells that divide a `length` have their centres, if a cell of length 1 at its beginning has its own at 0."""
+    return (np.arange(count) + 0.5) * length / count - 0.5
+
+
+def resampled(table: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """A table [A h w C], linear between its cells and on beyond the outer ones, at places [n] along both axes: [A n n C]."""
+    size = table.shape[1]
+    below = np.clip(np.floor(places), 0, size - 2).astype(int)
+    weights = np.zeros((len(places), size), np.float32)
+    weights[np.arange(len(places)), below] = below + 1 - places
+    weights[np.arange(len(places)), below + 1] = places - below
+    return np.einsum("iy,jx,ayxc->aijc", weights, weights, table).astype(np.float32)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
