@@ -14,7 +14,8 @@ Of eight batches seven are of rendered objects and one of procedural shapes; `--
     ... lrm train --config configs/nano.py:fine --workdir runs/fine --config.train.init_from=runs/start.safetensors
 
 Expected: the 32,000 samples take 90 minutes of two cores. The bundled model, trained with 98,880 in four runs, has 17.4 dB and F@0.2
-0.87 on side views of a pack that it never saw, and the mean object 13.7 dB and 0.49. `:fine` was as good after 21,120 samples more.
+0.87 on side views of a pack that it never saw, and the mean object 13.7 dB and 0.49. `:fine` is not
+yet trained to its end; cut short at 21,120 samples it was about as good on that pack.
 """
 
 from configs.common import base, check_size, shrink
