@@ -280,6 +280,20 @@ def split_batch_and_heads(function, heads: tuple, rows: jax.Array | None) -> jax
     return jax.shard_map(function, in_specs=specs, out_specs=split, check_vma=False)(*heads, rows)
 
 
+def split_batch(function, shared: Any, batch: Any) -> Any:
+    """`function(shared, batch)` -> a tree of arrays [B ...], run by each device of the mesh in use for its part of a batch [B ...].
+
+    A batch that the device mesh does not divide stays whole, and its work is repeated.
+    """
+    device_mesh = jax.sharding.get_abstract_mesh()
+    if device_mesh.empty:
+        return function(shared, batch)
+    B = jax.tree.leaves(batch)[0].shape[0]
+    split = PartitionSpec(None if B % num_batch_shards(device_mesh) else BATCH_AXES)
+    specs = (PartitionSpec(), split)
+    return jax.shard_map(function, in_specs=specs, out_specs=split, check_vma=False)(shared, batch)
+
+
 def process_share(device_mesh: Mesh) -> tuple[int, int]:
     """Which part of every batch this process reads: (index, count), and `global_batch` puts the parts together.
 

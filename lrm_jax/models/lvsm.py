@@ -207,7 +207,7 @@ class Block(nn.Module):
             return norm(heads(name)).astype(self.dtype)
 
         def mlp(_, y_BLD):
-            return dense(width, "fc2")(nn.gelu(dense(4 * width, "fc1")(y_BLD), approximate=False))
+            return dense(width, "fc2")(gelu(dense(4 * width, "fc1")(y_BLD)))
 
         y_BLD = _norm("norm1")(x_BLD)
         out_BLNK = attention(normed_heads("q"), normed_heads("k"), heads("v"), num_keys)

@@ -118,15 +118,24 @@ def render(
     key: jax.Array | None,
     chunk: int | None,
 ) -> Rendering:
-    """Renders rays [B V H W] of B scenes: `march(projected_PhwF, layers, rays[R], key)`, mapped over scenes and chunks of rays."""
+    """Renders rays [B V H W] of B scenes: `march(projected_PhwF, layers, rays[R], key)`, mapped over scenes and chunks of rays.
 
-    def one_scene(triplane_PhwC, rays, key):
+    On a CPU each device takes its scenes one after another: the planes of one, and their gradient, stay in its cache.
+    """
+
+    def one_scene(layers, triplane_PhwC, rays, key):
         projected = project_planes(triplane_PhwC, layers, dtype)
         return render_in_chunks(functools.partial(march, projected, layers), rays, key, chunk)
 
-    if key is None:
-        return jax.vmap(lambda t, r: one_scene(t, r, None))(triplane_BPhwC, rays)
-    return jax.vmap(one_scene)(triplane_BPhwC, rays, jax.random.split(key, triplane_BPhwC.shape[0]))
+    keys = None if key is None else jax.random.split(key, triplane_BPhwC.shape[0])
+    scenes = (triplane_BPhwC, rays, keys)
+    if sharding.platform() != "cpu":
+        return jax.vmap(lambda scene: one_scene(layers, *scene))(scenes)
+    return sharding.split_batch(
+        lambda layers, scenes: jax.lax.map(lambda scene: one_scene(layers, *scene), scenes),
+        layers,
+        scenes,
+    )
 
 
 def query(

@@ -13,7 +13,15 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from lrm_jax.models import torch_layout, triplane, vit
-from lrm_jax.models.layers import Attention, by_tokens, layer_norm, sincos_code, sincos_grid, stack
+from lrm_jax.models.layers import (
+    Attention,
+    by_tokens,
+    gelu,
+    layer_norm,
+    sincos_code,
+    sincos_grid,
+    stack,
+)
 from lrm_jax.ops import cameras, images, sampling, volrend
 from lrm_jax.types import Rays, Rendering, Views
 
@@ -229,7 +237,7 @@ def _geglu(block, x_BLD):
     width = x_BLD.shape[-1]
     hidden = nn.Dense(8 * width, dtype=block.dtype, name="fc1")(x_BLD)
     value, gate = jnp.split(hidden, 2, axis=-1)
-    return nn.Dense(width, dtype=block.dtype, name="fc2")(value * nn.gelu(gate, approximate=False))
+    return nn.Dense(width, dtype=block.dtype, name="fc2")(value * gelu(gate))
 
 
 MODEL = TripoSR

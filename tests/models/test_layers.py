@@ -145,3 +145,16 @@ def test_operations_of_a_kernel_are_counted_as_often_as_it_runs(sizes):
         jaxpr = jax.make_jaxpr(attention)(q, k, v).jaxpr
     assert flops.count_jaxpr(jaxpr) == 4 * B * N * L * M * K
     assert flops.count_jaxpr(jaxpr, only_in_kernels=True) == 4 * B * N * L * M * K
+
+
+def test_gelu_is_by_erf_in_float32_and_so_is_its_gradient():
+    x = np.linspace(-9, 9, 1001, dtype=np.float32)
+    phi = [0.5 * math.erfc(-value / math.sqrt(2)) for value in x.astype(float)]
+    slope = phi + x * np.exp(-0.5 * x.astype(float) ** 2) / math.sqrt(2 * math.pi)
+    np.testing.assert_allclose(layers.gelu(jnp.asarray(x)), x * phi, atol=1e-6)
+    np.testing.assert_allclose(jax.vmap(jax.grad(layers.gelu))(x), slope, atol=1e-6)
+    half = jnp.asarray(x, jnp.bfloat16)
+    assert layers.gelu(half).dtype == jnp.bfloat16
+    np.testing.assert_array_equal(
+        layers.gelu(half), layers.gelu(half.astype(jnp.float32)).astype(jnp.bfloat16)
+    )

@@ -1,10 +1,14 @@
 """Planes: the fast forms equal the plain ones."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import linen as nn
 
+from lrm_jax import flops, sharding
 from lrm_jax.models import triplane
 from lrm_jax.ops import grids
 from lrm_jax.types import Rays, Rendering
@@ -70,3 +74,37 @@ def test_rays_that_do_not_fill_the_last_chunk_come_back_in_order():
         rendering = triplane.render_in_chunks(march, rays, None, chunk)
         np.testing.assert_array_equal(rendering.rgb, 2 * rays.origins)
         np.testing.assert_array_equal(rendering.alpha, rays.origins[..., 0])
+
+
+@pytest.mark.parametrize("key", [None, jax.random.key(5)])
+@pytest.mark.parametrize(("num_scenes", "sizes"), [(4, None), (4, (4, 1, 1)), (4, (2, 1, 2)), (3, (2, 1, 1))])  # fmt: skip
+def test_scenes_one_after_another_on_their_devices_equal_all_at_once(
+    num_scenes, sizes, key, monkeypatch
+):
+    planes, decoder_layers = random(0, num_scenes, 3, 4, 4, 5), decoder(5, 8, 2)
+    rays = Rays(origins=random(1, num_scenes, 2, 3, 3, 3), dirs=random(2, num_scenes, 2, 3, 3, 3))
+
+    def march(projected, layers, rays, key):
+        xyz = rays.origins if key is None else rays.origins + jax.random.uniform(key, (3,))[None]
+        density, rgb = triplane.evaluate(projected, layers, xyz, AXES, nn.silu)
+        return Rendering(rgb=rgb, alpha=density, depth=rays.dirs[:, 0])
+
+    def total(planes, decoder_layers):
+        rendering = triplane.render(march, planes, decoder_layers, "float32", rays, key, chunk=4)
+        return (rendering.rgb**2).sum() + (rendering.alpha * rendering.depth).sum()
+
+    graded = jax.value_and_grad(total, argnums=(0, 1))
+    if sizes is None:
+        found, count = graded(planes, decoder_layers), flops.count(graded, planes, decoder_layers)
+    else:
+        num_devices = math.prod(sizes)
+        with jax.set_mesh(sharding.make_device_mesh(*sizes, devices=jax.devices()[:num_devices])):
+            found = jax.jit(graded)(planes, decoder_layers)
+            count = flops.count(graded, planes, decoder_layers)
+    monkeypatch.setattr(sharding, "platform", lambda: "gpu")
+    for actual, expected in zip(
+        *map(jax.tree.leaves, (found, graded(planes, decoder_layers))), strict=True
+    ):
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-4)
+    if sizes in (None, (4, 1, 1)):  # elsewhere work is repeated
+        assert count == flops.count(graded, planes, decoder_layers)
