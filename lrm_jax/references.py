@@ -245,7 +245,7 @@ def _published_like(module, fields):
     published = [
         {k: v for k, v in (defaults | variant).items() if k not in ("parent", "name", *RUN_FIELDS)}
         for name, variant in module.VARIANTS.items()
-        if name not in ("nano", "tiny")
+        if name not in ("nano", "nano-fine", "tiny")
     ]
     for like in published:
         if all(like[k] == v for k, v in fields.items()):

@@ -42,7 +42,7 @@ VARIANTS = {
         plane_channels=40, decoder_width=64, decoder_layers=10, radius=0.87, num_samples=128, surface_level=25.0,
         source_distance=1.9, source_fov=40.0,
     ),
-    # The bundled model, and how it is trained on with finer tokens: configs/nano.py.
+    # The bundled model is `nano-fine`, trained on from a `nano`: configs/nano.py.
     "nano": NANO,
     "nano-fine": {**NANO, "encoder": {**NANO["encoder"], "patch": 8, "grid": 16}, "plane_tokens": 12},
     "tiny": dict(
