@@ -8,14 +8,15 @@ The two variables are for CPUs: huge pages take page faults away, and two device
 Of eight batches seven are of rendered objects and one of procedural shapes; `--config.data.name=procedural
 --config.data.mix=()` needs no files at all. `--config configs/nano.py:tiny` is a few steps of a tiny model, for trying things out.
 
-`:fine` goes on with patches of 8 pixels instead of 16 and 3 x 12 x 12 tokens instead of 3 x 8 x 8 (3.7 samples/s):
+`:fine` goes on with patches of 8 pixels instead of 16 and 3 x 12 x 12 tokens instead of 3 x 8 x 8 (8 to 10 samples/s on cores
+with AVX-512):
 
     python tools/finer_tokens.py runs/nano runs/start.safetensors --variant nano-fine
     ... lrm train --config configs/nano.py:fine --workdir runs/fine --config.train.init_from=runs/start.safetensors
 
-Expected: the 32,000 samples take 90 minutes of two cores, and the 59,200 of `:fine` four and a half hours (two on faster cores). The bundled
-model, trained with 98,880 in four runs and then by `:fine`, has 17.6 dB and F@0.2 0.89 on side views of a pack that it never saw, and the mean
-object 13.7 dB and 0.49.
+Expected: the 32,000 samples take 90 minutes of two cores, and the 59,200 of `:fine` took two hours of two faster
+ones. The bundled model, trained with 98,880 in four runs and then by `:fine`, has 17.6 dB and F@0.2 0.89 on side views of a pack
+that it never saw, and the mean object 13.7 dB and 0.49.
 """
 
 from configs.common import base, check_size, shrink

@@ -27,7 +27,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from lrm_jax.models import torch_layout
-from lrm_jax.models.layers import attention, by_tokens, stack
+from lrm_jax.models.layers import attention, by_tokens, gelu, stack
 from lrm_jax.ops import cameras
 from lrm_jax.types import InputError, Rays, Rendering, Views
 
