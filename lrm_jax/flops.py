@@ -29,9 +29,7 @@ def count(function, *arguments) -> float:
 
 
 def count_jaxpr(jaxpr, only_in_kernels: bool = False) -> float:
-    """Operations of a jaxpr's products: 2 a multiplication; bodies of scans and kernels as often as they run, of shard_map for each part.
-
-    Devices that have the same part of everything repeat its work, which counts once.
+    """Operations of a jaxpr's products: 2 a multiplication; bodies of scans, kernels and shard_map as often as they run.
 
     Of alternatives (the attention of each platform), the costliest counts.
 
@@ -60,19 +58,10 @@ def count_jaxpr(jaxpr, only_in_kernels: bool = False) -> float:
         elif name == "pallas_call":
             total += sum(inner) * math.prod(equation.params["grid_mapping"].grid)
         elif name == "shard_map":
-            device_mesh, specs = equation.params["mesh"], equation.params["in_specs"]
-            total += sum(inner) * math.prod(device_mesh.shape[axis] for axis in _axes(specs))
+            total += sum(inner) * equation.params["mesh"].size
         else:
             total += sum(inner) * equation.params.get("length", 1)
     return total
-
-
-def _axes(specs) -> set[str]:
-    """The axes of the device mesh that split an argument."""
-    axes = set()
-    for entry in (entry for spec in specs for entry in spec if entry is not None):
-        axes |= {entry} if isinstance(entry, str) else set(entry)
-    return axes
 
 
 def peak_rate() -> float:

@@ -283,13 +283,13 @@ def split_batch_and_heads(function, heads: tuple, rows: jax.Array | None) -> jax
 def split_batch(function, shared: Any, batch: Any) -> Any:
     """`function(shared, batch)` -> a tree of arrays [B ...], run by each device of the mesh in use for its part of a batch [B ...].
 
-    A batch that the device mesh does not divide stays whole, and its work is repeated.
+    All axes split it, `tensor` too. A batch that the devices do not divide stays whole, and its work is repeated.
     """
     device_mesh = jax.sharding.get_abstract_mesh()
     if device_mesh.empty:
         return function(shared, batch)
     B = jax.tree.leaves(batch)[0].shape[0]
-    split = PartitionSpec(None if B % num_batch_shards(device_mesh) else BATCH_AXES)
+    split = PartitionSpec(None if B % device_mesh.size else AXES)
     specs = (PartitionSpec(), split)
     return jax.shard_map(function, in_specs=specs, out_specs=split, check_vma=False)(shared, batch)
 
