@@ -24,7 +24,7 @@ CONFIG_NAMES = {"triposr": "config.yaml", "lrm": "config.json"}
 TITLES = {"triposr": "TripoSR", "lrm": "OpenLRM", "lvsm": "LVSM", "vit": "DINO"}
 # What the references' code does not let a config choose, beside the encoders.
 FIXED = {
-    "triposr": {"upsample": 2},
+    "triposr": {"upsample": 2, "symmetric": False},
     "lrm": {"camera_numbers": 16, "decoder_layers": 4, "decoder_width": 64},
 }
 # How a model is run, not what it is.
@@ -245,7 +245,7 @@ def _published_like(module, fields):
     published = [
         {k: v for k, v in (defaults | variant).items() if k not in ("parent", "name", *RUN_FIELDS)}
         for name, variant in module.VARIANTS.items()
-        if name not in ("nano", "nano-fine", "tiny")
+        if not name.startswith(("nano", "tiny"))
     ]
     for like in published:
         if all(like[k] == v for k, v in fields.items()):

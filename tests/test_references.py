@@ -180,6 +180,7 @@ def test_training_checkpoints_are_unwrapped(tmp_path, wrapper):
     [
         ("triposr", "triposr", []),
         ("triposr", "nano", ["encoder", "upsample"]),
+        ("triposr", "nano-symmetric", ["encoder", "upsample", "symmetric"]),
         ("lrm", "openlrm-base-1.1", []),
         ("lrm", "lrm", ["camera_numbers", "decoder_layers"]),
     ],

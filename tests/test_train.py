@@ -85,7 +85,7 @@ def test_terminated_and_resumed_equals_uninterrupted_to_the_bit(
         (["--config.train.setps=3"], "^the config has no key 'setps': did you mean 'steps'"),
         (
             ["--config.model.variant=huge"],
-            "triposr has no variant 'huge'; it has triposr, nano, nano-fine, tiny",
+            "triposr has no variant 'huge'; it has triposr, nano, nano-fine, nano-symmetric, tiny",
         ),
         (["--config.train.steps=many"], "steps"),
         (["--config.data.batch_size=6"], "data.batch_size=6 does not divide by 8"),

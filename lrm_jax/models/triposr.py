@@ -34,6 +34,7 @@ NANO = dict(
     radius=1.1, num_samples=32, surface_level=5.0, source_distance=3.0, source_fov=40.0,
     source_elevation=20.0, remat=False,
 )  # fmt: skip
+NANO_FINE = {**NANO, "encoder": {**NANO["encoder"], "patch": 8, "grid": 16}, "plane_tokens": 12}
 
 VARIANTS = {
     # config.yaml of https://huggingface.co/stabilityai/TripoSR
@@ -42,9 +43,10 @@ VARIANTS = {
         plane_channels=40, decoder_width=64, decoder_layers=10, radius=0.87, num_samples=128, surface_level=25.0,
         source_distance=1.9, source_fov=40.0,
     ),
-    # The bundled model is `nano-fine`, trained on from a `nano`: configs/nano.py.
+    # The bundled model is `nano-symmetric`, trained as the two before it first: configs/nano.py.
     "nano": NANO,
-    "nano-fine": {**NANO, "encoder": {**NANO["encoder"], "patch": 8, "grid": 16}, "plane_tokens": 12},
+    "nano-fine": NANO_FINE,
+    "nano-symmetric": {**NANO_FINE, "symmetric": True},
     "tiny": dict(
         image_size=32, encoder=vit.VARIANTS["tiny"], width=32, depth=2, num_heads=2, plane_tokens=4, plane_channels=8,
         decoder_width=16, decoder_layers=3, radius=0.87, num_samples=8, surface_level=25.0, source_distance=1.9,
@@ -71,6 +73,7 @@ class TripoSR(nn.Module):
     source_distance: float
     source_fov: float  # degrees, vertical
     source_elevation: float = 0.0  # degrees
+    symmetric: bool = False  # the mirrored picture has the mirrored planes
     upsample: int = 2
     norm_groups: int = 32
     foreground_ratio: float = 0.85
@@ -96,14 +99,27 @@ class TripoSR(nn.Module):
         return self.render(self.encode(source), rays, key)
 
     def encode(self, source: Views) -> dict[str, Float[Array, "B 3 h w C"]]:
-        """The planes of one view on grey, [B 1 H W 3]; its camera is ignored."""
-        tokens_BMD = self.image_tokenizer(vit.normalize(source.rgb[:, 0]))
+        """The planes of one view on grey, [B 1 H W 3]; its camera is ignored.
+
+        Where the model is symmetric, they are the mean with those of the mirrored picture, turned back.
+        """
+        rgb_BHW3 = source.rgb[:, 0]
+        if not self.symmetric:
+            return {"triplane": self._planes(rgb_BHW3)}
+        # Beside its own picture, so that each device has both.
+        both = jnp.stack([rgb_BHW3, rgb_BHW3[:, :, ::-1]], axis=1)
+        planes = self._planes(both.reshape(-1, *rgb_BHW3.shape[1:]))
+        planes, mirrored = planes[::2], planes[1::2]
+        return {"triplane": 0.5 * (planes + in_mirror(mirrored))}
+
+    def _planes(self, rgb_BHW3):
+        tokens_BMD = self.image_tokenizer(vit.normalize(rgb_BHW3))
         B, side = tokens_BMD.shape[0], self.plane_tokens
         queries_BLD = jnp.broadcast_to(
             self.plane_queries.reshape(1, -1, self.width), (B, 3 * side**2, self.width)
         )
         x_BLD = self.backbone(queries_BLD, tokens_BMD)
-        return {"triplane": self.upsampler(x_BLD.reshape(B, 3, side, side, self.width))}
+        return self.upsampler(x_BLD.reshape(B, 3, side, side, self.width))
 
     def render(self, scene: dict, rays: Rays, key: jax.Array | None = None) -> Rendering:
         """Marches rays [B V H W] through the field; with a key, samples are jittered within their interval."""
@@ -151,6 +167,12 @@ class TripoSR(nn.Module):
         density_RS = jnp.where(hit[:, None], density.reshape(t_RS.shape), 0.0)
         rendering = volrend.composite(density_RS, rgb.reshape(*t_RS.shape, 3), edges)
         return rendering.replace(depth=near + length * rendering.depth)
+
+
+def in_mirror(planes_BPhwC: Float[Array, "B 3 h w C"]) -> Float[Array, "B 3 h w C"]:
+    """The planes of the scene mirrored in y = 0, the vertical plane through the source camera."""
+    xy, xz, yz = planes_BPhwC[:, 0], planes_BPhwC[:, 1], planes_BPhwC[:, 2]
+    return jnp.stack([xy[:, ::-1], xz, yz[:, :, ::-1]], axis=1)
 
 
 # Initial values for training from scratch. The planes' tokens start with the code of the place in the picture that they project

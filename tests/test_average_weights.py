@@ -1,0 +1,62 @@
+"""tools/average_weights.py: the mean of models."""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from tiny_models import tiny
+
+from lrm_jax import convert, models
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+from average_weights import main  # noqa: E402
+
+
+def saved(path, seed, **overrides):
+    model, params = tiny(seed=seed, **overrides)
+    convert.save_model(path, model, params, {"steps": 10 + seed})
+    return params
+
+
+def test_the_mean_of_two_is_a_model_file_that_names_both(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(
+        models.family("triposr").VARIANTS,
+        "tiny-symmetric",
+        models.family("triposr").VARIANTS["tiny"] | {"symmetric": True},
+    )
+    paths = [str(tmp_path / f"{seed}.safetensors") for seed in range(2)]
+    first, second = (saved(path, seed) for seed, path in enumerate(paths))
+    dst = tmp_path / "soup.safetensors"
+    assert main([str(dst), *paths, "--variant", "tiny-symmetric"]) == 0
+    assert capsys.readouterr().out == f"{dst}\n"
+    model, params, info = convert.load_weights(str(dst))
+    assert model.symmetric and info["variant"] == "tiny-symmetric"
+    assert info["training"] == {"steps": 21, "averaged": paths}
+    jax.tree.map(
+        lambda a, b, c: np.testing.assert_allclose(c, (a + b) / 2, rtol=1e-6, atol=1e-7),
+        first, second, params,
+    )  # fmt: skip
+    json.dumps(info)
+
+
+@pytest.mark.parametrize(
+    ("fields", "options", "message"),
+    [
+        (dict(depth=1), [], "is another model than"),
+        ({}, ["--variant", "nano"], "--variant nano: has other parameters than the triposr"),
+        ({}, ["--variant", "huge"], "triposr has no variant 'huge'"),
+        (None, [], "1.safetensors: cannot be read"),
+    ],
+)
+def test_what_has_no_mean_is_said_in_one_line(tmp_path, capsys, fields, options, message):
+    paths = [str(tmp_path / f"{seed}.safetensors") for seed in range(2)]
+    saved(paths[0], 0)
+    if fields is not None:
+        saved(paths[1], 1, **fields)
+    assert main([str(tmp_path / "soup.safetensors"), *paths, *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "soup.safetensors").exists()

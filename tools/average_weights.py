@@ -1,0 +1,71 @@
+"""One model from several: the mean of their weights, a uniform soup (https://arxiv.org/abs/2203.05482, section 2).
+
+    python tools/average_weights.py soup.safetensors runs/first runs/second nano.safetensors --variant nano-symmetric
+
+They must have been trained on from the same model: the mean of models that have not is worth nothing. The record of training is
+that of the first; its `averaged` has all paths, and `steps` is the sum of their steps.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from lrm_jax import convert, models
+from lrm_jax.types import InputError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command. Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("dst", type=Path, help="the model file to write")
+    parser.add_argument("src", nargs="+", help="what `lrm reconstruct --weights` takes")
+    parser.add_argument("--variant", help="of the family, with the same parameters: the model to write (default: the first's)")  # fmt: skip
+    args = parser.parse_args(argv)
+    try:
+        model, params, training = average(args.src)
+        if args.variant is not None:
+            model = with_variant(model, args.variant)
+        convert.save_model(args.dst, model, params, training)
+    except (InputError, ValueError) as error:
+        print(f"average_weights: {error}", file=sys.stderr)
+        return 2
+    print(args.dst)
+    return 0
+
+
+def average(paths: list[str]) -> tuple:
+    """The model of the first path, the mean of all parameters, and the record of training.
+
+    Raises:
+      InputError: one cannot be read, or is another model.
+    """
+    model, params, info = convert.load_weights(paths[0])
+    total, steps = jax.tree.map(np.float64, params), [info["training"].get("steps", 0)]
+    for path in paths[1:]:
+        other, params, its_info = convert.load_weights(path)
+        if other != model:
+            raise InputError(f"{path}: is another model than {paths[0]}: their fields differ")
+        total = jax.tree.map(np.add, total, params)
+        steps.append(its_info["training"].get("steps", 0))
+    mean = jax.tree.map(lambda x: (x / len(paths)).astype(np.float32), total)
+    return model, mean, info["training"] | {"steps": sum(steps), "averaged": paths}
+
+
+def with_variant(model, variant: str):
+    """A variant of the family, which must have the parameters of `model`."""
+    family = models.name_of(model)
+    named = models.build(family, variant)
+    if convert.param_shapes(named) != convert.param_shapes(model):
+        raise InputError(
+            f"--variant {variant}: has other parameters than the {family} that is given"
+        )
+    return named
+
+
+if __name__ == "__main__":
+    sys.exit(main())
