@@ -18,7 +18,7 @@ def bundled():
 def test_the_bundled_model_is_small_and_says_how_it_was_made(bundled):
     model, params, info = bundled
     assert (convert.BUNDLED).stat().st_size < 30e6
-    assert info["family"] == "triposr" and info["variant"] == "nano-fine"
+    assert info["family"] == "triposr" and info["variant"] == "nano-symmetric"
     assert (
         info["training"]["steps"] > 1000 and info["training"]["config"]["data"]["name"] == "objects"
     )
