@@ -1,6 +1,5 @@
 """tools/average_weights.py: the mean of models."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -39,7 +38,6 @@ def test_the_mean_of_two_is_a_model_file_that_names_both(tmp_path, monkeypatch, 
         lambda a, b, c: np.testing.assert_allclose(c, (a + b) / 2, rtol=1e-6, atol=1e-7),
         first, second, params,
     )  # fmt: skip
-    json.dumps(info)
 
 
 @pytest.mark.parametrize(

@@ -45,15 +45,15 @@ def average(paths: list[str]) -> tuple:
       InputError: one cannot be read, or is another model.
     """
     model, params, info = convert.load_weights(paths[0])
-    total, steps = jax.tree.map(np.float64, params), [info["training"].get("steps", 0)]
+    total, steps = jax.tree.map(np.float64, params), info["training"].get("steps", 0)
     for path in paths[1:]:
         other, params, its_info = convert.load_weights(path)
         if other != model:
             raise InputError(f"{path}: is another model than {paths[0]}: their fields differ")
         total = jax.tree.map(np.add, total, params)
-        steps.append(its_info["training"].get("steps", 0))
+        steps += its_info["training"].get("steps", 0)
     mean = jax.tree.map(lambda x: (x / len(paths)).astype(np.float32), total)
-    return model, mean, info["training"] | {"steps": sum(steps), "averaged": paths}
+    return model, mean, info["training"] | {"steps": steps, "averaged": paths}
 
 
 def with_variant(model, variant: str):
