@@ -399,6 +399,7 @@ def no_photo_like_view(folder):
         (bytes_of_nothing, "pose/001.npy cannot be read"),
         (pickled, "intrinsics.npy cannot be read"),
         (lambda folder: (folder / "pose/004.npy").unlink(), "pose/004.npy is missing"),
+        (lambda folder: (folder / "rgba/004.png").unlink(), "rgba/004.png is missing"),
         (lambda folder: [p.unlink() for p in folder.glob("rgba/*")], "no rgba/*.png"),
         (no_photo_like_view, "0 views with an elevation in (5.0, 35.0) for 1 sources"),
     ],
