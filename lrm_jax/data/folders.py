@@ -67,8 +67,8 @@ def read_cameras(folder: Path) -> Cameras:
     pictures = tuple(sorted(folder.glob("rgba/*.png")))
     if not pictures:
         raise InputError("no rgba/*.png")
-    poses_of = {path.stem for path in folder.glob("pose/*.npy")}
-    if lost := poses_of - {path.stem for path in pictures}:
+    posed = {path.stem for path in folder.glob("pose/*.npy")}
+    if lost := posed - {path.stem for path in pictures}:
         raise InputError(f"rgba/{min(lost)}.png is missing")
     focal, centre, size = intrinsics = _load_array(folder / "intrinsics.npy", (3, 2))
     if (intrinsics[[0, 2]] <= 0).any():
