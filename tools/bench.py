@@ -9,7 +9,7 @@ smooth blob that goes through the model's own decoder at the same cost, as rando
 1, 2, 4, 8 and 16 pictures of the variant's size (encode-4), drawing one frame from them (frame-4; on an accelerator the share
 of one of 8 drawn together), and forward and backward of 6 target views (on a CPU 1) from 2 (gradient). Beside each time: the
 floating-point operations of its matrix products (counted by lrm_jax/flops.py, rematerialised ones included), their rate as a
-fraction of the plain matrix-product rate measured in the same run, and the peak memory of the process.
+fraction of the plain matrix-product rate measured in turn with it, and the peak memory of the process.
 
 Children run with GLIBC_TUNABLES=glibc.malloc.hugetlb=1 unless you set that variable: large arrays then come in huge pages, without
 which page faults take up to a fifth of the time on a CPU.
@@ -19,7 +19,6 @@ Times are the best of a few runs, compiled before: machines are shared and noisy
 
 import argparse
 import json
-import math
 import os
 import subprocess
 import sys
@@ -126,7 +125,7 @@ def measure(name: str, stages: list[str], repeats: int, dtype: str):
     rays = jax.tree.map(lambda x: x[None], cameras.pixel_rays(camera, 128, 128))
     few = jax.tree.map(lambda x: x[:, :, :2, :2], rays)
     params = jax.jit(model.init)(jax.random.key(0), source, few)["params"]
-    rate = matmul_rate(dtype)
+    products = plain_products(dtype)
     decoder = {"decoder": params["decoder"], "plane_queries": params["plane_queries"]}
     side = model.plane_tokens * getattr(model, "upsample", 2)
     scene = {
@@ -150,11 +149,11 @@ def measure(name: str, stages: list[str], repeats: int, dtype: str):
     for stage in stages:
         reset_peak()
         if stage == "surface":
-            seconds, work = surface(model, decoder, scene, repeats)
+            seconds, rate, work = surface(model, decoder, scene, repeats, products)
         else:
             function, *arguments = calls[stage]
             work = flops.count(function, *arguments)
-            seconds = best_time(jax.jit(function), arguments, repeats)
+            seconds, rate = best_time(compiled(function, arguments), repeats, products)
         yield row(name, stage, seconds, work, rate)
 
 
@@ -163,7 +162,7 @@ def measure_views(name: str, stages: list[str], repeats: int, dtype: str):
     family, variant = name.split(":")
     model = models.build(family, variant, dtype=dtype)
     num_frames = 1 if jax.default_backend() == "cpu" else 8
-    rate = matmul_rate(dtype)
+    products = plain_products(dtype)
 
     def views(count):
         ring = jax.tree.map(lambda x: x[None], cameras.orbit(count, 1.0, 20.0, 50.0))
@@ -195,8 +194,8 @@ def measure_views(name: str, stages: list[str], repeats: int, dtype: str):
             function, *arguments = frames, params, scene, rays(num_frames)
         share = num_frames if kind == "frame" else 1
         work = flops.count(function, *arguments) / share
-        seconds = best_time(jax.jit(function), arguments, repeats) / share
-        yield row(name, stage, seconds, work, rate)
+        seconds, rate = best_time(compiled(function, arguments), repeats, products)
+        yield row(name, stage, seconds / share, work, rate)
 
 
 def row(name: str, stage: str, seconds: float, work: float, rate: float) -> dict:
@@ -207,8 +206,10 @@ def row(name: str, stage: str, seconds: float, work: float, rate: float) -> dict
     }  # fmt: skip
 
 
-def surface(model, decoder: dict, scene: dict, repeats: int) -> tuple[float, float]:
-    """Seconds and operations of a 256^3 surface, coarse to fine, compiled before."""
+def surface(
+    model, decoder: dict, scene: dict, repeats: int, products
+) -> tuple[float, float, float]:
+    """Seconds of a 256^3 surface, coarse to fine, compiled before; rate of the plain products; operations."""
     evaluated = 0
 
     @jax.jit
@@ -223,15 +224,16 @@ def surface(model, decoder: dict, scene: dict, repeats: int) -> tuple[float, flo
         evaluated += xyz.shape[0]
         return query(decoder, scene, xyz)
 
+    def extract():
+        nonlocal evaluated
+        evaluated = 0
+        _, faces = isosurface.extract(field, 256, model.radius, model.surface_level)
+        assert len(faces) > 10_000
+
     isosurface.extract(field, 64, model.radius, model.surface_level)  # compiles
-    seconds = math.inf
-    for _ in range(repeats):
-        evaluated, start = 0, time.perf_counter()
-        vertices, faces = isosurface.extract(field, 256, model.radius, model.surface_level)
-        seconds = min(seconds, time.perf_counter() - start)
-    assert len(faces) > 10_000
+    seconds, rate = best_time(extract, repeats, products)
     per_point = flops.count(query, decoder, scene, jnp.zeros((2**15, 3))) / 2**15
-    return seconds, per_point * evaluated
+    return seconds, rate, per_point * evaluated
 
 
 def picture() -> np.ndarray:
@@ -241,28 +243,38 @@ def picture() -> np.ndarray:
     return np.stack([x + 128, y + 128, 255 - x / 2 - 128, alpha], axis=-1).astype(np.uint8)
 
 
-def matmul_rate(dtype: str) -> float:
-    """Operations a second of plain products of 2048^2 (8192^2 on an accelerator), the best of three runs of seconds.
+def plain_products(dtype: str):
+    """(Run, operations) of plain products of 2048^2 (8192^2 on an accelerator) for about a second.
 
     Not of one product: what a processor does for a tenth of a second it does not keep up for the time of an encoder.
     """
     cpu = jax.default_backend() == "cpu"
     side, times = (2048, 20) if cpu else (8192, 500)
     a = jnp.eye(side, dtype=dtype)
-    products = jax.jit(lambda a: jax.lax.fori_loop(0, times, lambda _, x: x @ a, a))
-    return 2 * side**3 * times / best_time(products, (a,), 2)
+    run = compiled(lambda a: jax.lax.fori_loop(0, times, lambda _, x: x @ a, a), (a,))
+    return run, 2 * side**3 * times
 
 
-def best_time(function, arguments, repeats: int) -> float:
-    """The shortest of a first run and `repeats` more, seconds; compiled before."""
-    function = function.lower(*arguments).compile()
+def compiled(function, arguments):
+    """`function(*arguments)` as a call without arguments, compiled, that returns when it is done."""
+    function = jax.jit(function).lower(*arguments).compile()
     jax.block_until_ready(arguments)
-    times = []
+    return lambda: jax.block_until_ready(function(*arguments))
+
+
+def best_time(run, repeats: int, products) -> tuple[float, float]:
+    """The shortest of a first run and `repeats` more, seconds; the best rate of plain products in turn with them, per second.
+
+    In turn: a shared processor's clock goes up and down by a tenth within minutes.
+    """
+    run_products, work = products
+    times, times_of_products = [], []
     for _ in range(1 + repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(function(*arguments))
-        times.append(time.perf_counter() - start)
-    return min(times)
+        for call, record in ((run_products, times_of_products), (run, times)):
+            start = time.perf_counter()
+            call()
+            record.append(time.perf_counter() - start)
+    return min(times), work / min(times_of_products)
 
 
 def print_row(row: dict) -> None:

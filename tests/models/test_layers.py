@@ -27,10 +27,14 @@ def random(seed, *shape):
     return jax.random.normal(jax.random.key(seed), shape)
 
 
-@pytest.mark.parametrize("lengths", [(12, 12), (12, 5)])
+@pytest.mark.parametrize("lengths", [(12, 12), (12, 5), (12, 64), (12, 69)])
 @pytest.mark.parametrize(
     "attention",
-    [layers.attention, partial(layers._attention_by_xla, num_keys_B=None, max_scores=25)],
+    [
+        layers.attention,
+        partial(layers._attention_by_head, num_keys_B=None, max_scores=70),
+        partial(layers._attention_by_xla, num_keys_B=None, max_scores=25),
+    ],
 )
 def test_attention_by_head_or_in_chunks_equals_jax_s(lengths, attention):
     num_queries, num_keys = lengths
@@ -115,9 +119,14 @@ def test_the_kernel_is_that_of_the_devices_of_the_mesh_and_runs_on_each_ones_par
     assert "pallas_call" not in str(jax.make_jaxpr(layers.attention)(x, x, x))
 
 
-def test_attention_by_head_of_large_scores_equals_jax_s():
+@pytest.mark.parametrize("num_keys", [6, 70])
+def test_attention_by_head_of_large_scores_equals_jax_s(num_keys):
     """Their bound is above that from which the largest score is taken off."""
-    q, k, v = 30 * random(0, 1, 4, 1, 8), random(1, 1, 6, 1, 8), random(2, 1, 6, 1, 8)
+    q, k, v = (
+        30 * random(0, 1, 4, 1, 8),
+        random(1, 1, num_keys, 1, 8),
+        random(2, 1, num_keys, 1, 8),
+    )
     bound = np.linalg.norm(q, axis=-1).max() * np.linalg.norm(k, axis=-1).max() * 8**-0.5
     assert bound > 60
 
@@ -128,8 +137,31 @@ def test_attention_by_head_of_large_scores_equals_jax_s():
 
     found, wanted = outputs(layers.attention), outputs(jax.nn.dot_product_attention)
     for actual, expected in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
-        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
     assert np.isfinite(layers.attention(1e3 * q, 1e3 * k, v)).all()
+
+
+@pytest.mark.parametrize("scale", [1, 30])
+def test_attention_by_head_leaves_keys_out_that_are_padding(scale):
+    q, k, v = scale * random(0, 3, 4, 2, 8), random(1, 3, 70, 2, 8), random(2, 3, 70, 2, 8)
+    num_keys = jnp.array([1, 40, 67])
+    found = layers.attention(q, k, v, num_keys)
+    for i, count in enumerate(num_keys):
+        wanted = jax.nn.dot_product_attention(
+            q[i : i + 1], k[i : i + 1, :count], v[i : i + 1, :count]
+        )
+        np.testing.assert_allclose(found[i : i + 1], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_exp_of_attention_is_exp_and_so_is_its_gradient():
+    x = np.linspace(-87, 88, 100_001, dtype=np.float32)
+    exact = np.exp(x.astype(np.float64))
+    rounding = 1.3 * 2.0**-24 * np.abs(x) + 3e-7  # of x log2(e), and of the series
+    for values in (layers._exp(x), jax.vmap(jax.grad(layers._exp))(x)):
+        assert (np.abs(np.float64(values) / exact - 1) < rounding).all()
+    assert layers._exp(jnp.float32(0)) == 1
+    assert (layers._exp(jnp.array([-88.0, -1e9, -jnp.inf])) < 1.2e-38).all()
+    assert jnp.isnan(layers._exp(jnp.float32(jnp.nan)))
 
 
 @pytest.mark.parametrize("sizes", [None, (4, 1, 1), (2, 1, 2)])
