@@ -1,0 +1,141 @@
+"""Times PyTorch on the products of an OpenLRM variant's planes, to read tools/bench.py's "encode" against.
+
+    python tools/bench_torch.py [VARIANT ...]
+
+The nearest PyTorch code: the image encoder's and the transformer's blocks at their sizes, with `scaled_dot_product_attention`,
+q, k and v in one product, and random weights; no patch embedding and no upsampling (under 1 % of the operations). On a GPU
+where torch has one, in 16 bits there. The rate is that of plain products of torch, in turn with the blocks; times are the best
+of eight.
+"""
+
+import argparse
+import time
+
+import torch
+import torch.nn.functional as F
+
+from lrm_jax import models
+
+DEVICE, DTYPE = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+
+
+def main() -> None:
+    """Prints a line for each variant."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "variants",
+        nargs="*",
+        default=["openlrm-small-1.1", "openlrm-base-1.1", "openlrm-large-1.1"],
+        help="default: %(default)s",
+    )
+    for variant in parser.parse_args().variants:
+        model = models.build("lrm", variant)
+        side, times = (2048, 20) if DEVICE == "cpu" else (8192, 500)
+        with torch.inference_mode():
+            run, work = blocks(model)
+            seconds, seconds_of_products = (
+                min(x) for x in zip(*in_turn(run, plain_products(side, times)), strict=True)
+            )
+        rate = 2 * side**3 * times / seconds_of_products
+        print(
+            f"{variant:20s} torch {torch.__version__}, {DEVICE}, {DTYPE}: {seconds:.3f} s, {work / 1e12:.3f} TFLOP, "
+            f"{work / seconds / rate:.0%} of {rate / 1e9:.0f} GFLOP/s",
+            flush=True,
+        )
+
+
+def plain_products(side, times):
+    """A function that runs so many products of side^3."""
+    identity = torch.eye(side, device=DEVICE, dtype=DTYPE)
+
+    def run():
+        x = identity
+        for _ in range(times):
+            x = x @ identity
+
+    return run
+
+
+def in_turn(*calls):
+    """Seconds of each call, eight times, after a first."""
+    for call in calls:
+        call()
+    for _ in range(8):
+        times = []
+        for call in calls:
+            start = time.perf_counter()
+            call()
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        yield times
+
+
+def blocks(model):
+    """A function that runs all blocks of the model on one picture, and the operations of its products."""
+    encoder = model.encoder
+    E, D = encoder["width"], model.width
+    M = (model.image_size // encoder["patch"]) ** 2 + 1
+    T = M + encoder.get("num_registers", 0)
+    L = 3 * model.plane_tokens**2
+    layers = [
+        dict(qkv=random(3 * E, E), out=random(E, E), fc1=random(4 * E, E), fc2=random(E, 4 * E))
+        for _ in range(encoder["depth"])
+    ]
+    transformer = [
+        dict(
+            q=random(D, D), kv=random(2 * D, E), cross_out=random(D, D), qkv=random(3 * D, D), out=random(D, D),
+            fc1=random(4 * D, D), fc2=random(D, 4 * D), modulation=random(3, 2 * D, model.camera_width),
+        )
+        for _ in range(model.depth)
+    ]  # fmt: skip
+    picture_TE, queries_LD, camera = random(T, E), random(L, D), random(1, model.camera_width)
+
+    def norm(x, modulation=None):
+        x = F.layer_norm(
+            x, x.shape[-1:], weight=x.new_ones(x.shape[-1]), bias=x.new_zeros(x.shape[-1])
+        )
+        if modulation is None:
+            return x
+        shift, scale = F.linear(F.silu(camera), modulation).chunk(2, dim=-1)
+        return x * (1 + scale) + shift
+
+    def mlp(x, p):
+        return F.linear(F.gelu(F.linear(x, p["fc1"])), p["fc2"])
+
+    def run():
+        x = picture_TE
+        for p in layers:
+            q, k, v = F.linear(norm(x), p["qkv"]).chunk(3, dim=-1)
+            x = x + F.linear(attention(q, k, v, encoder["num_heads"]), p["out"])
+            x = x + mlp(norm(x), p)
+        context, x = x[:M], queries_LD  # without the registers
+        for p in transformer:
+            q = F.linear(norm(x, p["modulation"][0]), p["q"])
+            k, v = F.linear(context, p["kv"]).chunk(2, dim=-1)
+            x = x + F.linear(attention(q, k, v, model.num_heads), p["cross_out"])
+            q, k, v = F.linear(norm(x, p["modulation"][1]), p["qkv"]).chunk(3, dim=-1)
+            x = x + F.linear(attention(q, k, v, model.num_heads), p["out"])
+            x = x + mlp(norm(x, p["modulation"][2]), p)
+        return x
+
+    work = encoder["depth"] * (24 * T * E**2 + 4 * T**2 * E)
+    work += model.depth * (28 * L * D**2 + 4 * M * E * D + 4 * L * (L + M) * D)
+    return run, work
+
+
+def attention(q_LD, k_MD, v_MD, num_heads):
+    """Multi-head attention of one sequence."""
+    heads = [x.unflatten(-1, (num_heads, -1)).transpose(0, 1)[None] for x in (q_LD, k_MD, v_MD)]
+    return F.scaled_dot_product_attention(*heads)[0].transpose(0, 1).flatten(1)
+
+
+def random(*shape):
+    """Small random numbers on the device."""
+    return 0.02 * torch.randn(shape, device=DEVICE, dtype=DTYPE)
+
+
+if __name__ == "__main__":
+    main()
