@@ -141,6 +141,19 @@ def test_aot_prints_memory_collectives_and_work_of_a_cpu(capsys):
     np.testing.assert_allclose(share, 1.0, atol=0.1)
 
 
+def test_a_program_that_this_jax_cannot_read_is_one_line(monkeypatch, capsys):
+    """As of v6e by libtpu 0.0.52 with jax 0.10.2."""
+
+    def as_text(self):
+        raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure\nmore")
+
+    monkeypatch.setattr(jax.stages.Compiled, "as_text", as_text)
+    assert aot.main(["--topology", "cpu", "--config", f"{ROOT}/configs/nano.py:tiny"]) == 2
+    printed = capsys.readouterr()
+    assert "temporaries" in printed.out
+    assert "RET_CHECK" in printed.err and "jax[tpu]" in printed.err and printed.err.count("\n") == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v6e:2x2"])
 def test_aot_compiles_for_tpus(topology, capsys):

@@ -3,8 +3,8 @@
     python tools/aot.py --topology v4:4x4x4 --config configs/lrm.py [--config.data.batch_size=512]
     python tools/aot.py --topology v4:1x1x1 --config configs/lrm.py --config.data.batch_size=8
 
-Topologies: v4:XxYxZ, v5p:XxYxZ, v5e:XxY and v6e:XxY with the chips along each axis, from `pip install libtpu` (the release that
-`pip install "jax[tpu]"` would take); or cpu, for one CPU device. There is none for GPUs, whose compiler wants to see one.
+Topologies: v4:XxYxZ, v5p:XxYxZ, v5e:XxY and v6e:XxY with the chips along each axis, from `pip install "jax[tpu]"` (a later
+libtpu compiles, but not all of what it says can be read); or cpu, for one CPU device. There is none for GPUs, whose compiler wants to see one.
 
 Printed: memory of a chip; its collectives with their payload and the bytes that it sends; its matrix products, beside its share of
 those in the step as it was traced; and the shortest time that its arithmetic, its memory and its links each allow, of which
@@ -81,7 +81,15 @@ def main(argv: list[str]) -> int:
     print(f"batch {config.data.batch_size}, compiled in {seconds:.0f} s; one chip:\n")
     chip = CHIPS.get(args.topology.split(":")[0])
     print_memory(compiled.memory_analysis(), chip)
-    costs = hlo.count(compiled.as_text())
+    try:
+        costs = hlo.count(compiled.as_text())
+    except jax.errors.JaxRuntimeError as error:
+        print(
+            f"this jax cannot read what this libtpu compiled ({str(error).splitlines()[0]}): "
+            'pip install "jax[tpu]" takes one that it can',
+            file=sys.stderr,
+        )
+        return 2
     print_collectives(costs)
     jaxpr = traced.jaxpr.jaxpr
     share = flops.count_jaxpr(jaxpr) / len(devices)
@@ -118,7 +126,7 @@ def open_topology(name: str) -> list:
     except (jax.errors.JaxRuntimeError, RuntimeError, ValueError) as error:
         cause = str(error).splitlines()[0]
         raise InputError(
-            f"--topology {name}: {cause}: it needs libtpu (pip install libtpu), and sizes that the chip comes in"
+            f'--topology {name}: {cause}: it needs libtpu (pip install "jax[tpu]"), and sizes that the chip comes in'
         ) from None
 
 
