@@ -1,5 +1,6 @@
 """Times PyTorch on the products of an OpenLRM variant's planes, to read tools/bench.py's "encode" against.
 
+    pip install torch
     python tools/bench_torch.py [VARIANT ...]
 
 The nearest PyTorch code: the image encoder's and the transformer's blocks at their sizes, with `scaled_dot_product_attention`,
@@ -9,8 +10,8 @@ of eight.
 """
 
 import argparse
-import time
 
+import bench
 import torch
 import torch.nn.functional as F
 
@@ -30,20 +31,17 @@ def main() -> None:
         default=["openlrm-small-1.1", "openlrm-base-1.1", "openlrm-large-1.1"],
         help="default: %(default)s",
     )
-    for variant in parser.parse_args().variants:
-        model = models.build("lrm", variant)
-        side, times = (2048, 20) if DEVICE == "cpu" else (8192, 500)
-        with torch.inference_mode():
-            run, work = blocks(model)
-            seconds, seconds_of_products = (
-                min(x) for x in zip(*in_turn(run, plain_products(side, times)), strict=True)
+    side, times = (2048, 20) if DEVICE == "cpu" else (8192, 500)
+    with torch.inference_mode():
+        products = finished(plain_products(side, times)), 2 * side**3 * times
+        for variant in parser.parse_args().variants:
+            run, work = blocks(models.build("lrm", variant))
+            seconds, rate = bench.best_time(finished(run), 7, products)
+            print(
+                f"{variant:20s} torch {torch.__version__}, {DEVICE}, {DTYPE}: {seconds:.3f} s, {work / 1e12:.3f} TFLOP, "
+                f"{work / seconds / rate:.0%} of {rate / 1e9:.0f} GFLOP/s",
+                flush=True,
             )
-        rate = 2 * side**3 * times / seconds_of_products
-        print(
-            f"{variant:20s} torch {torch.__version__}, {DEVICE}, {DTYPE}: {seconds:.3f} s, {work / 1e12:.3f} TFLOP, "
-            f"{work / seconds / rate:.0%} of {rate / 1e9:.0f} GFLOP/s",
-            flush=True,
-        )
 
 
 def plain_products(side, times):
@@ -58,19 +56,15 @@ def plain_products(side, times):
     return run
 
 
-def in_turn(*calls):
-    """Seconds of each call, eight times, after a first."""
-    for call in calls:
-        call()
-    for _ in range(8):
-        times = []
-        for call in calls:
-            start = time.perf_counter()
-            call()
-            if DEVICE == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-        yield times
+def finished(function):
+    """`function`, which returns when the device is done with it."""
+
+    def run():
+        function()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+
+    return run
 
 
 def blocks(model):
