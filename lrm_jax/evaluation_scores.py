@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lrm_jax import lpips, mean_object, metrics, surface_metrics
+from lrm_jax import lpips, mean_object, metrics, sharding, surface_metrics
 from lrm_jax.ops import cameras as ops_cameras
 from lrm_jax.step import blend
 from lrm_jax.types import Cameras, Views
@@ -40,7 +40,7 @@ class Programs:
 def compiled(model, params, network, size: int) -> Programs:
     """The programs for pictures of a size; `network` is of LPIPS, or None."""
 
-    @jax.jit
+    @sharding.jit
     def predict(params, source: Views, targets: Cameras):
         variables = {"params": params}
         scene = model.apply(variables, source, method="encode")
@@ -60,7 +60,7 @@ def compiled(model, params, network, size: int) -> Programs:
                 found["lpips"] = lpips.distance(network, rgb, target_rgb)
         return found
 
-    @jax.jit
+    @sharding.jit
     def field(params, scene, xyz):
         return model.apply({"params": params}, scene, xyz[None], method="query")[0][0]
 

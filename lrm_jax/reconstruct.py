@@ -26,7 +26,7 @@ import jax
 import numpy as np
 
 import lrm_jax
-from lrm_jax import convert, report
+from lrm_jax import convert, report, sharding
 from lrm_jax.ops import cameras, images, surface, texture
 from lrm_jax.types import Cameras, InputError
 
@@ -245,7 +245,9 @@ def compiled(model, params) -> dict[str, Callable]:
         "render": render,
         "query": query,
     }
-    return {name: functools.partial(jax.jit(method), variables) for name, method in methods.items()}
+    return {
+        name: functools.partial(sharding.jit(method), variables) for name, method in methods.items()
+    }
 
 
 def reconstruct(

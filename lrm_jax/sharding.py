@@ -9,7 +9,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -232,6 +232,12 @@ def platform() -> str:
     """What the device mesh in use is made of, or else JAX's default: "cpu", "gpu" or "tpu"."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
+
+
+def jit(function: Callable, **arguments) -> Callable:
+    """`jax.jit`; on a CPU for vectors of 512 bits, if it has them, where XLA takes 256."""
+    options = {"xla_cpu_prefer_vector_width": 512} if platform() == "cpu" else None
+    return jax.jit(function, compiler_options=options, **arguments)
 
 
 # -- the batch

@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lrm_jax import convert, report
+from lrm_jax import convert, report, sharding
 from lrm_jax.data import samples, scene_files, scenes
 from lrm_jax.ops import cameras as ops_cameras
 from lrm_jax.ops import conventions, paths, surface
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
     motion, scale, world = world_of(scene, info["training"])
     source, pictures = source_views(scene, model.image_size, motion, scale)
     with stages("encode", f" {len(pictures)} views (compiled first)"):
-        encode = jax.jit(functools.partial(model.apply, method="encode"))
+        encode = sharding.jit(functools.partial(model.apply, method="encode"))
         encoded = jax.block_until_ready(encode({"params": params}, source))
     intrinsics = intrinsics_along(position, source.cameras.fxfycxcy[0], len(poses))
     path = Cameras(c2w=to_model(poses, motion, scale), fxfycxcy=intrinsics)
@@ -333,7 +333,7 @@ def render(model, params, encoded, path: Cameras, batch: int) -> np.ndarray:
     """
     size, batch = model.image_size, min(batch, len(path.c2w))
 
-    @jax.jit
+    @sharding.jit
     def draw(params, encoded, some: Cameras):
         rays = ops_cameras.pixel_rays(some, size, size)
         rendering = model.apply({"params": params}, encoded, rays, method="render")

@@ -176,8 +176,8 @@ def make_run(config: ConfigDict, device_mesh: Mesh) -> Run:
     return Run(
         model=model,
         init=start,
-        step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated)),
-        evaluate=jax.jit(evaluate, out_shardings=replicated),
+        step=sharding.jit(step, donate_argnums=0, out_shardings=(shardings, replicated)),
+        evaluate=sharding.jit(evaluate, out_shardings=replicated),
         abstract_state=checkpoints.abstract(shapes, shardings),
     )
 

@@ -32,7 +32,7 @@ ALLOWED = {
     "mean_object": LOW | {"data"},
     "evaluation_page": set(),
     "evaluation_scores": LOW
-    | {"ops", "step", "metrics", "lpips", "mean_object", "surface_metrics"},
+    | {"ops", "step", "metrics", "lpips", "mean_object", "sharding", "surface_metrics"},
     "evaluate_objects": LOW
     | {"convert", "data", "evaluation_page", "evaluation_scores", "mean_object", "models", "ops"}
     | {"report", "step", "surface_metrics"},

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lrm_jax import flops, models
+from lrm_jax import flops, models, sharding
 from lrm_jax.ops import cameras, isosurface
 from lrm_jax.types import Views
 
@@ -212,7 +212,7 @@ def surface(
     """Seconds of a 256^3 surface, coarse to fine, compiled before; rate of the plain products; operations."""
     evaluated = 0
 
-    @jax.jit
+    @sharding.jit
     def query(decoder, scene, xyz):
         field, _ = model.apply({"params": decoder}, scene, xyz[None], method="query")
         # Radius and ripples of an object; the model's own value is computed, and too small to matter.
@@ -257,7 +257,7 @@ def plain_products(dtype: str):
 
 def compiled(function, arguments):
     """`function(*arguments)` as a call without arguments, compiled, that returns when it is done."""
-    function = jax.jit(function).lower(*arguments).compile()
+    function = sharding.jit(function).lower(*arguments).compile()
     jax.block_until_ready(arguments)
     return lambda: jax.block_until_ready(function(*arguments))
 

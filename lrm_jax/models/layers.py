@@ -14,6 +14,9 @@ from lrm_jax import sharding
 
 TOKENS = 512  # of `by_tokens`
 
+# Of 2^f for |f| <= 1/2, from f^0 on: the least relative error, 2e-7, of all polynomials of degree 5 that are 1 at 0.
+_EXP2 = (1.0, 0.69314706, 0.24022235, 0.055506788, 0.009671958, 0.0013274559)
+
 torch_linear_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
@@ -119,7 +122,7 @@ def _by_chunks(attend, q_LX, max_queries):
     return out.reshape(num_chunks * size, *out.shape[2:])[:length]
 
 
-def _attention_by_head(q_BLNK, k_BMNK, v_BMNK, num_keys_B, max_scores=5 * 2**20):
+def _attention_by_head(q_BLNK, k_BMNK, v_BMNK, num_keys_B, max_scores=2**22):
     """Plain 2-D products, head after head: XLA's CPU back end runs them at full rate, unlike a batched product.
 
     At most `max_scores` at a time, so that they stay in the cache; keys beyond a multiple of 64 by themselves, as rows of odd
@@ -146,6 +149,8 @@ def _attention_by_head(q_BLNK, k_BMNK, v_BMNK, num_keys_B, max_scores=5 * 2**20)
             if shift:
                 largest = [jnp.max(x, axis=-1, keepdims=True) for x in scores]
                 scores = [x - functools.reduce(jnp.maximum, largest) for x in scores]
+            if shift or num_keys is not None:
+                scores = [jnp.maximum(x, -87.0) for x in scores]
             weights = [_exp(x) for x in scores]
             total_L1 = sum(jnp.sum(x, axis=-1, keepdims=True) for x in weights)
             products = [
@@ -171,25 +176,28 @@ def _attention_by_head(q_BLNK, k_BMNK, v_BMNK, num_keys_B, max_scores=5 * 2**20)
 
 @jax.custom_jvp
 def _exp(x):
-    """exp(x) of float32 below 88 as 2^n 2^f with n whole and Taylor's series of 2^f: half of the time of XLA's on a CPU.
+    """exp(x) of float32 from -87 to 88 as 2^n 2^f, n whole and |f| <= 1/2: half of the time of XLA's on a CPU.
 
-    To 3e-7, beside the rounding of x log2(e). Below -87 it is 1e-38, not 0.
+    To 3e-7, beside the rounding of x log2(e).
     """
-    y = jnp.maximum(x * math.log2(math.e), -126.0)
-    n = jnp.round(y)
-    f = y - n
-    series = 0.0
-    for i in reversed(range(7)):
-        series = series * f + math.log(2) ** i / math.factorial(i)
-    # n is added to the exponent.
-    bits = jax.lax.bitcast_convert_type(series, jnp.int32) + (n.astype(jnp.int32) << 23)
-    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+    y = x * math.log2(math.e)
+    # float32 from 2^23 to 2^24 are the whole numbers: the sum is rounded to one, and counts up with its bits.
+    n = _bits(y + 1.5 * 2**23) - _bits(jnp.float32(1.5 * 2**23))
+    f = y - n.astype(jnp.float32)
+    *coefficients, series = _EXP2
+    for coefficient in reversed(coefficients):
+        series = series * f + coefficient
+    return jax.lax.bitcast_convert_type(_bits(series) + (n << 23), jnp.float32)  # the exponent + n
 
 
 @_exp.defjvp
 def _exp_jvp(primals, tangents):
     value = _exp(*primals)
     return value, value * tangents[0]
+
+
+def _bits(x):
+    return jax.lax.bitcast_convert_type(x, jnp.int32)
 
 
 def layer_norm(epsilon: float, name: str) -> nn.LayerNorm:

@@ -275,14 +275,12 @@ class ModLN(nn.Module):
 
     @nn.compact
     def __call__(self, x_BLD, camera_BD):
-        width = x_BLD.shape[-1]
-        modulation = nn.Dense(
-            2 * width, dtype=self.dtype, kernel_init=torch_linear_init, name="modulation"
-        )
-        shift, scale = jnp.split(
-            modulation(nn.silu(camera_BD))[:, None], 2, axis=-1
-        )  # Parity: shift comes first.
-        return layer_norm(1e-6, "norm")(x_BLD) * (1 + scale) + shift
+        def modulation(name):
+            init = torch_linear_init
+            dense = nn.Dense(x_BLD.shape[-1], dtype=self.dtype, kernel_init=init, name=name)
+            return dense(nn.silu(camera_BD))[:, None]
+
+        return layer_norm(1e-6, "norm")(x_BLD) * (1 + modulation("scale")) + modulation("shift")
 
 
 MODEL = LRM
@@ -318,7 +316,10 @@ def entries(model: LRM) -> list[torch_layout.Entry]:
         at, to = f"transformer.layers.{i}.", "transformer.blocks."
         for k in "123":
             table += norm(at + f"norm{k}.norm", to + f"norm{k}.norm", layer=i)
-            table += linear(at + f"norm{k}.mlp.1", to + f"norm{k}.modulation", layer=i)
+            # Parity: shift comes first.
+            table += linear(
+                at + f"norm{k}.mlp.1", to + f"norm{k}.shift", to + f"norm{k}.scale", layer=i
+            )
         for name in ("cross_attn", "self_attn"):
             qkv = [f"{to}{name}.{x}.kernel" for x in "qkv"]
             if (
