@@ -235,7 +235,7 @@ def platform() -> str:
 
 
 def jit(function: Callable, **arguments) -> Callable:
-    """`jax.jit`; on a CPU for vectors of 512 bits, if it has them, where XLA takes 256."""
+    """`jax.jit`, not inside of another; on a CPU for vectors of 512 bits, if it has them, where XLA takes 256."""
     options = {"xla_cpu_prefer_vector_width": 512} if platform() == "cpu" else None
     return jax.jit(function, compiler_options=options, **arguments)
 

@@ -14,7 +14,7 @@ fraction of the plain matrix-product rate measured in turn with it, and the peak
 Children run with GLIBC_TUNABLES=glibc.malloc.hugetlb=1 unless you set that variable: large arrays then come in huge pages, without
 which page faults take up to a fifth of the time on a CPU.
 
-Times are the best of a few runs, compiled before: machines are shared and noisy, so compare ratios within one run.
+Times and rates are medians of a few runs, compiled before: machines are shared and noisy, so compare ratios within one run.
 """
 
 import argparse
@@ -72,8 +72,8 @@ def main() -> int:
     parser.add_argument(
         "--repeats",
         type=int,
-        default=3,
-        help="runs after the first; the best of all counts (default: 3)",
+        default=7,
+        help="runs after the first (default: 7)",
     )
     parser.add_argument(
         "--dtype", default="float32", choices=["float32", "bfloat16"], help="of the computation"
@@ -153,7 +153,7 @@ def measure(name: str, stages: list[str], repeats: int, dtype: str):
         else:
             function, *arguments = calls[stage]
             work = flops.count(function, *arguments)
-            seconds, rate = best_time(compiled(function, arguments), repeats, products)
+            seconds, rate = median_time(compiled(function, arguments), repeats, products)
         yield row(name, stage, seconds, work, rate)
 
 
@@ -194,7 +194,7 @@ def measure_views(name: str, stages: list[str], repeats: int, dtype: str):
             function, *arguments = frames, params, scene, rays(num_frames)
         share = num_frames if kind == "frame" else 1
         work = flops.count(function, *arguments) / share
-        seconds, rate = best_time(compiled(function, arguments), repeats, products)
+        seconds, rate = median_time(compiled(function, arguments), repeats, products)
         yield row(name, stage, seconds / share, work, rate)
 
 
@@ -212,17 +212,18 @@ def surface(
     """Seconds of a 256^3 surface, coarse to fine, compiled before; rate of the plain products; operations."""
     evaluated = 0
 
-    @sharding.jit
     def query(decoder, scene, xyz):
         field, _ = model.apply({"params": decoder}, scene, xyz[None], method="query")
         # Radius and ripples of an object; the model's own value is computed, and too small to matter.
         blob = 0.6 * model.radius - jnp.linalg.norm(xyz, axis=-1) + 0.05 * jnp.sin(12 * xyz).sum(-1)
         return model.surface_level * jnp.exp(8 * blob) + 1e-30 * field[0]
 
+    compiled_query = sharding.jit(query)
+
     def field(xyz):
         nonlocal evaluated
         evaluated += xyz.shape[0]
-        return query(decoder, scene, xyz)
+        return compiled_query(decoder, scene, xyz)
 
     def extract():
         nonlocal evaluated
@@ -231,7 +232,7 @@ def surface(
         assert len(faces) > 10_000
 
     isosurface.extract(field, 64, model.radius, model.surface_level)  # compiles
-    seconds, rate = best_time(extract, repeats, products)
+    seconds, rate = median_time(extract, repeats, products)
     per_point = flops.count(query, decoder, scene, jnp.zeros((2**15, 3))) / 2**15
     return seconds, rate, per_point * evaluated
 
@@ -262,10 +263,10 @@ def compiled(function, arguments):
     return lambda: jax.block_until_ready(function(*arguments))
 
 
-def best_time(run, repeats: int, products) -> tuple[float, float]:
-    """The shortest of a first run and `repeats` more, seconds; the best rate of plain products in turn with them, per second.
+def median_time(run, repeats: int, products) -> tuple[float, float]:
+    """Seconds of a run and the rate of plain products, per second, `repeats` + 1 times in turn: medians.
 
-    In turn: a shared processor's clock goes up and down by a tenth within minutes.
+    In turn: a shared processor's clock goes up and down by a tenth within minutes. Medians: the best of each may be of two clocks.
     """
     run_products, work = products
     times, times_of_products = [], []
@@ -274,7 +275,7 @@ def best_time(run, repeats: int, products) -> tuple[float, float]:
             start = time.perf_counter()
             call()
             record.append(time.perf_counter() - start)
-    return min(times), work / min(times_of_products)
+    return float(np.median(times)), work / float(np.median(times_of_products))
 
 
 def print_row(row: dict) -> None:

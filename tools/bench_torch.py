@@ -36,7 +36,7 @@ def main() -> None:
         products = finished(plain_products(side, times)), 2 * side**3 * times
         for variant in parser.parse_args().variants:
             run, work = blocks(models.build("lrm", variant))
-            seconds, rate = bench.best_time(finished(run), 7, products)
+            seconds, rate = bench.median_time(finished(run), 7, products)
             print(
                 f"{variant:20s} torch {torch.__version__}, {DEVICE}, {DTYPE}: {seconds:.3f} s, {work / 1e12:.3f} TFLOP, "
                 f"{work / seconds / rate:.0%} of {rate / 1e9:.0f} GFLOP/s",
