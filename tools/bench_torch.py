@@ -5,8 +5,8 @@
 
 The nearest PyTorch code: the image encoder's and the transformer's blocks at their sizes, with `scaled_dot_product_attention`,
 q, k and v in one product, and random weights; no patch embedding and no upsampling (under 1 % of the operations). On a GPU
-where torch has one, in 16 bits there. The rate is that of plain products of torch, in turn with the blocks; times are the best
-of eight.
+where torch has one, in 16 bits there. The rate is that of plain products of torch, in turn with the blocks; medians of
+eight.
 """
 
 import argparse

@@ -275,10 +275,13 @@ class ModLN(nn.Module):
 
     @nn.compact
     def __call__(self, x_BLD, camera_BD):
+        condition_BD = nn.silu(camera_BD)
+
         def modulation(name):
-            init = torch_linear_init
-            dense = nn.Dense(x_BLD.shape[-1], dtype=self.dtype, kernel_init=init, name=name)
-            return dense(nn.silu(camera_BD))[:, None]
+            layer = nn.Dense(
+                x_BLD.shape[-1], dtype=self.dtype, kernel_init=torch_linear_init, name=name
+            )
+            return layer(condition_BD)[:, None]
 
         return layer_norm(1e-6, "norm")(x_BLD) * (1 + modulation("scale")) + modulation("shift")
 

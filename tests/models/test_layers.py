@@ -160,6 +160,8 @@ def test_exp_of_attention_is_exp_and_so_is_its_gradient():
     for values in (layers._exp(x), jax.vmap(jax.grad(layers._exp))(x)):
         assert (np.abs(np.float64(values) / exact - 1) < rounding).all()
     assert layers._exp(jnp.float32(0)) == 1
+    lowest = jnp.maximum(jnp.array([-88.0, -1e9, -jnp.inf]), layers._LOWEST)
+    assert (layers._exp(lowest) < 1.2e-38).all()
     assert jnp.isnan(layers._exp(jnp.float32(jnp.nan)))
 
 
