@@ -25,7 +25,9 @@ PEAK = {
 
 def count(function, *arguments) -> float:
     """Operations of the matrix products and convolutions of `function(*arguments)` (arrays or their shapes), traced, not run."""
-    return count_jaxpr(jax.make_jaxpr(function)(*arguments).jaxpr)
+    # A function that is jitted with options for the compiler cannot be traced inside of another.
+    jitted = function if hasattr(function, "trace") else jax.jit(function)
+    return count_jaxpr(jitted.trace(*arguments).jaxpr.jaxpr)
 
 
 def count_jaxpr(jaxpr, only_in_kernels: bool = False) -> float:

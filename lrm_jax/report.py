@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import imageio_ffmpeg
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
@@ -208,6 +207,8 @@ def turntable(frames: np.ndarray, frames_per_second: float = 24.0) -> bytes:
     Raises:
       InputError: ffmpeg failed, as on a full temporary folder.
     """
+    import imageio_ffmpeg  # 68 MB: needed for nothing else
+
     frames = np.pad(
         frames, [(0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)], "edge"
     )

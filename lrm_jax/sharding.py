@@ -15,7 +15,14 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import (
+    AbstractDevice,
+    AbstractMesh,
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+)
 
 from lrm_jax.types import InputError
 
@@ -199,6 +206,14 @@ def make_device_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=Non
     else:
         arranged = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def abstract_device_mesh(
+    sizes: tuple[int, int, int], platform: str, device_kind: str = ""
+) -> AbstractMesh:
+    """A device mesh (data, fsdp, tensor) of devices that need not exist, for tracing: `jax.sharding.use_abstract_mesh`."""
+    device = AbstractDevice(device_kind=device_kind, num_cores=1, platform=platform)
+    return AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, abstract_device=device)
 
 
 # -- parameters

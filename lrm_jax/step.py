@@ -153,11 +153,9 @@ def needed_flops(model: nn.Module, patch: int, params, batch: Batch) -> float:
         rays = ops_cameras.pixel_rays(batch.target.cameras, patch, patch)
         return model.apply({"params": params}, on_background(batch.source, 0.0), rays)
 
-    cpu = jax.sharding.AbstractDevice(device_kind="", num_cores=1, platform="cpu")
     sizes = jax.sharding.get_abstract_mesh().axis_sizes or (1, 1, 1)
-    device_mesh = jax.sharding.AbstractMesh(sizes, sharding.AXES, abstract_device=cpu)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, batch))
-    with jax.sharding.use_abstract_mesh(device_mesh):
+    with jax.sharding.use_abstract_mesh(sharding.abstract_device_mesh(sizes, "cpu")):
         return 3 * flops.count(forward, *shapes)
 
 

@@ -1,5 +1,6 @@
 """What tools/hlo.py counts in compiled programs, against closed forms; and tools/aot.py's command line."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 import aot  # noqa: E402
+import bench_train  # noqa: E402
 import hlo  # noqa: E402
 
 from lrm_jax import sharding  # noqa: E402
@@ -160,3 +162,14 @@ def test_aot_compiles_for_tpus(topology, capsys):
     pytest.importorskip("libtpu")
     assert aot.main(["--topology", topology, "--config", f"{ROOT}/configs/nano.py:tiny"]) == 0
     assert "bound by" in capsys.readouterr().out
+
+
+def test_bench_train_prints_the_rates_of_a_step(capsys, tmp_path):
+    arguments = ["--steps", "1", "--json", str(tmp_path / "rates.json")]
+    arguments += ["--config", f"{ROOT}/configs/nano.py:tiny", "--config.data.name=procedural"]
+    assert bench_train.main(arguments) == 0
+    printed = capsys.readouterr().out
+    for word in ("samples/s", "mfu", "planned for one device", "loader"):
+        assert word in printed
+    row = json.loads((tmp_path / "rates.json").read_text())
+    assert row["with_recomputation"] > row["mfu"] > 0

@@ -181,7 +181,7 @@ np.testing.assert_array_equal(w, np.arange(16.0).reshape(8, 2))
 
 
 def test_what_eight_devices_saved_is_read_on_one(tmp_path):
-    device_mesh = jax.make_mesh((8,), ("data",))
+    device_mesh = sharding.make_device_mesh()
     sharded = NamedSharding(device_mesh, P("data"))
     w = jax.device_put(np.arange(16.0, dtype=np.float32).reshape(8, 2), sharded)
     with checkpoints.open_folder(tmp_path) as manager:

@@ -33,13 +33,17 @@ def sample_plane(plane: Float[Array, "h w C"], xy: Float[Array, "Q 2"]) -> Float
 def sample_triplane(
     triplane: Float[Array, "3 h w C"], xyz: Float[Array, "Q 3"], axes: tuple[tuple[int, int], ...]
 ) -> Float[Array, "Q C"]:
-    """The sum of the lookups of points in three planes; `axes[p]` are the coordinates along plane p's width and height."""
+    """The sum of the lookups of points in three planes; `axes[p]` are the coordinates along plane p's width and height.
+
+    In float32 whatever the planes are in: the gradient adds to each cell as often as it is looked up, which 16 bits do not hold,
+    and which took an H200 4.2 s instead of 12 ms for 2 million points.
+    """
 
     # A loop, so that the sum is stored: XLA would fuse the lookups into each of its consumers, and do them once for each.
     def add(total, plane_and_xy):
         return total + sample_plane(*plane_and_xy), None
 
     xy_PQ2 = xyz[:, jnp.array(axes)].transpose(1, 0, 2)
-    return jax.lax.scan(
-        add, jnp.zeros((xyz.shape[0], triplane.shape[-1]), triplane.dtype), (triplane, xy_PQ2)
-    )[0]
+    total = jnp.zeros((xyz.shape[0], triplane.shape[-1]), jnp.float32)
+    total, _ = jax.lax.scan(add, total, (triplane.astype(jnp.float32), xy_PQ2))
+    return total.astype(triplane.dtype)

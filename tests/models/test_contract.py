@@ -168,8 +168,7 @@ def test_the_model_and_its_gradient_lower_for(name, platform, dtype, monkeypatch
         return q_BLNK
 
     monkeypatch.setattr(layers, "_attention_by_cudnn", cudnn)
-    device = jax.sharding.AbstractDevice(device_kind="", num_cores=1, platform=platform)
-    device_mesh = jax.sharding.AbstractMesh((1, 1, 1), sharding.AXES, abstract_device=device)
+    device_mesh = sharding.abstract_device_mesh((1, 1, 1), platform)
 
     def loss(params, source, rays):
         return jnp.mean(model.apply({"params": params}, source, rays).rgb)

@@ -110,8 +110,7 @@ def test_the_kernel_for_tpus_equals_jax_s_where_it_pads_and_where_keys_are_paddi
 
 def test_the_kernel_is_that_of_the_devices_of_the_mesh_and_runs_on_each_ones_part():
     """A pod's program is traced on a machine without one (tools/aot.py)."""
-    chip = jax.sharding.AbstractDevice(device_kind="TPU v4", num_cores=1, platform="tpu")
-    pod = jax.sharding.AbstractMesh((4, 2, 2), sharding.AXES, abstract_device=chip)
+    pod = sharding.abstract_device_mesh((4, 2, 2), "tpu", "TPU v4")
     x = jax.ShapeDtypeStruct((16, 256, 4, 64), jnp.bfloat16)
     with jax.sharding.use_abstract_mesh(pod):
         jaxpr = str(jax.make_jaxpr(layers.attention)(x, x, x))
