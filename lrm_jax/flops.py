@@ -4,8 +4,11 @@ MFU as in PaLM (https://arxiv.org/abs/2204.02311, appendix B): operations of the
 (`step.needed_flops`: none repeated by rematerialisation, none of the losses' networks), over time, as a share of the peak rate.
 """
 
+import collections
 import math
+import re
 import time
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +25,10 @@ PEAK = {
     "TPU v6 lite": 918e12,  # https://cloud.google.com/tpu/docs/v6e
 }
 
+Product = tuple[int, int, int]  # rows, columns, and the depth that is summed over
+Shapes = tuple[tuple[int, ...], ...]
+_CUDNN_ATTENTION = re.compile(r"dot_product_attention_(?:fp8_)?(fwd|bwd)(?:_wrapper)?")
+
 
 def count(function, *arguments) -> float:
     """Operations of the matrix products and convolutions of `function(*arguments)` (arrays or their shapes), traced, not run."""
@@ -31,39 +38,108 @@ def count(function, *arguments) -> float:
 
 
 def count_jaxpr(jaxpr, only_in_kernels: bool = False) -> float:
-    """Operations of a jaxpr's products: 2 a multiplication; bodies of scans, kernels and shard_map as often as they run.
+    """Operations of a jaxpr's products, 2 a multiplication: see `products`."""
+    return total(products(jaxpr, only_in_kernels))
 
-    Of alternatives (the attention of each platform), the costliest counts.
+
+def total(products: Mapping[Product, float]) -> float:
+    """Operations of products, 2 a multiplication."""
+    return sum(2.0 * times * math.prod(sizes) for sizes, times in products.items())
+
+
+def products(jaxpr, only_in_kernels: bool = False) -> collections.Counter[Product]:
+    """How often each size of matrix product runs; bodies of scans, kernels and shard_map as often as they run.
+
+    Of alternatives (the attention of each platform), the costliest counts. A convolution is the product of its patches. cuDNN's
+    attention counts as what it runs, see `attention_products`.
 
     Args:
       only_in_kernels: Pallas's, which a compiler takes as they are and does not look into.
     """
-    total = 0.0
+    found = collections.Counter()
     for equation in jaxpr.eqns:
         name = equation.primitive.name
-        output = math.prod(equation.outvars[0].aval.shape) if equation.outvars else 0
-        if only_in_kernels and name in ("dot_general", "conv_general_dilated"):
-            continue
-        if name == "dot_general":
-            (contracting, _), _ = equation.params["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            total += 2 * output * math.prod(left[i] for i in contracting)
-        elif name == "conv_general_dilated":
-            kernel, spec = equation.invars[1].aval.shape, equation.params["dimension_numbers"]
-            total += 2 * output * math.prod(kernel) / kernel[spec.rhs_spec[0]]
+        if not only_in_kernels:
+            found.update(_own_products(equation))
         inner = [
-            count_jaxpr(sub, only_in_kernels and name != "pallas_call")
+            products(sub, only_in_kernels and name != "pallas_call")
             for sub in jaxprs_in_params(equation.params)
         ]
         if name == "cond":
-            total += max(inner)
-        elif name == "pallas_call":
-            total += sum(inner) * math.prod(equation.params["grid_mapping"].grid)
-        elif name == "shard_map":
-            total += sum(inner) * equation.params["mesh"].size
-        else:
-            total += sum(inner) * equation.params.get("length", 1)
-    return total
+            inner = [max(inner, key=total)]
+        times = _repetitions(equation)
+        for sub in inner:
+            found.update({sizes: times * count for sizes, count in sub.items()})
+    return found
+
+
+def kernels(jaxpr) -> dict[Shapes, collections.Counter[Product]]:
+    """The products of one run of each Pallas kernel, by the shapes of its operands and results on one device."""
+    found = {}
+    for equation in jaxpr.eqns:
+        inner = [kernels(sub) for sub in jaxprs_in_params(equation.params)]
+        if equation.primitive.name == "pallas_call":
+            shapes = tuple(tuple(x.aval.shape) for x in (*equation.invars, *equation.outvars))
+            (body,) = jaxprs_in_params(equation.params)
+            times = _repetitions(equation)
+            inner = [{shapes: collections.Counter({sizes: times * count for sizes, count in products(body).items()})}]  # fmt: skip
+        for shapes, counts in (item for sub in inner for item in sub.items()):
+            found[shapes] = max(found.get(shapes, collections.Counter()), counts, key=total)
+    return found
+
+
+def attention_products(
+    kind: str, batch: int, heads: int, queries: int, keys: int, width: int, value_width: int
+) -> dict[Product, float]:
+    """The products of one call of cuDNN's fused attention, without regard to masks.
+
+    Args:
+      kind: "forward": the scores and their product with the values. "backward" has five: the scores again, and the gradients of
+        weights, values, queries and keys. Without fusion the backward pass has four, as the weights are kept.
+    """
+    scores, result = (queries, keys, width), (queries, value_width, keys)
+    sizes = [scores, result]
+    if kind == "backward":
+        weights, values = (queries, keys, value_width), (keys, value_width, queries)
+        sizes = [scores, weights, values, (queries, width, keys), (keys, width, queries)]
+    found = collections.Counter()
+    for product in sizes:
+        found[product] += batch * heads
+    return found
+
+
+def _own_products(equation) -> dict[Product, float]:
+    """Of one equation, without those of jaxprs within."""
+    name = equation.primitive.name
+    if name == "dot_general":
+        (contracting, _), (batch, _) = equation.params["dimension_numbers"]
+        left, right = (x.aval.shape for x in equation.invars[:2])
+        depth = math.prod(left[i] for i in contracting)
+        times = math.prod(left[i] for i in batch)
+        rows, columns = (math.prod(x) // max(1, depth * times) for x in (left, right))
+        return {(rows, columns, depth): times}
+    if name == "conv_general_dilated":
+        kernel, spec = equation.invars[1].aval.shape, equation.params["dimension_numbers"]
+        columns = kernel[spec.rhs_spec[0]]
+        rows = math.prod(equation.outvars[0].aval.shape) // columns
+        return {(rows, columns, math.prod(kernel) // columns): 1}
+    if match := _CUDNN_ATTENTION.fullmatch(name):
+        query, key, value = (x.aval.shape for x in equation.invars[:3])
+        if equation.params["layout"] == 1:  # B N L K
+            query, key, value = ((x[0], x[2], x[1], x[3]) for x in (query, key, value))
+        batch, queries, heads, width = query
+        kind = "forward" if match[1] == "fwd" else "backward"
+        return attention_products(kind, batch, heads, queries, key[1], width, value[3])
+    return {}
+
+
+def _repetitions(equation) -> int:
+    """How often the jaxprs within an equation run."""
+    if equation.primitive.name == "pallas_call":
+        return math.prod(equation.params["grid_mapping"].grid)
+    if equation.primitive.name == "shard_map":
+        return equation.params["mesh"].size
+    return equation.params.get("length", 1)
 
 
 def peak_rate() -> float:

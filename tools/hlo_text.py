@@ -1,0 +1,192 @@
+"""The text of a compiled program: its computations, instructions and shapes."""
+
+import dataclasses
+import math
+import re
+
+_BITS = {"pred": 8, "token": 0, "opaque": 0, "tuple": 0, "c64": 64, "c128": 128}
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
+_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of a computation."""
+
+    name: str
+    opcode: str
+    shape: str  # of the result, with layout: "bf16[8,128]{1,0:T(8,128)S(1)}", or a tuple of such
+    operands: tuple[str, ...]
+    attributes: str  # the rest of the line
+    is_root: bool
+
+
+# The instructions of a computation by name, in the order of the text, which is the schedule's.
+Body = dict[str, Instruction]
+
+
+def parse(text: str) -> tuple[str, dict[str, Body]]:
+    """The name of the entry computation, and the instructions of each computation by name."""
+    entry, computations, body = "", {}, {}
+    for line in _joined(text):
+        if header := _COMPUTATION.match(line):
+            body = computations[header[2]] = {}
+            entry = header[2] if header[1] else entry
+        elif match := _INSTRUCTION.match(line):
+            shape, rest = _split_shape(match[3])
+            opcode, _, rest = rest.partition("(")
+            end = _closing(rest)
+            operands = tuple(re.findall(r"%([\w.\-]+)", rest[:end]))
+            attributes = rest[end + 1 :] if operands or opcode != "parameter" else rest
+            if opcode == "constant":
+                attributes = rest
+            body[match[2]] = Instruction(
+                match[2], opcode, shape, operands, attributes, bool(match[1])
+            )
+    return entry, computations
+
+
+def _joined(text: str) -> list[str]:
+    """Lines, one an instruction: a kernel's metadata go over several."""
+    lines = []
+    for line in text.splitlines():
+        begins = _COMPUTATION.match(line) or _INSTRUCTION.match(line) or line in ("", "}")
+        if begins or not lines or not _INSTRUCTION.match(lines[-1]):
+            lines.append(line)
+        else:
+            lines[-1] += line
+    return lines
+
+
+def trip_count(loop: Instruction, computations: dict[str, Body], condition: str) -> int | None:
+    """How often a loop's body runs, from what XLA notes or from the constant that its condition compares with.
+
+    The second holds for loops that count from 0 by 1, as those of `lax.scan`, `map` and `fori_loop` do.
+    """
+    if known := re.search(r'known_trip_count"?:?=?\{"?n"?[:=]"?(\d+)', loop.attributes):
+        return int(known[1])
+    inside = [
+        condition,
+        *(x for i in computations[condition].values() for x in called(i, "calls")),
+    ]
+    limits = [
+        int(value[1])
+        for name in inside
+        for i in computations[name].values()
+        if i.opcode == "constant"
+        and re.match(r"[su]\d+\[\]", i.shape)
+        and (value := re.match(r"(\d+)\)", i.attributes))
+    ]
+    return limits[0] if len(limits) == 1 else None
+
+
+# -- attributes
+
+
+def called(i: Instruction, attribute: str) -> list[str]:
+    """Names of the computations that an attribute names: "calls", "body", "to_apply", ..."""
+    return re.findall(rf"\b{attribute}=%?([\w.\-]+)", i.attributes)
+
+
+def branches(i: Instruction) -> list[str]:
+    """Computations of which a conditional runs one."""
+    if listed := re.search(r"branch_computations=\{([^}]*)\}", i.attributes):
+        return re.findall(r"%?([\w.\-]+)", listed[1])
+    return called(i, "true_computation") + called(i, "false_computation")
+
+
+def numbers(i: Instruction, attribute: str) -> tuple[int, ...]:
+    """A list of numbers: `offset_dims={1,2}`, or cuBLAS's `"lhs_contracting_dimensions":["1"]`; none where it is missing."""
+    match = re.search(rf'\b{attribute}"?[=:] ?[{{\[]([^}}\]]*)[}}\]]', i.attributes)
+    return tuple(int(x) for x in re.findall(r"\d+", match[1])) if match else ()
+
+
+def target(i: Instruction) -> str:
+    """What a custom call calls."""
+    match = re.search(r'custom_call_target="([^"]*)"', i.attributes)
+    return match[1] if match else ""
+
+
+def parameter_number(i: Instruction) -> int:
+    """Which parameter of its computation it is; -1 for other instructions."""
+    return int(re.match(r"\d+", i.attributes)[0]) if i.opcode == "parameter" else -1
+
+
+# -- shapes
+
+
+def arrays(shape: str, main_memory_only: bool = False) -> list[str]:
+    """The arrays of a shape or tuple; without those that stay on the chip (a memory space above 0), where asked."""
+    found = [match[0] for match in _ARRAY.finditer(shape)]
+    return [x for x in found if not (main_memory_only and re.search(r"S\([1-9]", x))]
+
+
+def elements(shape: str) -> list[str]:
+    """The shapes that a tuple is made of, which may be tuples."""
+    if not shape.startswith("("):
+        return [shape]
+    parts, depth, start = [], 0, 1
+    for place, letter in enumerate(shape):
+        depth += (letter in "({[") - (letter in ")}]")
+        if depth == 0 or (depth == 1 and letter == ","):
+            parts.append(shape[start:place].strip())
+            start = place + 1
+    return parts
+
+
+def dimensions(shape: str) -> tuple[int, ...]:
+    """Of an array's shape, or of the first of a tuple."""
+    return tuple(int(x) for x in _ARRAY.search(shape)[2].split(",") if x)
+
+
+def dtype(shape: str) -> str:
+    """Of an array's shape."""
+    return _ARRAY.search(shape)[1]
+
+
+def item_bytes(shape: str) -> float:
+    """Of one element of an array."""
+    name = dtype(shape)
+    return (_BITS.get(name) or int((re.search(r"\d+", name) or ["0"])[0])) / 8
+
+
+def array_bytes(shape: str, main_memory_only: bool = False) -> float:
+    """Bytes of the elements of a shape or of all arrays of a tuple."""
+    return sum(math.prod(dimensions(x)) * item_bytes(x) for x in arrays(shape, main_memory_only))
+
+
+def memory_bytes(shape: str, main_memory_only: bool = False) -> float:
+    """Bytes that the arrays take in memory: on TPUs in whole tiles, so that 64 channels take as much as 128."""
+    return sum(window_bytes(x, dimensions(x)) for x in arrays(shape, main_memory_only))
+
+
+def window_bytes(shape: str, sizes: tuple[int, ...]) -> float:
+    """Bytes of the tiles of an array that a window of these sizes touches; without tiles, of the window."""
+    layout = re.search(r"\{([\d,]*)(?::T\(([\d,]+)\))?", shape)
+    order = [int(x) for x in layout[1].split(",") if x] if layout else []
+    tile = [int(x) for x in layout[2].split(",")] if layout and layout[2] else []
+    sizes = [sizes[axis] for axis in order] if len(order) == len(sizes) else list(sizes)[::-1]
+    tile = tile[::-1]
+    sizes += [1] * (len(tile) - len(sizes))
+    padded = [-(-size // unit) * unit for size, unit in zip(sizes, tile, strict=False)]
+    return math.prod(padded) * math.prod(sizes[len(padded) :]) * item_bytes(shape)
+
+
+# -- lines
+
+
+def _split_shape(text: str) -> tuple[str, str]:
+    """The shape that a line starts with, and the rest of it."""
+    end = _closing(text[1:]) + 2 if text.startswith("(") else text.index(" ")
+    return text[:end], text[end:].lstrip()
+
+
+def _closing(text: str) -> int:
+    """Where the parenthesis closes that was opened just before `text`."""
+    depth = 1
+    for match in re.finditer(r"[()]", text):
+        depth += 1 if match[0] == "(" else -1
+        if depth == 0:
+            return match.start()
+    return len(text)
