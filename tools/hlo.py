@@ -1,40 +1,61 @@
-"""What one device does in a compiled program, counted in its HLO text: matrix products, memory traffic, collectives.
+"""What one device does in a compiled program, counted in its HLO text: matrix products, memory traffic, lookups, collectives.
 
 XLA's own cost analysis counts the body of a loop once, whatever its length, and here the layers and the chunks of rays are
-loops. So the text is read instead, and every loop's body counts as often as it runs.
+loops. So the text is read instead, and every loop's body counts as often as it runs. Facts, no times: tools/chips.py prices them.
 """
 
 import collections
 import dataclasses
+import fractions
 import functools
 import math
 import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
+from hlo_text import (
+    Body,
+    Instruction,
+    array_bytes,
+    arrays,
+    branches,
+    called,
+    dimensions,
+    dtype,
+    elements,
+    memory_bytes,
+    numbers,
+    parameter_number,
+    parse,
+    target,
+    trip_count,
+    window_bytes,
+)
+
+from lrm_jax import flops
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # Instructions that move nothing: names for parts of buffers, and control flow, whose bodies are counted themselves.
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "iota", "after-all",
     "partition-id", "replica-id", "opt-barrier", "async-start", "async-update", "async-done", "domain", "add-dependency",
+    "fusion-done",
 }  # fmt: skip
 _FREE_CALLS = ("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "Sharding")
-_BITS = {"pred": 8, "token": 0, "opaque": 0, "tuple": 0, "c64": 64, "c128": 128}
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
-_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
+# Custom calls of kernels that are not the compiler's: of Pallas on TPUs, and by way of Triton and Mosaic on GPUs.
+_KERNELS = re.compile(r"tpu_custom_call|__gpu\$xla\.gpu\.triton|triton_kernel_call|mosaic_gpu.*")
 
 
-@dataclasses.dataclass(frozen=True)
-class Instruction:
-    """One line of a computation."""
+class Lookup(NamedTuple):
+    """A kind of window that gathers read, or scatters write, at places that only the indices tell."""
 
-    name: str
-    opcode: str
-    shape: str  # of the result, with layout: "bf16[8,128]{1,0:T(8,128)S(1)}", or a tuple of such
-    operands: tuple[str, ...]
-    attributes: str  # the rest of the line
-    is_root: bool
+    kind: str  # "gather"; "scatter-add", whatever it combines by; "scatter" of what nothing else writes
+    dtype: str
+    window: float  # bytes
+    touched: (
+        float  # bytes of the tiles that the window lies in; as `window` where arrays have no tiles
+    )
 
 
 @dataclasses.dataclass
@@ -44,140 +65,291 @@ class Traffic:
     count: float = 0.0
     payload: float = 0.0  # bytes of the results (of the operands of a reduce-scatter)
     sent: float = 0.0  # bytes that leave the device in a ring: 2 (n - 1) / n of the payload for an all-reduce of n, ...
+    exposed_count: float = 0.0  # of those that no product runs beside, see `Counter`
+    exposed_sent: float = 0.0
+
+
+@dataclasses.dataclass
+class Calls:
+    """One kind of call or scatter."""
+
+    written: int = 0  # in the program
+    count: float = 0.0  # in a run of it
 
 
 @dataclasses.dataclass
 class Costs:
     """Of one device, in one run of the program."""
 
-    flops: float = 0.0  # of matrix products and convolutions, 2 a multiplication
+    products: collections.Counter[flops.Product] = dataclasses.field(
+        default_factory=collections.Counter
+    )  # convolutions, too, as products of patches
+    noted_flops: float = 0.0  # what kernels say of themselves, of which nothing else is known
     memory_bytes: float = 0.0  # read from and written to main memory, as far as the text tells
+    lookups: collections.Counter[Lookup] = dataclasses.field(default_factory=collections.Counter)
+    calls: dict[str, Calls] = dataclasses.field(
+        default_factory=lambda: collections.defaultdict(Calls)
+    )  # cuDNN's by kind, and combining scatters by type
     collectives: dict[str, Traffic] = dataclasses.field(
         default_factory=lambda: collections.defaultdict(Traffic)
     )
+    links: collections.Counter[int] = dataclasses.field(default_factory=collections.Counter)
+    """Bytes sent, by how many devices of a group are on one host; 0: the group is within a host."""
     loops_of_unknown_length: int = 0  # their bodies counted once
 
-    def add(self, other: "Costs", times: float = 1.0) -> None:
-        """Adds `times` runs of a part."""
-        self.flops += times * other.flops
+    @property
+    def flops(self) -> float:
+        """Of matrix products and convolutions, 2 a multiplication."""
+        return flops.total(self.products) + self.noted_flops
+
+    def add(self, other: "Costs", times: float = 1.0, hidden: bool = False) -> None:
+        """Adds `times` runs of a part; `hidden`: its collectives run beside products."""
+        for counts, others in (
+            (self.products, other.products),
+            (self.lookups, other.lookups),
+            (self.links, other.links),
+        ):
+            for key, count in others.items():
+                counts[key] += times * count
+        self.noted_flops += times * other.noted_flops
         self.memory_bytes += times * other.memory_bytes
         self.loops_of_unknown_length += other.loops_of_unknown_length
+        for kind, calls in other.calls.items():
+            self.calls[kind].written += calls.written
+            self.calls[kind].count += times * calls.count
         for kind, traffic in other.collectives.items():
             total = self.collectives[kind]
             total.count += times * traffic.count
             total.payload += times * traffic.payload
             total.sent += times * traffic.sent
+            if not hidden:
+                total.exposed_count += times * traffic.exposed_count
+                total.exposed_sent += times * traffic.exposed_sent
 
 
-def count(text: str) -> Costs:
-    """Counts a module: `compiled.as_text()`."""
+def count(
+    text: str,
+    kernels: Mapping[flops.Shapes, Mapping[flops.Product, float]] | None = None,
+    hosts: Sequence[int] = (),
+) -> Costs:
+    """Counts a module: `compiled.as_text()`.
+
+    Args:
+      kernels: products of Pallas kernels, from `flops.kernels`.
+      hosts: of each device of the program, the host that it is in; empty: all are in one.
+
+    Raises:
+      ValueError: a kernel has no cost estimate, and no products that are known.
+    """
     entry, computations = parse(text)
-    parameter_order = {
-        name: [i.name for i in sorted(body.values(), key=_parameter_number) if i.opcode == "parameter"]
-        for name, body in computations.items()
-    }  # fmt: skip
+    return Counter(computations, kernels or {}, hosts).computation(entry)
 
-    @functools.cache
-    def products(name: str) -> float:
-        body = computations[name]
-        inner = sum(products(called) for i in body.values() for called in _called(i, "calls"))
-        return inner + sum(product_flops(i, body) for i in body.values())
 
-    @functools.cache
-    def costs(name: str) -> Costs:
-        total, body = Costs(), computations[name]
+class Counter:
+    """Counts computations, each once.
+
+    A collective is hidden where a matrix product runs between its start and what first takes its result, in the order of the
+    schedule, however short that is; it is exposed where it is synchronous, or where only other work or none runs beside it.
+    """
+
+    def __init__(self, computations: dict[str, Body], kernels: Mapping, hosts: Sequence[int]):
+        self.computations, self.kernels, self.hosts = computations, kernels, hosts
+        self.computation = functools.cache(self._computation)
+        self.fused = functools.cache(self._fused)
+
+    def _computation(self, name: str) -> Costs:
+        """Of a computation whose instructions run one after the other."""
+        total, body = Costs(), self.computations[name]
+        parts = {i.name: self._instruction(i, body) for i in body.values()}
         for i in body.values():
-            total.flops += product_flops(i, body)
-            if i.opcode == "fusion":
-                (inner,) = _called(i, "calls")
-                total.flops += products(inner)
-                total.memory_bytes += _fusion_bytes(
-                    i, body, computations[inner], parameter_order[inner]
-                )
-            elif i.opcode == "while":
-                (loop,), (condition,) = _called(i, "body"), _called(i, "condition")
-                length = trip_count(i, computations, condition)
-                total.add(costs(loop), 1.0 if length is None else length)
-                total.loops_of_unknown_length += length is None
-            elif i.opcode == "conditional":
-                total.add(max(map(costs, _branches(i)), key=lambda x: (x.flops, x.memory_bytes)))
-            elif i.opcode in ("call", "async-start"):
-                for called in _called(i, "to_apply") + _called(i, "calls"):
-                    total.add(costs(called))
-            else:
-                total.memory_bytes += _plain_bytes(i, body)
-            _add_collective(total, i, body)
+            hidden = bool(parts[i.name].collectives) and self._is_hidden(i, body, parts)
+            total.add(parts[i.name], hidden=hidden)
         return total
 
-    return costs(entry)
+    def _fused(self, name: str) -> Costs:
+        """Of what runs as one kernel: all but the memory, which the fusion's operands and results tell."""
+        total, body = Costs(), self.computations[name]
+        for i in body.values():
+            total.add(self._work(i, body))
+            for inner in called(i, "calls"):
+                total.add(self.fused(inner))
+        return total
 
+    def _instruction(self, i: Instruction, body: Body) -> Costs:
+        total = Costs()
+        if i.opcode in ("fusion", "fusion-start"):
+            (inner,) = called(i, "calls")
+            total.add(self.fused(inner))
+            total.memory_bytes += _fusion_bytes(i, body, self.computations[inner])
+        elif i.opcode == "while":
+            (loop,), (condition,) = called(i, "body"), called(i, "condition")
+            length = trip_count(i, self.computations, condition)
+            total.add(self.computation(loop), 1.0 if length is None else length)
+            total.loops_of_unknown_length += length is None
+        elif i.opcode == "conditional":
+            costs = map(self.computation, branches(i))
+            total.add(max(costs, key=lambda x: (x.flops, x.memory_bytes)))
+        elif i.opcode in ("call", "async-start"):
+            for inner in called(i, "to_apply") + called(i, "calls"):
+                total.add(self.computation(inner))
+        else:
+            total.add(self._work(i, body))
+            total.memory_bytes += _plain_bytes(i, body)
+        return total
 
-def parse(text: str) -> tuple[str, dict[str, dict[str, Instruction]]]:
-    """The name of the entry computation, and the instructions of each computation by name."""
-    entry, computations, body = "", {}, {}
-    for line in text.splitlines():
-        if header := _COMPUTATION.match(line):
-            body = computations[header[2]] = {}
-            entry = header[2] if header[1] else entry
-        elif match := _INSTRUCTION.match(line):
-            shape, rest = _split_shape(match[3])
-            opcode, _, rest = rest.partition("(")
-            end = _closing(rest)
-            operands = tuple(re.findall(r"%([\w.\-]+)", rest[:end]))
-            attributes = rest[end + 1 :] if operands or opcode != "parameter" else rest
-            if opcode == "constant":
-                attributes = rest
-            body[match[2]] = Instruction(
-                match[2], opcode, shape, operands, attributes, bool(match[1])
+    def _work(self, i: Instruction, body: Body) -> Costs:
+        """Products, lookups and collectives of an instruction by itself."""
+        total = Costs(products=collections.Counter(instruction_products(i, body)))
+        if i.opcode in ("gather", "scatter"):
+            total.lookups, combining = self._lookups(i, body)
+            for name in combining:
+                total.calls[f"scatter-add of {name}"] = Calls(1, 1.0)
+        elif i.opcode == "custom-call":
+            name = target(i)
+            if name.startswith("__cudnn$"):
+                total.calls[_cudnn_kind(name)] = Calls(1, 1.0)
+            if _KERNELS.fullmatch(name):
+                self._add_kernel(total, i, body)
+        elif i.opcode.removesuffix("-start") in COLLECTIVES:
+            self._add_collective(total, i, body)
+        return total
+
+    def _add_kernel(self, total: Costs, i: Instruction, body: Body) -> None:
+        inputs = [dimensions(body[name].shape) for name in i.operands]
+        shapes = (*inputs, *(dimensions(x) for x in arrays(i.shape)))
+        if products := self.kernels.get(shapes):
+            total.products.update(products)
+        elif noted := re.search(r'"cost_estimate":\{"flops":"?(\d+)', i.attributes):
+            total.noted_flops += float(noted[1])
+        else:
+            traced = re.search(r'op_name="([^"]*)"', i.attributes)
+            raise ValueError(
+                f"{target(i)} of the kernel {i.name} ({traced[1] if traced else 'nameless'}): it has neither a cost estimate "
+                "nor matrix products, and would count as nothing: give pallas_call its cost_estimate"
             )
-    return entry, computations
 
+    def _lookups(self, i: Instruction, body: Body) -> tuple[collections.Counter, list[str]]:
+        """Windows of a gather or scatter; and the types that it combines, one write after the other."""
+        found = collections.Counter()
+        operand = body[i.operands[0]].shape
+        if i.opcode == "gather":
+            sizes = numbers(i, "slice_sizes")
+            out, window = dimensions(i.shape), numbers(i, "offset_dims")
+            rows = math.prod(size for axis, size in enumerate(out) if axis not in window)
+            found[_lookup("gather", operand, sizes)] += rows
+            return found, []
+        arrays_written = len(i.operands) // 2
+        (combine,) = called(i, "to_apply")
+        roots = [x.opcode for x in self.computations[combine].values() if x.is_root]
+        alone = "unique_indices=true" in i.attributes or roots == ["parameter"]
+        for number in range(arrays_written):
+            operand = body[i.operands[number]].shape
+            updates = dimensions(body[i.operands[arrays_written + 1 + number]].shape)
+            window = numbers(i, "update_window_dims")
+            rows = math.prod(size for axis, size in enumerate(updates) if axis not in window)
+            kept = set(numbers(i, "inserted_window_dims") + numbers(i, "input_batching_dims"))
+            taken = iter(updates[axis] for axis in window)
+            sizes = tuple(1 if axis in kept else next(taken) for axis in range(len(dimensions(operand))))  # fmt: skip
+            found[_lookup("scatter" if alone else "scatter-add", operand, sizes)] += rows
+        written = [dtype(body[name].shape) for name in i.operands[:arrays_written]]
+        return found, [] if alone else written
 
-def trip_count(loop: Instruction, computations: dict, condition: str) -> int | None:
-    """How often a loop's body runs, from what XLA notes or from the constant that its condition compares with.
+    def _add_collective(self, total: Costs, i: Instruction, body: Body) -> None:
+        kind = i.opcode.removesuffix("-start")
+        members = group(i.attributes)
+        n = max(2, len(members))
+        given = sum(array_bytes(body[name].shape) for name in i.operands)
+        if kind == "all-reduce" and _is_sliced(i, body):
+            kind = "reduce-scatter"
+        gathered = given * n if kind == "all-gather" else given
+        share = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}.get(kind, (n - 1) / n)
+        sent = gathered * share
+        total.collectives[kind] = Traffic(1.0, gathered, sent, 1.0, sent)
+        of_hosts = collections.Counter(self.hosts[x] for x in members) if self.hosts else {}
+        total.links[min(of_hosts.values()) if len(of_hosts) > 1 else 0] += sent
 
-    The second holds for loops that count from 0 by 1, as those of `lax.scan`, `map` and `fori_loop` do.
-    """
-    if known := re.search(r'known_trip_count"?:?=?\{"?n"?[:=]"?(\d+)', loop.attributes):
-        return int(known[1])
-    inside = [
-        condition,
-        *(x for i in computations[condition].values() for x in _called(i, "calls")),
-    ]
-    limits = [
-        int(value[1])
-        for name in inside
-        for i in computations[name].values()
-        if i.opcode == "constant"
-        and re.match(r"[su]\d+\[\]", i.shape)
-        and (value := re.match(r"(\d+)\)", i.attributes))
-    ]
-    return limits[0] if len(limits) == 1 else None
+    def _is_hidden(self, i: Instruction, body: Body, parts: dict[str, Costs]) -> bool:
+        if not (i.opcode.endswith("-start") or self._has(i, "-start")):
+            return False
+        following = list(body.values())[list(body).index(i.name) + 1 :]
+        names, busy = {i.name}, False
+        for later in following:
+            if not names.intersection(later.operands):
+                busy |= parts[later.name].flops > 0
+            elif later.opcode in _FREE and not later.opcode.endswith("-done"):
+                names.add(later.name)
+            elif later.opcode == "fusion" and not self._has(later, "-done"):
+                busy |= parts[later.name].flops > 0  # a product that carries the transfer along
+                names.add(later.name)
+            else:
+                break
+        return busy
+
+    def _has(self, i: Instruction, suffix: str) -> bool:
+        """Whether a fusion starts or ends a collective."""
+        return i.opcode == "fusion" and any(
+            part.opcode.endswith(suffix) and part.opcode.removesuffix(suffix) in COLLECTIVES
+            for inner in called(i, "calls")
+            for part in self.computations[inner].values()
+        )
 
 
 # -- one instruction
 
 
-def product_flops(i: Instruction, body: dict[str, Instruction]) -> float:
-    """Operations of a dot or a convolution (TPUs write products as convolutions), or what a kernel says of itself."""
-    if i.opcode == "custom-call":
-        noted = re.search(r'"cost_estimate":\{"flops":"?(\d+)', i.attributes)
-        return float(noted[1]) if noted else 0.0
+def instruction_products(i: Instruction, body: Body) -> dict[flops.Product, float]:
+    """Products of a dot, of a convolution (TPUs write products as convolutions), or of cuDNN's and cuBLAS's calls."""
+    name = target(i)
     if i.opcode == "dot":
-        left = dimensions(body[i.operands[0]].shape)
-        contracting = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.attributes)[1]
-        return 2.0 * math.prod(dimensions(i.shape)) * math.prod(left[int(d)] for d in contracting.split(",") if d)  # fmt: skip
-    if i.opcode != "convolution":
-        return 0.0
+        return _dot_products(i, body, "lhs_{}_dims", "rhs_{}_dims")
+    if name.startswith("__cublas"):
+        return _dot_products(i, body, "lhs_{}_dimensions", "rhs_{}_dimensions")
+    if name.startswith("__cudnn$fmha"):
+        batch, heads, queries, keys = (
+            int(x) for x in re.findall(r"\d+", re.search(r'"intermediate_tensor_shape": ?\{.*?"dimensions": ?\[([^\]]*)', i.attributes)[1])
+        )  # fmt: skip
+        width, value_width = (dimensions(body[i.operands[x]].shape)[-1] for x in (0, 2))
+        kind = "backward" if "Backward" in name else "forward"
+        return flops.attention_products(kind, batch, heads, queries, keys, width, value_width)
+    if i.opcode == "convolution" or name.startswith("__cudnn$conv"):
+        result, (first, second) = (
+            dimensions(i.shape),
+            (dimensions(body[x].shape) for x in i.operands[:2]),
+        )
+        if "BackwardInput" in name:
+            return _convolution_products(i, result, second, first)
+        if "BackwardFilter" in name:
+            return _convolution_products(i, first, result, second)
+        return _convolution_products(i, first, second, result)
+    return {}
+
+
+def _dot_products(i: Instruction, body: Body, left_name: str, right_name: str) -> dict:
+    left, right = (dimensions(body[name].shape) for name in i.operands[:2])
+    batch = numbers(i, left_name.format("batch"))
+    depth = math.prod(left[axis] for axis in numbers(i, left_name.format("contracting")))
+    times = math.prod(left[axis] for axis in batch)
+    rows, columns = (math.prod(x) // max(1, depth * times) for x in (left, right))
+    return {(rows, columns, depth): times}
+
+
+def _convolution_products(i: Instruction, input_shape, kernel_shape, out_shape) -> dict:
+    """A convolution as products of patches; an axis whose places each have a tap of their own is a batch in disguise."""
     left, right, out = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.attributes).groups()
-    sizes = dict(zip(out, dimensions(i.shape), strict=True))
-    inputs = dict(zip(left, dimensions(body[i.operands[0]].shape), strict=True))
-    kernel = dict(zip(right, dimensions(body[i.operands[1]].shape), strict=True))
-    taps = 1.0
+    sizes, inputs, kernel = (
+        dict(zip(labels, shape, strict=True))
+        for labels, shape in ((out, out_shape), (left, input_shape), (right, kernel_shape))
+    )
+    rows, depth, times = sizes["b"], kernel["i"], 1
     for axis, window in enumerate(_window(i.attributes)):
         key = str(axis)
-        taps *= _valid_taps(sizes[key], inputs[key], kernel[key], *window)
-    return 2.0 * sizes["b"] * sizes["f"] * kernel["i"] * taps
+        taps = _valid_taps(sizes[key], inputs[key], kernel[key], *window)
+        if kernel[key] > 1 and taps == sizes[key]:
+            times *= taps
+        else:
+            rows *= sizes[key]
+            depth *= fractions.Fraction(taps, sizes[key])
+    return {(rows, sizes["f"], depth): times}
 
 
 @functools.cache
@@ -207,96 +379,102 @@ def _window(attributes: str) -> list[tuple[int, int, int, int]]:
     return list(zip(*columns, strict=True))
 
 
-def _add_collective(total: Costs, i: Instruction, body: dict[str, Instruction]) -> None:
-    kind = i.opcode.removesuffix("-start")
-    if kind not in COLLECTIVES:
-        return
-    n = group_size(i.attributes)
-    given = sum(array_bytes(body[name].shape) for name in i.operands)
-    gathered = given * n if kind == "all-gather" else given
-    share = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}.get(kind, (n - 1) / n)
-    traffic = total.collectives[kind]
-    traffic.count += 1
-    traffic.payload += gathered
-    traffic.sent += gathered * share
+def _cudnn_kind(name: str) -> str:
+    direction = "backward" if "Backward" in name else "forward"
+    return f"cuDNN {'attention' if 'fmha' in name else 'convolution'} {direction}"
 
 
-def group_size(attributes: str) -> int:
-    """Devices that take part in one collective, from any of the three ways that HLO writes them."""
+def _lookup(kind: str, operand: str, sizes: tuple[int, ...]) -> Lookup:
+    window = array_bytes(f"{dtype(operand)}[{','.join(map(str, sizes))}]")
+    return Lookup(kind, dtype(operand), window, window_bytes(operand, sizes))
+
+
+def _is_sliced(i: Instruction, body: Body) -> bool:
+    """Whether each device keeps its part of a reduction: a reduce-scatter, as a TPU's compiler writes it in a fusion."""
+    users = [x for x in body.values() if i.name in x.operands]
+    return bool(users) and all(
+        x.opcode == "dynamic-slice" and any(y.opcode == "partition-id" for y in body.values())
+        for x in users
+    )
+
+
+def group(attributes: str) -> list[int]:
+    """Devices that take part in the first group of a collective, from any of the three ways that HLO writes them."""
     if meshed := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", attributes):
-        sizes = dict(re.findall(r"'?(\w+)'?=(\d+)", meshed[1]))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"\w+", meshed[2]))
-    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", attributes):
-        return int(iota[2])
-    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
-        return listed[1].count(",") + 1
-    return 2  # collective-permute: pairs
+        sizes = {name: int(size) for name, size in re.findall(r"'?(\w+)'?=(\d+)", meshed[1])}
+        taking_part = re.findall(r"\w+", meshed[2])
+        devices = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+        return devices[tuple(slice(None) if x in taking_part else 0 for x in sizes)].flatten().tolist()  # fmt: skip
+    if iota := re.search(
+        r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes
+    ):
+        sizes = [int(x) for x in iota[3].split(",")]
+        order = [int(x) for x in iota[4].split(",")] if iota[4] else range(len(sizes))
+        devices = np.arange(math.prod(sizes)).reshape(sizes).transpose(order)
+        return devices.reshape(int(iota[1]), int(iota[2]))[0].tolist()
+    if listed := re.search(
+        r"(?:replica_groups|source_target_pairs)=\{\{([\d,]*)\}", attributes
+    ):  # pairs, of a collective-permute
+        return [int(x) for x in listed[1].split(",") if x]
+    return []
 
 
 # -- memory
 
 
-def array_bytes(shape: str, main_memory_only: bool = False) -> float:
-    """Bytes of a shape or of all arrays of a tuple; without those that stay on the chip (a memory space above 0), where asked."""
-    total = 0.0
-    for dtype, sizes, layout in _ARRAY.findall(shape):
-        if main_memory_only and re.search(r"S\([1-9]", layout or ""):
-            continue
-        bits = _BITS.get(dtype) or int((re.search(r"\d+", dtype) or ["0"])[0])
-        total += math.prod(int(x) for x in sizes.split(",") if x) * bits / 8
-    return total
-
-
-def dimensions(shape: str) -> tuple[int, ...]:
-    """Of an array's shape."""
-    return tuple(int(x) for x in _ARRAY.match(shape)[2].split(",") if x)
-
-
-def _plain_bytes(i: Instruction, body: dict[str, Instruction]) -> float:
+def _plain_bytes(i: Instruction, body: Body) -> float:
     if i.opcode in _FREE or any(f'"{name}"' in i.attributes for name in _FREE_CALLS):
         return 0.0
     operands = [body[name].shape for name in i.operands]
     if i.opcode == "slice-start":  # ((operand), result, context)
-        result = _ARRAY.findall(i.shape)[1]
-        in_memory = array_bytes(operands[0], True) > 0
-        return array_bytes(f"{result[0]}[{result[1]}]") if in_memory else 0.0
-    if i.opcode in ("slice", "dynamic-slice", "gather"):
-        return (array_bytes(operands[0], True) > 0) * array_bytes(i.shape) + array_bytes(
+        in_memory = memory_bytes(operands[0], True) > 0
+        return memory_bytes(re.sub(r"S\(\d+\)", "", elements(i.shape)[1])) if in_memory else 0.0
+    if i.opcode in ("slice", "dynamic-slice"):
+        return (memory_bytes(operands[0], True) > 0) * memory_bytes(i.shape) + memory_bytes(
             i.shape, True
         )
-    if i.opcode in ("dynamic-update-slice", "scatter"):
-        return 2 * array_bytes(operands[-1 if i.opcode == "scatter" else 1], True)
-    read = 0.0 if i.opcode.endswith("-done") else sum(array_bytes(x, True) for x in operands)
-    return read + (0.0 if i.opcode.endswith("-start") else array_bytes(i.shape, True))
+    if i.opcode == "dynamic-update-slice":
+        return 2 * memory_bytes(operands[1], True)
+    if i.opcode == "gather":  # what it reads is a lookup, as what a scatter writes
+        return memory_bytes(i.shape, True)
+    if i.opcode == "scatter":
+        return sum(memory_bytes(x, True) for x in operands[len(operands) // 2 :])
+    read = 0.0 if i.opcode.endswith("-done") else sum(memory_bytes(x, True) for x in operands)
+    return read + (0.0 if i.opcode.endswith("-start") else memory_bytes(i.shape, True))
 
 
-def _fusion_bytes(i: Instruction, body: dict, inner: dict, parameters: list[str]) -> float:
-    """What a fusion reads and writes: of an operand that it only slices or looks up, what it takes; of an update in place, the
-    update."""
+def _fusion_bytes(i: Instruction, body: Body, inner: Body) -> float:
+    """What a fusion reads and writes: of an operand that it only slices, what it takes; of an update in place, the update.
+
+    What it looks up, or scatters to, is not memory traffic but a lookup.
+    """
     total, users = 0.0, collections.defaultdict(list)
+    parameters = sorted((x for x in inner.values() if x.opcode == "parameter"), key=parameter_number)  # fmt: skip
     for part in inner.values():
         for position, operand in enumerate(part.operands):
             users[operand].append((part, position))
     for operand, parameter in zip(i.operands, parameters, strict=True):
         shape = body[operand].shape
-        if array_bytes(shape, True) == 0:
+        if memory_bytes(shape, True) == 0:
             continue
-        uses = _uses(parameter, users)
+        uses = _uses(parameter.name, users)
         if uses and all(
-            part.opcode in ("dynamic-slice", "slice", "gather", "dynamic-update-slice")
+            part.opcode in ("dynamic-slice", "slice", "gather", "dynamic-update-slice", "scatter")
             and position == 0
             for part, position in uses
         ):
-            taken = sum(array_bytes(part.shape) for part, _ in uses if part.opcode != "dynamic-update-slice")  # fmt: skip
-            total += min(taken, array_bytes(shape))
+            taken = sum(memory_bytes(part.shape) for part, _ in uses if part.opcode in ("dynamic-slice", "slice"))  # fmt: skip
+            total += min(taken, memory_bytes(shape))
         else:
-            total += array_bytes(shape, True)
-    updates = [part for part in inner.values() if part.opcode == "dynamic-update-slice"]
-    in_place = {array_bytes(part.shape): array_bytes(inner[part.operands[1]].shape) for part in updates}  # fmt: skip
-    for dtype, sizes, layout in _ARRAY.findall(i.shape):
-        array = f"{dtype}[{sizes}]{layout}"
-        if array_bytes(array, True):
-            total += in_place.get(array_bytes(array), array_bytes(array))
+            total += memory_bytes(shape, True)
+    in_place = {
+        array_bytes(part.shape): memory_bytes(inner[part.operands[1]].shape) if part.opcode == "dynamic-update-slice" else 0.0
+        for part in inner.values()
+        if part.opcode in ("dynamic-update-slice", "scatter")
+    }  # fmt: skip
+    result = elements(i.shape)[1] if i.opcode == "fusion-start" else i.shape
+    for array in arrays(result, True):
+        total += in_place.get(array_bytes(array), memory_bytes(array))
     return total
 
 
@@ -306,36 +484,3 @@ def _uses(name: str, users: dict) -> list[tuple[Instruction, int]]:
     for part, position in users[name]:
         found += _uses(part.name, users) if part.opcode == "bitcast" else [(part, position)]
     return found
-
-
-# -- text
-
-
-def _called(i: Instruction, attribute: str) -> list[str]:
-    return re.findall(rf"\b{attribute}=%?([\w.\-]+)", i.attributes)
-
-
-def _branches(i: Instruction) -> list[str]:
-    if listed := re.search(r"branch_computations=\{([^}]*)\}", i.attributes):
-        return re.findall(r"%?([\w.\-]+)", listed[1])
-    return _called(i, "true_computation") + _called(i, "false_computation")
-
-
-def _parameter_number(i: Instruction) -> int:
-    return int(re.match(r"\d+", i.attributes)[0]) if i.opcode == "parameter" else -1
-
-
-def _split_shape(text: str) -> tuple[str, str]:
-    """The shape that a line starts with, and the rest of it."""
-    end = _closing(text[1:]) + 2 if text.startswith("(") else text.index(" ")
-    return text[:end], text[end:].lstrip()
-
-
-def _closing(text: str) -> int:
-    """Where the parenthesis closes that was opened just before `text`."""
-    depth = 1
-    for match in re.finditer(r"[()]", text):
-        depth += 1 if match[0] == "(" else -1
-        if depth == 0:
-            return match.start()
-    return len(text)
