@@ -51,25 +51,27 @@ def test_convolutions_count_the_taps_that_meet_the_picture():
 
 
 @pytest.mark.parametrize(
-    ("line", "left", "right", "flops"),
+    ("line", "left", "right", "product", "times"),
     [
         # As libtpu 0.0.42 writes them for a v4; T(...) is the tiling. [16 scenes, 16 heads] are batch axes, disguised as space.
         (
             "bf16[16,16,64,3072]{3,2,1,0:T(8,128)(2,1)} convolution(%a, %b), window={size=16x16 stride=15x15 lhs_dilate=16x16}, dim_labels=0f1b_01oi->01bf",
-            "bf16[16,1024,16,64]{3,2,1,0}", "bf16[16,16,3072,1024]{3,2,1,0}", 2 * 16 * 16 * 64 * 3072 * 1024,
+            "bf16[16,1024,16,64]{3,2,1,0}", "bf16[16,16,3072,1024]{3,2,1,0}", (64, 3072, 1024), 16 * 16,
         ),
         (
             "bf16[16,3072,16,64]{1,3,2,0:T(8,128)(2,1)S(3)} convolution(%a, %b), window={size=1x16 pad=0_0x15_15 rhs_reversal=0x1}, dim_labels=0bf1_1oi0->0b1f",
-            "bf16[16,3072,1024,1]{1,2,3,0}", "bf16[16,64,1024,1]{2,1,0,3}", 2 * 16 * 3072 * 1024 * 1024,
+            "bf16[16,3072,1024,1]{1,2,3,0}", "bf16[16,64,1024,1]{2,1,0,3}", (16 * 3072, 1024, 1024), 1,
         ),
     ],
 )  # fmt: skip
-def test_a_tpus_products_written_as_convolutions_are_counted_as_products(line, left, right, flops):
+def test_a_tpus_products_written_as_convolutions_are_counted_as_products(
+    line, left, right, product, times
+):
     text = (
         f"HloModule m\n\nENTRY %main (a: f32[], b: f32[]) -> f32[] {{\n  %a = {left} parameter(0)\n"
         f"  %b = {right} parameter(1)\n  ROOT %c = {line}\n}}\n"
     )
-    assert hlo.count(text).flops == flops
+    assert hlo.count(text).products == {product: times}
 
 
 def test_collectives_have_the_bytes_of_their_arrays():
@@ -155,6 +157,32 @@ def test_attributes_may_go_over_several_lines():
 )
 def test_windows_take_whole_tiles(shape, sizes, size):
     assert hlo_text.window_bytes(shape, sizes) == size
+
+
+def test_64_channels_take_as_much_of_a_tpus_memory_as_128():
+    text = program(
+        "%x = f32[1000,64]{1,0:T(8,128)} parameter(0)",
+        "ROOT %y = f32[1000,64]{1,0:T(8,128)S(1)} negate(%x)",
+    )
+    assert hlo.count(text).memory_bytes == 1000 * 128 * 4
+
+
+def test_what_fusions_within_fusions_compute_is_counted():
+    computations = """%inner (a: f32[8,16]) -> f32[8,8] {
+  %a = f32[8,16]{1,0} parameter(0)
+  ROOT %d = f32[8,8]{1,0} dot(%a, %a), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+}
+
+%outer (b: f32[8,16]) -> f32[8,8] {
+  %b = f32[8,16]{1,0} parameter(0)
+  ROOT %f = f32[8,8]{1,0} fusion(%b), kind=kLoop, calls=%inner
+}"""
+    text = program(
+        "%x = f32[8,16]{1,0} parameter(0)",
+        "ROOT %y = f32[8,8]{1,0} fusion(%x), kind=kCustom, calls=%outer",
+        computations=computations,
+    )
+    assert hlo.count(text).products == {(8, 8, 16): 1}
 
 
 REDUCED = """%all-reduce-scatter (input: bf16[96,32]) -> bf16[32,32] {

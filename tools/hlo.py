@@ -334,22 +334,28 @@ def _dot_products(i: Instruction, body: Body, left_name: str, right_name: str) -
 
 
 def _convolution_products(i: Instruction, input_shape, kernel_shape, out_shape) -> dict:
-    """A convolution as products of patches; an axis whose places each have a tap of their own is a batch in disguise."""
+    """A convolution as products of patches.
+
+    On a TPU axes of products are disguised as space. Where each place has a tap of its own, it is a batch (or columns, where the
+    places are all of the same input); one without taps is rows, and one with many taps and one place is summed over.
+    """
     left, right, out = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.attributes).groups()
     sizes, inputs, kernel = (
         dict(zip(labels, shape, strict=True))
         for labels, shape in ((out, out_shape), (left, input_shape), (right, kernel_shape))
     )
-    rows, depth, times = sizes["b"], kernel["i"], 1
+    rows, columns, depth, times = sizes["b"], sizes["f"], kernel["i"], 1
     for axis, window in enumerate(_window(i.attributes)):
         key = str(axis)
         taps = _valid_taps(sizes[key], inputs[key], kernel[key], *window)
-        if kernel[key] > 1 and taps == sizes[key]:
+        if kernel[key] > 1 and taps == sizes[key] and inputs[key] == 1:
+            columns *= taps
+        elif kernel[key] > 1 and taps == sizes[key]:
             times *= taps
         else:
             rows *= sizes[key]
             depth *= fractions.Fraction(taps, sizes[key])
-    return {(rows, sizes["f"], depth): times}
+    return {(rows, columns, depth): times}
 
 
 @functools.cache
