@@ -56,17 +56,17 @@ def main(argv: list[str]) -> int:
     chip = chips.CHIPS.get(args.topology.split(":")[0])
     fits, kept = True, 0
     for name, traced in programs.items():
-        program, seconds = compiled(traced, device_mesh)
+        program, note = compiled(traced, device_mesh)
         if program is None:
-            print(f"{name}: does not fit: {seconds}\n")
+            print(f"{name}: does not fit: {note}\n")
             fits = False
             continue
         rows = memory_rows(program.memory_analysis(), kept)
-        fits &= print_memory(name, rows, chip, seconds)
+        fits &= print_memory(name, rows, chip, note)
         kept = rows["arguments"]
         try:
             costs = read(program, traced, device_mesh)
-        except (Unreadable, ValueError) as error:
+        except (Unreadable, hlo.UnknownCost) as error:
             print(error, file=sys.stderr)
             return 2
         print_collectives(costs)
@@ -84,13 +84,13 @@ class Unreadable(Exception):
 
 
 def compiled(traced, device_mesh):
-    """A traced program compiled for the device mesh, and the seconds that it took; or None, and why it does not fit."""
+    """A traced program compiled for the device mesh, and how long it took; or None, and why it does not fit."""
     start = time.perf_counter()
     gpu = device_mesh.devices.flat[0].platform == "gpu"
     try:
         # What is traced for a GPU that is not there would be lowered for the CPU that is.
         lowered = traced.lower(lowering_platforms=("cuda",)) if gpu else traced.lower()
-        return lowered.compile(), time.perf_counter() - start
+        return lowered.compile(), f"compiled in {time.perf_counter() - start:.0f} s"
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -102,7 +102,7 @@ def read(compiled, traced, device_mesh) -> hlo.Costs:
 
     Raises:
       Unreadable: jax cannot write the text.
-      ValueError: it has a kernel whose cost is unknown.
+      hlo.UnknownCost: it has a kernel whose cost is unknown.
     """
     try:
         text = compiled.as_text()
@@ -118,9 +118,9 @@ def read(compiled, traced, device_mesh) -> hlo.Costs:
 
 def needed_by_step(config, device_mesh) -> float:
     """Operations that a training step cannot do without, on all chips together."""
+    run = train.make_run(config, device_mesh)
+    batch = train.abstract_batch(config, device_mesh, config.data.batch_size)
     with jax.set_mesh(device_mesh):
-        run = train.make_run(config, device_mesh)
-        batch = train.abstract_batch(config, device_mesh, config.data.batch_size)
         return needed_flops(run.model, config.train.patch, run.abstract_state.params, batch)
 
 
@@ -131,8 +131,7 @@ def memory_rows(memory, kept: int) -> dict[str, int]:
     """Bytes by what they are for, from XLA's buffer assignment.
 
     Args:
-      kept: what a program before it was given, and its successor will be: the state of the run, most of which an evaluation has
-        no use for.
+      kept: arguments of the step, which stay where they are while an evaluation runs on a few of them; 0 for the step itself.
     """
     return {
         "arguments": memory.argument_size_in_bytes,
@@ -143,12 +142,12 @@ def memory_rows(memory, kept: int) -> dict[str, int]:
     }
 
 
-def print_memory(name: str, rows: dict[str, int], chip: chips.Chip | None, seconds: float) -> bool:
+def print_memory(name: str, rows: dict[str, int], chip: chips.Chip | None, note: str) -> bool:
     """Of one chip. Returns whether it fits."""
     total = sum(rows.values())
     fits = chip is None or total <= chip.memory
     of_chip = f", {total / chip.memory:.0%} of {chip.memory / 1e9:.1f}" if chip else ""
-    print(f"{name}: {total / 1e9:.2f} GB in all{of_chip}{'' if fits else ': does not fit'}; compiled in {seconds:.0f} s\n")  # fmt: skip
+    print(f"{name}: {total / 1e9:.2f} GB in all{of_chip}{'' if fits else ': does not fit'}; {note}\n")  # fmt: skip
     print(f"  {'memory':26s} {'GB':>10s}")
     for row, size in rows.items():
         print(f"    {row:24s} {size / 1e9:10.2f}")

@@ -47,6 +47,10 @@ _FREE_CALLS = ("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", 
 _KERNELS = re.compile(r"tpu_custom_call|__gpu\$xla\.gpu\.triton|triton_kernel_call|mosaic_gpu.*")
 
 
+class UnknownCost(Exception):
+    """A kernel that would count as nothing."""
+
+
 class Lookup(NamedTuple):
     """A kind of window that gathers read, or scatters write, at places that only the indices tell."""
 
@@ -65,7 +69,7 @@ class Traffic:
     count: float = 0.0
     payload: float = 0.0  # bytes of the results (of the operands of a reduce-scatter)
     sent: float = 0.0  # bytes that leave the device in a ring: 2 (n - 1) / n of the payload for an all-reduce of n, ...
-    exposed_count: float = 0.0  # of those that no product runs beside, see `Counter`
+    exposed_count: float = 0.0  # of those that no product runs beside, see `Program`
     exposed_sent: float = 0.0
 
 
@@ -139,14 +143,14 @@ def count(
       hosts: of each device of the program, the host that it is in; empty: all are in one.
 
     Raises:
-      ValueError: a kernel has no cost estimate, and no products that are known.
+      UnknownCost: a kernel has no cost estimate, and no products that are known.
     """
     entry, computations = parse(text)
-    return Counter(computations, kernels or {}, hosts).computation(entry)
+    return Program(computations, kernels or {}, hosts).computation(entry)
 
 
-class Counter:
-    """Counts computations, each once.
+class Program:
+    """The computations of a program, each counted once.
 
     A collective is hidden where a matrix product runs between its start and what first takes its result, in the order of the
     schedule, however short that is; it is exposed where it is synchronous, or where only other work or none runs beside it.
@@ -223,7 +227,7 @@ class Counter:
             total.noted_flops += float(noted[1])
         else:
             traced = re.search(r'op_name="([^"]*)"', i.attributes)
-            raise ValueError(
+            raise UnknownCost(
                 f"{target(i)} of the kernel {i.name} ({traced[1] if traced else 'nameless'}): it has neither a cost estimate "
                 "nor matrix products, and would count as nothing: give pallas_call its cost_estimate"
             )
