@@ -434,6 +434,9 @@ def test_a_kernel_counts_as_traced_or_as_it_says_and_is_refused_otherwise(target
     shapes = ((1024, 64), (64, 64), (1024, 64))
     noted = '{"custom_call_config":{"body":"...","cost_estimate":{"flops":"1000","bytes_accessed":"64"}}}'
     assert count(noted, {}).flops == 1000
+    once = (2 * 1024 * 64 + 64 * 64) * 2
+    assert count(noted, {}).memory_bytes == once  # it says less than its arrays have
+    assert count(noted.replace('"64"', f'"{3 * once}"'), {}).memory_bytes == 3 * once
     # Not both: what was traced is what runs.
     assert count(noted, {shapes: {(128, 64, 64): 8}}).flops == 2 * 1024 * 64 * 64
     assert count(config, {shapes: {(128, 64, 64): 8}}).products == {(128, 64, 64): 8}

@@ -13,7 +13,8 @@ Printed: memory of a chip; its collectives with their payload and the bytes that
 beside; cuDNN's calls and the scatters that add; its matrix products, beside its share of those as they were traced; and the shortest
 time that its arithmetic, its memory and its links each allow. Counts are read from the compiled program, loops included
 (tools/hlo.py); products are priced by the tiles that they fill, and lookups, which a chip does beside nothing else, by what their
-compiler or a measurement says of them (tools/chips.py). The inputs of a Pallas kernel are taken to be read once.
+compiler or a measurement says of them (tools/chips.py). The inputs of a Pallas kernel are taken to be read once, unless its
+cost estimate says more; what it looks up or adds within is not known.
 Nothing is measured. Exit code 1: it does not fit. JAX takes 75 % of a GPU's memory, unless XLA_PYTHON_CLIENT_MEM_FRACTION says more.
 """
 

@@ -24,6 +24,7 @@ from hlo_text import (
     dimensions,
     dtype,
     elements,
+    group,
     memory_bytes,
     numbers,
     parameter_number,
@@ -198,7 +199,7 @@ class Program:
                 total.add(self.computation(inner))
         else:
             total.add(self._work(i, body))
-            total.memory_bytes += _plain_bytes(i, body)
+            total.memory_bytes += max(_plain_bytes(i, body), _noted(i, "bytes_accessed"))
         return total
 
     def _work(self, i: Instruction, body: Body) -> Costs:
@@ -223,8 +224,8 @@ class Program:
         shapes = (*inputs, *(dimensions(x) for x in arrays(i.shape)))
         if products := self.kernels.get(shapes):
             total.products.update(products)
-        elif noted := re.search(r'"cost_estimate":\{"flops":"?(\d+)', i.attributes):
-            total.noted_flops += float(noted[1])
+        elif '"cost_estimate"' in i.attributes:
+            total.noted_flops += _noted(i, "flops")
         else:
             traced = re.search(r'op_name="([^"]*)"', i.attributes)
             raise UnknownCost(
@@ -389,6 +390,12 @@ def _window(attributes: str) -> list[tuple[int, int, int, int]]:
     return list(zip(*columns, strict=True))
 
 
+def _noted(i: Instruction, what: str) -> float:
+    """What a kernel's cost estimate says, 0 without one."""
+    match = re.search(rf'"cost_estimate":\{{[^}}]*"{what}":"?(\d+)', i.attributes)
+    return float(match[1]) if match else 0.0
+
+
 def _cudnn_kind(name: str) -> str:
     direction = "backward" if "Backward" in name else "forward"
     return f"cuDNN {'attention' if 'fmha' in name else 'convolution'} {direction}"
@@ -406,27 +413,6 @@ def _is_sliced(i: Instruction, body: Body) -> bool:
         x.opcode == "dynamic-slice" and any(y.opcode == "partition-id" for y in body.values())
         for x in users
     )
-
-
-def group(attributes: str) -> list[int]:
-    """Devices that take part in the first group of a collective, from any of the three ways that HLO writes them."""
-    if meshed := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", attributes):
-        sizes = {name: int(size) for name, size in re.findall(r"'?(\w+)'?=(\d+)", meshed[1])}
-        taking_part = re.findall(r"\w+", meshed[2])
-        devices = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
-        return devices[tuple(slice(None) if x in taking_part else 0 for x in sizes)].flatten().tolist()  # fmt: skip
-    if iota := re.search(
-        r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes
-    ):
-        sizes = [int(x) for x in iota[3].split(",")]
-        order = [int(x) for x in iota[4].split(",")] if iota[4] else range(len(sizes))
-        devices = np.arange(math.prod(sizes)).reshape(sizes).transpose(order)
-        return devices.reshape(int(iota[1]), int(iota[2]))[0].tolist()
-    if listed := re.search(
-        r"(?:replica_groups|source_target_pairs)=\{\{([\d,]*)\}", attributes
-    ):  # pairs, of a collective-permute
-        return [int(x) for x in listed[1].split(",") if x]
-    return []
 
 
 # -- memory

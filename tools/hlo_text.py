@@ -4,6 +4,8 @@ import dataclasses
 import math
 import re
 
+import numpy as np
+
 _BITS = {"pred": 8, "token": 0, "opaque": 0, "tuple": 0, "c64": 64, "c128": 128}
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
@@ -111,6 +113,27 @@ def target(i: Instruction) -> str:
 def parameter_number(i: Instruction) -> int:
     """Which parameter of its computation it is; -1 for other instructions."""
     return int(re.match(r"\d+", i.attributes)[0]) if i.opcode == "parameter" else -1
+
+
+def group(attributes: str) -> list[int]:
+    """Devices that take part in the first group of a collective, from any of the three ways that HLO writes them."""
+    if meshed := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", attributes):
+        sizes = {name: int(size) for name, size in re.findall(r"'?(\w+)'?=(\d+)", meshed[1])}
+        taking_part = re.findall(r"\w+", meshed[2])
+        devices = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+        return devices[tuple(slice(None) if x in taking_part else 0 for x in sizes)].flatten().tolist()  # fmt: skip
+    if iota := re.search(
+        r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes
+    ):
+        sizes = [int(x) for x in iota[3].split(",")]
+        order = [int(x) for x in iota[4].split(",")] if iota[4] else range(len(sizes))
+        devices = np.arange(math.prod(sizes)).reshape(sizes).transpose(order)
+        return devices.reshape(int(iota[1]), int(iota[2]))[0].tolist()
+    if listed := re.search(
+        r"(?:replica_groups|source_target_pairs)=\{\{([\d,]*)\}", attributes
+    ):  # pairs, of a collective-permute
+        return [int(x) for x in listed[1].split(",") if x]
+    return []
 
 
 # -- shapes
