@@ -208,7 +208,7 @@ def training_step(config: str, *overrides: str) -> dict:
         ["--config", f"{CONFIGS}/{config}", *overrides, "--workdir", "unused"]
     )  # fmt: skip
     device_mesh = sharding.make_device_mesh(**config.sharding, devices=jax.devices()[:1])
-    row = bench_train.measure_step(config, device_mesh, noise_batch(config, device_mesh), 10)
+    row = bench_train.measure_step(config, device_mesh, noise_batch(config, device_mesh), 5)
     return result(
         row["seconds"],
         1e12 * row["tflop"],
