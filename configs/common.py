@@ -57,8 +57,11 @@ def base() -> ConfigDict:
         save_every=1000,
         keep=2,  # checkpoints; and besides them one every `keep_every` steps
         keep_every=config_dict.placeholder(int),
-        eval_every=1000,
-        eval_batches=2,
+        eval_every=1000,  # steps; each evaluation comes after a checkpoint
+        eval_scenes=32,  # of the held-out ones, from the first on
+        eval_batch_size=config_dict.placeholder(
+            int
+        ),  # scenes that are evaluated at a time; None: one on each device
         tensorboard=True,
         profile_steps=0,  # a trace of so many steps
     )
@@ -88,6 +91,6 @@ def shrink(config: ConfigDict) -> ConfigDict:
     config.sharding.update(data=-1, fsdp=1, tensor=1)
     config.losses.update(lpips=0.0, perceptual=0.0)
     config.train.update(
-        steps=4, patch=8, render_size=(), accumulate=1, init_from="", log_every=1, save_every=2, eval_every=4, eval_batches=1
+        steps=4, patch=8, render_size=(), accumulate=1, init_from="", log_every=1, save_every=2, eval_every=4, eval_scenes=8
     )  # fmt: skip
     return config

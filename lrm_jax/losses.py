@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import unflatten_dict
 
 from lrm_jax import lpips, perceptual
 from lrm_jax.types import InputError, Rendering
@@ -73,6 +74,16 @@ def load_networks(weights: Mapping[str, float], files: Mapping[str, str]) -> dic
     if unknown := sorted(set(files) - set(NETWORKS)):
         raise InputError(f"no network {', '.join(unknown)}: there are {', '.join(NETWORKS)}")
     return {name: NETWORKS[name].load(files[name]) for name in NETWORKS if weights.get(name)}
+
+
+def abstract_networks(weights: Mapping[str, float]) -> dict[str, dict]:
+    """The shapes of what `load_networks` returns: their files need not be there."""
+
+    def shapes(network):
+        structs = {k: jax.ShapeDtypeStruct(v, jnp.float32) for k, v in network.SHAPES.items()}
+        return unflatten_dict(structs, sep=".")
+
+    return {name: shapes(NETWORKS[name]) for name in NETWORKS if weights.get(name)}
 
 
 # -- the terms

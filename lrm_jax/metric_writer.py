@@ -97,7 +97,7 @@ class JsonLinesWriter(_Writer):
 
 
 class TensorBoardWriter(_Writer):
-    """Scalars, images [N H W C] or [H W C] in [0, 1], and texts as TensorBoard event files."""
+    """Scalars, images [N H W C] or [H W C], uint8 or in [0, 1], and texts as TensorBoard event files."""
 
     def __init__(self, folder: Path, first_step: int):
         self._writer = tensorboardX.SummaryWriter(
@@ -113,7 +113,9 @@ class TensorBoardWriter(_Writer):
 
     def write_images(self, step, images):
         for name, image in images.items():
-            image = np.clip(np.asarray(image, np.float32), 0, 1)
+            image = np.asarray(image)
+            if image.dtype != np.uint8:
+                image = np.clip(image.astype(np.float32), 0, 1)
             image = image.reshape(-1, *image.shape[-3:])
             self._writer.add_images(name, image, int(step), dataformats="NHWC")
 

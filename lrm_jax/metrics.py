@@ -14,6 +14,11 @@ SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2
 def psnr(rgb: Float[Array, "*B H W 3"], target: Float[Array, "*B H W 3"]) -> Float[Array, "*B"]:
     """Peak signal-to-noise ratio in dB, for values in [0, 1]; at most 100 dB, so that equal pictures stay finite."""
     error = jnp.square(rgb.astype(jnp.float32) - target.astype(jnp.float32)).mean((-3, -2, -1))
+    return decibels(error)
+
+
+def decibels(error: Float[Array, "*B"]) -> Float[Array, "*B"]:
+    """The PSNR in dB of a mean squared error, for values in [0, 1]; at most 100 dB."""
     return -10.0 * jnp.log10(jnp.maximum(error, 1e-10))
 
 

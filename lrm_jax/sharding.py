@@ -349,6 +349,33 @@ def global_batch(tree: Any, device_mesh: Mesh) -> Any:
     return jax.tree.map(one, tree)
 
 
+def local_rows(tree: Any, count: int) -> Any:
+    """The first `count` rows, as NumPy arrays, of what this process holds of arrays that are split along the leading axis."""
+
+    def one(x):
+        shards = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+        rows, missing = [], count
+        for _, part in sorted(shards.items(), key=lambda item: item[0]):
+            rows.append(np.asarray(part[:missing]))
+            missing -= len(rows[-1])
+            if missing == 0:
+                break
+        return np.concatenate(rows)
+
+    return jax.tree.map(one, tree)
+
+
+def by_device(tree: Any, device_mesh: Mesh) -> dict[jax.Device, Any]:
+    """What each device of the mesh, all of this process, holds of a tree of arrays: its rows, or its copy."""
+
+    def on(device):
+        return jax.tree.map(
+            lambda x: next(s.data for s in x.addressable_shards if s.device == device), tree
+        )
+
+    return {device: on(device) for device in device_mesh.devices.flat}
+
+
 def micro_batches(tree: Any, count: int) -> Any:
     """Cuts a batch [B ...] into `count` parts [count B/count ...] for `lax.scan`, each of them split over all devices.
 

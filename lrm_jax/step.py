@@ -45,8 +45,8 @@ def train_step(
       ema_decay: of the running mean of the parameters, reached after 10 / (1 - ema_decay) steps.
 
     Returns:
-      The new state, and scalars by name: the losses and PSNR as `train/...`; the gradient's norm before clipping, the updates
-      skipped so far, the learning rate.
+      The new state, and scalars by name: the losses and the PSNR of the mean error of all windows as `train/...`; the
+      gradient's norm before clipping, the updates skipped so far, the learning rate.
     """
 
     def total_loss(params, part: Batch, key):
@@ -66,7 +66,7 @@ def train_step(
         seen = blend(rendering, background)
         terms = losses.terms(seen, wanted, loss_weights, scene=scene, networks=networks)
         total = sum(loss_weights[name] * value for name, value in terms.items())
-        return total, {"loss": total, **terms, "psnr": metrics.psnr(seen.rgb, wanted.rgb).mean()}
+        return total, {"loss": total, **terms, "square_error": losses.mse(seen, wanted)}
 
     def gradient(part: Batch, key):
         return jax.grad(total_loss, has_aux=True)(state.params, sharding.constrain_batch(part), key)
@@ -82,6 +82,8 @@ def train_step(
     ema_params = jax.tree.map(
         lambda old, new: old + (1 - decay) * (new - old), state.ema_params, params
     )
+    # Of the mean error: a mean of the windows' dB would be of the empty ones, which are perfect at once.
+    scalars["psnr"] = metrics.decibels(scalars.pop("square_error"))
     scalars = {f"train/{name}": value for name, value in scalars.items()} | {
         "grad_norm": optim.grad_norm(opt_state),
         "skipped": optim.num_skipped(opt_state),
@@ -99,8 +101,8 @@ def eval_step(
     """The whole target views on white, without a key.
 
     Returns:
-      "psnr" in dB and, where the family renders alpha, "iou" of the foreground, [B V] each; the views [B V H W], their colour
-      on white.
+      "psnr" in dB and, where the family renders alpha, "iou" of the foreground, [B V] each, and "is_source", whether the view
+      is one of those that are given; the views [B V H W], their colour on white.
     """
     batch = sharding.constrain_batch(batch)
     target = premultiplied(batch.target)
@@ -110,10 +112,20 @@ def eval_step(
     )
     white = jnp.ones((1, 1, 1, 1, 3))
     seen = blend(rendering, white)
-    scores = {"psnr": metrics.psnr(seen.rgb, blend(target, white).rgb)}
+    scores = {
+        "psnr": metrics.psnr(seen.rgb, blend(target, white).rgb),
+        "is_source": is_source(batch),
+    }
     if rendering.alpha is not None:
         scores["iou"] = metrics.iou(rendering.alpha, target.alpha)
     return scores, rendering.replace(rgb=seen.rgb)
+
+
+def is_source(batch: Batch) -> jax.Array:
+    """Which target views [B V] are taken from the pose of a source, and so show nothing new."""
+    source_BN44, target_BV44 = batch.source.cameras.c2w, batch.target.cameras.c2w
+    difference = jnp.abs(target_BV44[:, :, None] - source_BN44[:, None]).max((-2, -1))
+    return (difference < 1e-5).any(-1)
 
 
 def init_state(

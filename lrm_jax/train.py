@@ -1,12 +1,14 @@
 """`lrm train`: a sharded, resumable run of any family from a config.
 
     lrm train --config configs/nano.py --workdir runs/nano [--config.train.steps=100]
+    lrm train --config configs/nano.py --dry_run    compiles the step and the evaluation, prints what memory a device needs, and ends
 
 Resumes where the workdir's last checkpoint ends, to the bit, also on another device mesh or number of processes. It leaves there
 
-    metrics.jsonl           one object a line: `step`, `train/loss`, every term; the same for TensorBoard
+    metrics.jsonl           one object a line: `step`, `train/loss`, every term; an evaluation's scores (`val/psnr`, of views that
+                            were not given, and `val/source_psnr`) are a line of their own; the same for TensorBoard
     checkpoints/            parameters, their running mean, optimiser, step, key and place in the data
-    grids/                  source, then target, render and depth of each view, of held-out scenes
+    grids/                  source, then target, render and depth of each view, of up to eight held-out scenes
     config.json, parameters.txt
     model.safetensors       at the end: the running mean of the parameters (before it: `lrm convert WORKDIR FILE`)
 
@@ -40,10 +42,20 @@ from lrm_jax.data import Source, pipeline
 from lrm_jax.data.samples import check_normalize
 from lrm_jax.models import build
 from lrm_jax.references import what_it_is
-from lrm_jax.report import png, write_file
+from lrm_jax.report import png, progress, write_file
 from lrm_jax.step import eval_step, init_state, needed_flops, train_step
-from lrm_jax.train_report import mean_of, picture_grid, profiler, progress_line, write_overview
-from lrm_jax.types import Batch, Cameras, InputError, Rendering, TrainState, Views
+from lrm_jax.train_report import (
+    GRID_SCENES,
+    evaluation_line,
+    grid_images,
+    image_grid,
+    mean_of,
+    memory_line,
+    profiler,
+    progress_line,
+    write_overview,
+)
+from lrm_jax.types import Batch, Cameras, InputError, TrainState, Views
 
 MAX_SKIPPED = 200  # updates in a row, after which it is not single batches that are at fault
 INTERRUPTED = 143  # exit code after SIGTERM, 128 + 15: saved, and the same command goes on
@@ -60,10 +72,12 @@ def main(argv: list[str]) -> int:
     if {"-h", "--help"} & set(argv):
         print(__doc__)
         return 0
-    config, workdir, processes = parse(argv)
+    config, workdir, processes, only_compile = parse(argv)
     sharding.start(**processes)
     device_mesh = sharding.make_device_mesh(**config.sharding)
     check_batch_size(config, device_mesh)
+    if only_compile:
+        return dry_run(config, device_mesh)
     networks = losses.load_networks(config.losses, config.networks)
     peak_rate = flops.peak_rate()  # before the loader's threads and the first program are at work
     data = open_data(*sharding.process_share(device_mesh), **config.data)
@@ -109,7 +123,7 @@ class Run(NamedTuple):
     model: nn.Module
     init: Callable[[Any], TrainState]  # from parameters, or from None: random ones
     step: Callable[[TrainState, Batch, dict], tuple[TrainState, dict]]  # donates the state
-    evaluate: Callable[[Any, Batch], tuple[dict, Rendering]]
+    evaluate: Callable[[Any, Batch], tuple[dict, dict]]  # scores, and the batch's images for a grid
     abstract_state: TrainState  # ShapeDtypeStructs with shardings
 
 
@@ -131,12 +145,14 @@ def make_run(config: ConfigDict, device_mesh: Mesh) -> Run:
         model=model,
         optimizer=optimizer,
         seed=train.seed,
-        source=abstract_batch(config, device_mesh).source,
+        source=abstract_batch(config, device_mesh, config.data.batch_size).source,
         patch=train.patch,
     )
     shapes = jax.eval_shape(init)
     shardings = sharding.infer(shapes, device_mesh)
-    replicated = NamedSharding(device_mesh, PartitionSpec())
+    replicated, split = (
+        NamedSharding(device_mesh, PartitionSpec(*axes)) for axes in ((), (sharding.BATCH_AXES,))
+    )
 
     def start(params) -> TrainState:
         if params is None:
@@ -170,25 +186,64 @@ def make_run(config: ConfigDict, device_mesh: Mesh) -> Run:
         accumulate=train.accumulate,
         ema_decay=train.ema_decay,
     )
-    evaluate = functools.partial(
-        eval_step, model=model, source_background=config.data.source_background
-    )
+
+    def evaluate(params, batch: Batch):
+        scores, rendering = eval_step(
+            params, batch, model=model, source_background=config.data.source_background
+        )
+        return scores, grid_images(batch, rendering)
+
     return Run(
         model=model,
         init=start,
         step=sharding.jit(step, donate_argnums=0, out_shardings=(shardings, replicated)),
-        evaluate=sharding.jit(evaluate, out_shardings=replicated),
+        # Renderings stay where they were made: those of a whole batch would not fit one device.
+        evaluate=sharding.jit(evaluate, out_shardings=(replicated, split)),
         abstract_state=checkpoints.abstract(shapes, shardings),
     )
 
 
-def abstract_batch(config: ConfigDict, device_mesh: Mesh) -> Batch:
-    """The global batch of the config's sizes as ShapeDtypeStructs, split over the device mesh."""
+def trace_programs(config: ConfigDict, device_mesh: Mesh) -> dict[str, jax.stages.Traced]:
+    """The "step" and the "evaluation" of a run, traced for a device mesh; nothing is allocated or compiled."""
+    check_batch_size(config, device_mesh)
+    run = make_run(config, device_mesh)
+    batch, held_out = (
+        abstract_batch(config, device_mesh, size)
+        for size in (config.data.batch_size, eval_batch_size(config.train, device_mesh))
+    )
+    with jax.set_mesh(device_mesh):
+        step = run.step.trace(run.abstract_state, batch, losses.abstract_networks(config.losses))
+        evaluation = run.evaluate.trace(run.abstract_state.ema_params, held_out)
+    return {"step": step, "evaluation": evaluation}
+
+
+def dry_run(config: ConfigDict, device_mesh: Mesh) -> int:
+    """Compiles both programs of a run and prints the memory that they need. Returns the exit code: 1 where one does not fit."""
+    limit = (device_mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
+    fits = True
+    for name, traced in trace_programs(config, device_mesh).items():
+        start = time.perf_counter()
+        try:
+            needed = traced.lower().compile().memory_analysis()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            print(f"{name}: does not fit: {str(error).splitlines()[0]}", flush=True)
+            fits = False
+            continue
+        line, total = memory_line(needed, limit)
+        fits &= limit is None or total <= limit
+        print(f"{name}: {line}, compiled in {time.perf_counter() - start:.0f} s", flush=True)
+    return 0 if fits else 1
+
+
+def abstract_batch(config: ConfigDict, device_mesh: Mesh, batch_size: int) -> Batch:
+    """A global batch of the config's images as ShapeDtypeStructs, split over the device mesh."""
     data = config.data
     split = NamedSharding(device_mesh, PartitionSpec(sharding.BATCH_AXES))
 
     def array(dtype, *shape):
-        return jax.ShapeDtypeStruct((data.batch_size, *shape), dtype, sharding=split)
+        return jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=split)
 
     def views(count, size):
         return Views(
@@ -209,7 +264,10 @@ class Data(NamedTuple):
     """What a run reads."""
 
     train: pipeline.Batches
-    val: Callable[[], pipeline.Batches]  # the validation batches, from the first on
+    val: Callable[
+        [int], pipeline.Batches
+    ]  # held-out scenes from the first on, in batches of a size
+    num_val: int  # how many there are
     finish: list[Callable[[Any], Batch]]  # by source: see `Source.finish`
 
 
@@ -252,14 +310,15 @@ def open_data(
     )  # fmt: skip
     return Data(
         train=train,
-        val=lambda: pipeline.open_batches(val, batch_size, prefetch=0, **share),
+        val=lambda size: pipeline.open_batches(val, size, prefetch=0, **share),
+        num_val=len(val.samples),
         finish=[jax.jit(source.finish) if source.finish else lambda batch: batch for source in sources],
     )  # fmt: skip
 
 
 def check_counts(train: ConfigDict) -> None:
     """Raises InputError for a number of steps, batches or pixels below 1."""
-    for name in ("steps", "patch", "accumulate", "log_every", "save_every", "keep", "eval_every", "eval_batches"):  # fmt: skip
+    for name in ("steps", "patch", "accumulate", "log_every", "save_every", "keep", "eval_every", "eval_scenes"):  # fmt: skip
         if train[name] < 1:
             raise InputError(f"train.{name}={train[name]}: must be at least 1")
 
@@ -327,6 +386,23 @@ def check_batch_size(config: ConfigDict, device_mesh: Mesh) -> None:
             f"data.batch_size={config.data.batch_size} does not divide by {shards} (sharding.data x sharding.fsdp devices x "
             "train.accumulate): make it a multiple, or set sharding.tensor"
         )
+    eval_batch_size(config.train, device_mesh)
+
+
+def eval_batch_size(train: ConfigDict, device_mesh: Mesh) -> int:
+    """How many scenes are evaluated at a time.
+
+    Raises:
+      InputError: they do not divide over the batch axes of the device mesh.
+    """
+    shards = sharding.num_batch_shards(device_mesh)
+    size = shards if train.eval_batch_size is None else train.eval_batch_size
+    if size < 1 or size % shards:
+        raise InputError(
+            f"train.eval_batch_size={size} does not divide by {shards} (sharding.data x sharding.fsdp devices): make it a "
+            "multiple, or None for one scene on each device"
+        )
+    return size
 
 
 # -- the loop
@@ -374,8 +450,9 @@ def fit(
             jax.block_until_ready(pending[-2:][0])
             last = step == train.steps or asked_to_stop(stop, step, train.log_every)
             evaluating = step % train.eval_every == 0 or step == train.steps
-            saving = step % train.save_every == 0 or last
-            if step % train.log_every == 0 or evaluating or saving:
+            # Before an evaluation, too: what that dies of must not come again.
+            saving = step % train.save_every == 0 or last or evaluating
+            if step % train.log_every == 0 or saving:
                 row = mean_of(pending)
                 stuck = stuck + len(pending) if row["skipped"] - skipped == len(pending) else 0
                 skipped = row["skipped"]
@@ -391,12 +468,6 @@ def fit(
                 row["data_wait"] = waited / seconds
                 bad, before_bad = sum(data.train.bad.values()), bad
                 row["bad_records"] = sharding.total(float(bad - before_bad))
-                if evaluating:
-                    scores, grid = evaluate(run, state.ema_params, data, device_mesh, train)
-                    row |= scores
-                    writer.write_images(step, {"val": grid[None] / 255})
-                    if jax.process_index() == 0:
-                        write_file(workdir / "grids" / f"{step:07d}.png", png(grid))
                 writer.write_scalars(step, row)
                 if jax.process_index() == 0:
                     line = progress_line(
@@ -406,6 +477,16 @@ def fit(
                 pending, waited = [], 0.0
                 if saving:
                     checkpoints.save(manager, step, state, data.train.get_state())
+                if evaluating:
+                    checkpoints.finish(manager)
+                    scores, grid = evaluate(run, state.ema_params, data, device_mesh, train)
+                    writer.write_scalars(step, scores)
+                    if jax.process_index() == 0:
+                        writer.write_images(step, {"val": grid})
+                        write_file(workdir / "grids" / f"{step:07d}.png", png(grid))
+                        print(
+                            evaluation_line(step, train.steps, scores), file=sys.stderr, flush=True
+                        )
                 clock = time.perf_counter()
             if last:
                 break
@@ -416,16 +497,35 @@ def fit(
 def evaluate(
     run: Run, params, data: Data, device_mesh: Mesh, train: ConfigDict
 ) -> tuple[dict[str, float], np.ndarray]:
-    """Mean scores over the first `train.eval_batches` batches of held-out scenes, and a picture of the first."""
-    values, grid = [], None
-    with contextlib.closing(data.val()) as batches:
-        for _, (_, elements) in zip(range(train.eval_batches), batches, strict=False):
-            batch = data.finish[0](sharding.global_batch(elements, device_mesh))
-            scores, rendering = run.evaluate(params, batch)
-            values.append(jax.device_get(scores))
-            if grid is None:
-                grid = picture_grid(*sharding.to_host((batch, rendering)))
-    return {f"val/{k}": float(np.mean([row[k] for row in values])) for k in values[0]}, grid
+    """Mean scores of the first `train.eval_scenes` held-out scenes, and a grid of the first few that this process has.
+
+    Returns:
+      "val/psnr" and, of families with alpha, "val/iou", of the views that were not given; "val/source_psnr" of those that were.
+    """
+    batch_size = eval_batch_size(train, device_mesh)
+    num_scenes, rows, shown = min(train.eval_scenes, data.num_val), [], []
+    missing = min(GRID_SCENES, num_scenes)
+
+    def evaluated(elements):
+        batch = data.finish[0](sharding.global_batch(elements, device_mesh))
+        return run.evaluate(params, batch)
+
+    with contextlib.closing(data.val(batch_size)) as batches:
+        for _ in progress(range(-(-num_scenes // batch_size)), label="evaluation"):
+            scores, of_batch = evaluated(next(batches)[1])
+            rows.append(jax.device_get(scores))
+            if missing > 0:
+                shown.append(sharding.local_rows(of_batch, missing))
+                missing -= len(shown[-1]["source"])
+            del of_batch  # before the next batch
+    # The last batch is filled up.
+    of_views = {k: np.concatenate([row[k] for row in rows])[:num_scenes] for k in rows[0]}
+    given = of_views.pop("is_source")
+    means = {f"val/{k}": v[~given].mean() for k, v in of_views.items() if not given.all()}
+    if given.any():
+        means["val/source_psnr"] = of_views["psnr"][given].mean()
+    grid = image_grid(jax.tree.map(lambda *parts: np.concatenate(parts), *shown))
+    return {name: float(value) for name, value in means.items()}, grid
 
 
 @contextlib.contextmanager
@@ -457,8 +557,17 @@ def asked_to_stop(stop: threading.Event, step: int, every: int) -> bool:
 # -- start
 
 
-def parse(argv: list[str]) -> tuple[ConfigDict, Path, dict]:
-    """The config with its overrides, the workdir, and the arguments of `sharding.start`.
+class Arguments(NamedTuple):
+    """What the command line says."""
+
+    config: ConfigDict
+    workdir: Path | None  # None: --dry_run without one
+    processes: dict  # arguments of `sharding.start`
+    dry_run: bool
+
+
+def parse(argv: list[str]) -> Arguments:
+    """The config with its overrides, and the other flags.
 
     Raises:
       InputError: an unknown flag or config key, or a value of the wrong type.
@@ -477,6 +586,7 @@ def parse(argv: list[str]) -> tuple[ConfigDict, Path, dict]:
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0", flag_values=values)
     flags.DEFINE_integer("num_processes", None, "how many there are", flag_values=values)
     flags.DEFINE_integer("process_id", None, "which one this is", flag_values=values)
+    flags.DEFINE_bool("dry_run", False, "compile, print the memory, end", flag_values=values)
     try:
         rest = values(argv)[1:]
     except Exception as error:  # a config is a program
@@ -490,14 +600,15 @@ def parse(argv: list[str]) -> tuple[ConfigDict, Path, dict]:
         elif not isinstance(error, (flags.Error, AttributeError, KeyError, TypeError, ValueError)):
             message = f"{type(error).__name__}: {message}"
         raise InputError(f"lrm train: {message}: check it against the config file") from None
-    if rest or values.config is None or values.workdir is None:
+    if rest or values.config is None or (values.workdir is None and not values.dry_run):
         raise InputError(
             "lrm train needs --config FILE --workdir FOLDER, and single keys as --config.train.steps=100"
         )
     processes = {
         name: values[name].value for name in ("coordinator", "num_processes", "process_id")
     }
-    return values.config, Path(values.workdir), processes
+    workdir = None if values.workdir is None else Path(values.workdir)
+    return Arguments(values.config, workdir, processes, values.dry_run)
 
 
 def claim(workdir: Path, config: ConfigDict) -> None:

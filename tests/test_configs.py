@@ -6,15 +6,16 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 
-from lrm_jax import sharding, train
+from lrm_jax import losses, sharding, train, train_report
 from lrm_jax.models import layers
 from lrm_jax.step import needed_flops
+from lrm_jax.types import Rendering
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
-from step_shapes import abstract_networks  # noqa: E402
 
 CONFIGS = ROOT / "configs"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem != "common")
@@ -46,10 +47,10 @@ def test_every_config_makes_a_training_step_whose_shapes_agree(case):
     device_mesh = sharding.make_device_mesh(**config.sharding)
     train.check_batch_size(config, device_mesh)
     run = train.make_run(config, device_mesh)
-    batch = train.abstract_batch(config, device_mesh)
+    batch = train.abstract_batch(config, device_mesh, config.data.batch_size)
     with jax.set_mesh(device_mesh):
         after, scalars = jax.eval_shape(
-            run.step, run.abstract_state, batch, abstract_networks(config.losses)
+            run.step, run.abstract_state, batch, losses.abstract_networks(config.losses)
         )
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
         lambda x: (x.shape, x.dtype), run.abstract_state
@@ -69,12 +70,36 @@ def test_the_pictures_of_a_config_are_those_of_its_model(case):
     assert config.data.batch_size % config.train.accumulate == 0
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if "tiny" not in case])
+def test_an_evaluation_needs_less_than_300_mb_on_a_host_of_eight_devices(case):
+    """The batch, what is fetched for the grid, and the grid: an array, Pillow's copy of it, its PNG."""
+    config = load(case)
+    device_mesh = sharding.make_device_mesh(data=-1)
+    batch = train.abstract_batch(
+        config, device_mesh, train.eval_batch_size(config.train, device_mesh)
+    )
+    target = batch.target.rgb
+    alpha = jax.ShapeDtypeStruct(target.shape[:-1], jnp.float32)
+    rgb = jax.ShapeDtypeStruct(target.shape, jnp.float32)
+    rendering = Rendering(rgb=rgb, alpha=alpha, depth=alpha)
+    images = jax.eval_shape(train_report.grid_images, batch, rendering)
+    assert images["target"].shape[0] == train_report.GRID_SCENES
+    assert max(images["render"].shape[2:4]) <= train_report.GRID_SIDE
+
+    def size(tree):
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+    B, V, H, W, _ = images["target"].shape
+    grid = B * H * (1 + 3 * V) * W * 3
+    assert size(batch) + size(images) + 3 * grid < 300e6
+
+
 def test_the_paper_size_lrm_costs_what_its_sizes_say():
     """The transformer's products, by hand: 16 layers of 3072 tokens of width 1024, looking at 1025 tokens of width 768."""
     config = load("lrm:")
     device_mesh = sharding.make_device_mesh(**config.sharding)
     run = train.make_run(config, device_mesh)
-    batch = train.abstract_batch(config, device_mesh)
+    batch = train.abstract_batch(config, device_mesh, config.data.batch_size)
     with jax.set_mesh(device_mesh):
         needed = needed_flops(run.model, config.train.patch, run.abstract_state.params, batch)
     with jax.sharding.use_abstract_mesh(
@@ -105,8 +130,8 @@ def test_no_gradient_of_a_16_bit_step_on_a_gpu_is_scattered_in_16_bits(case, mon
     device_mesh = sharding.make_device_mesh(data=-1)
     with jax.set_mesh(device_mesh):
         run = train.make_run(config, device_mesh)
-        batch = train.abstract_batch(config, device_mesh)
-        traced = run.step.trace(run.abstract_state, batch, abstract_networks(config.losses))
+        batch = train.abstract_batch(config, device_mesh, config.data.batch_size)
+        traced = run.step.trace(run.abstract_state, batch, losses.abstract_networks(config.losses))
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     scattered = re.findall(r'"stablehlo.scatter".*\n *\^bb0\(%\w+: tensor<(\w+)>', text)
     assert len(scattered) == text.count('"stablehlo.scatter"')

@@ -68,6 +68,8 @@ def test_tensorboard_files_hold_scalars_images_and_texts(tmp_path):
     writer = metric_writer.open_writer(tmp_path, 0, tensorboard=True)
     writer.write_scalars(7, {"train/loss": jnp.float32(0.25)})
     writer.write_images(7, {"one": jnp.asarray(images[0]), "both": images})
+    eight_bits = rng.integers(0, 256, (8, 6, 3), np.uint8)
+    writer.write_images(7, {"bytes": eight_bits})
     writer.write_texts(7, {"parameters": "a table"})
     writer.close()
     found = values(tmp_path)
@@ -76,6 +78,8 @@ def test_tensorboard_files_hold_scalars_images_and_texts(tmp_path):
     np.testing.assert_allclose(picture / 255, np.clip(images[0], 0, 1), atol=1 / 255)  # 8 bits
     both = Image.open(io.BytesIO(found[7, "both"].image.encoded_image_string))
     assert both.size[0] * both.size[1] == 2 * 8 * 6  # side by side
+    as_written = Image.open(io.BytesIO(found[7, "bytes"].image.encoded_image_string))
+    np.testing.assert_array_equal(np.asarray(as_written), eight_bits)
     assert b"a table" in found[7, "parameters/text_summary"].tensor.string_val[0]
 
 

@@ -244,3 +244,14 @@ def test_attention_stays_split_over_scenes_where_queries_come_from_split_paramet
         queries = jax.ShapeDtypeStruct((L, N * K), jnp.float32, sharding=NamedSharding(device_mesh, P(None, "fsdp")))  # fmt: skip
         compiled = jax.jit(attend).lower(queries).compile()
     assert compiled.output_shardings.shard_shape((B, L, N, K)) == (1, L, N, K)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 1, 8)])
+def test_local_rows_are_the_first_of_what_is_here_each_once(sizes):
+    device_mesh = sharding.make_device_mesh(*sizes)
+    x = np.arange(48).reshape(16, 3)
+    split = {"x": sharding.global_batch(x, device_mesh)}
+    for count in (1, 3, 16):
+        rows = sharding.local_rows(split, count)["x"]
+        assert isinstance(rows, np.ndarray)
+        np.testing.assert_array_equal(rows, x[:count])

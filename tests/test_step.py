@@ -225,3 +225,19 @@ def test_all_pictures_of_a_scene_change_colour_alike_and_every_other_scene_stays
     assert 20 < kept < 44
     for x, y in ((scenes.source, changed.source), (scenes.target, changed.target)):
         np.testing.assert_array_equal(x.alpha, y.alpha)
+
+
+def test_train_psnr_is_that_of_the_mean_error_and_not_of_empty_windows():
+    """Half of the windows show nothing but the background, which a model without density renders perfectly."""
+    scenes = batch(0, 4, 2, 32, 16)
+    alpha = np.asarray(scenes.target.alpha) * np.array([1, 0])[None, :, None, None]
+    scenes = scenes.replace(target=scenes.target.replace(alpha=alpha))
+    psnr = {}
+    for accumulate in (1, 2):
+        init, update = functions(scenes.source, accumulate=accumulate, patch=16)
+        _, scalars = jax.jit(update)(jax.jit(init)(), scenes, {})
+        psnr[accumulate] = scalars["train/psnr"]
+        np.testing.assert_allclose(
+            psnr[accumulate], -10 * np.log10(scalars["train/mse"]), rtol=1e-5
+        )
+    assert psnr[1] < 30

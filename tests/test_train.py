@@ -2,15 +2,19 @@ import json
 import os
 import signal
 import sys
+import tracemalloc
+from pathlib import Path
 
 import balls
 import jax
 import numpy as np
 import pytest
 
-from lrm_jax import convert, train
+from lrm_jax import convert, sharding, train
+from lrm_jax.data import pipeline
 from lrm_jax.types import InputError
 
+ROOT = Path(__file__).parents[1]
 TINY = [
     "--config",
     "configs/nano.py:tiny",
@@ -58,11 +62,12 @@ def test_terminated_and_resumed_equals_uninterrupted_to_the_bit(
     assert train.main([*TINY, "--workdir", str(tmp_path / "resumed")]) == 0
 
     straight, resumed = rows(tmp_path / "straight"), rows(tmp_path / "resumed")
-    assert [row["step"] for row in resumed] == [1, 2, 3, 4]
-    for a, b in zip(straight, resumed, strict=True):
+    assert [row["step"] for row in resumed] == [1, 2, 3, 4, 4]
+    for a, b in zip(straight[:-1], resumed[:-1], strict=True):
         assert set(TIMES) <= set(a)
         assert a | dict.fromkeys(TIMES) == b | dict.fromkeys(TIMES)
-    assert "val/psnr" in straight[-1] and "val/iou" in straight[-1]
+    assert straight[-1] == resumed[-1]
+    assert set(straight[-1]) == {"step", "val/psnr", "val/iou", "val/source_psnr"}
     models = [
         convert.load_model(tmp_path / name / "model.safetensors")[1]
         for name in ("straight", "resumed")
@@ -103,7 +108,9 @@ def test_terminated_and_resumed_equals_uninterrupted_to_the_bit(
         (["--config.train.render_size=(4,16)"], "train.patch=8 <= low <= high"),
         (["--config.train.render_size=(8,)"], "must be .low, high."),
         (["--config.train.accumulate=0"], "train.accumulate=0: must be at least 1"),
-        (["--config.train.eval_batches=0"], "train.eval_batches=0: must be at least 1"),
+        (["--config.train.eval_scenes=0"], "train.eval_scenes=0: must be at least 1"),
+        (["--config.train.eval_batch_size=12"], "eval_batch_size=12 does not divide by 8"),
+        (["--dry_run", "--config.data.batch_size=6"], "data.batch_size=6 does not divide by 8"),
         (["--config.data.mix=(3,)"], "must be .., or two numbers"),
         (["--config.data.name=scenes"], "does not fit data.name=scenes .*unexpected keyword"),
         (["--config.train.accumulate=3"], "does not divide by 24"),
@@ -170,7 +177,8 @@ def test_one_skipped_update_after_a_resume_does_not_stop_the_run(balls_source, p
     assert train.main([*arguments, "--config.train.steps=3"]) == 0
     poisoned.append(True)
     assert train.main(arguments) == 0
-    assert rows(tmp_path / "run")[-1]["step"] == 4 and rows(tmp_path / "run")[-1]["skipped"] == 1
+    last = rows(tmp_path / "run")[-2]  # after it comes the evaluation's
+    assert last["step"] == 4 and last["skipped"] == 1
 
 
 def test_a_folder_of_something_else_is_not_taken_for_a_run(tmp_path):
@@ -212,3 +220,89 @@ def test_a_run_starts_from_given_weights(balls_source, tmp_path):
         np.testing.assert_allclose(a, b, atol=1e-6)
     with pytest.raises(InputError, match="parameters are not those of config.model, the first"):
         train.main([*again, "--workdir", str(tmp_path / "third"), *NANO])
+
+
+def test_what_an_evaluation_dies_of_does_not_come_again(balls_source, tmp_path, monkeypatch):
+    """The checkpoint is there before it, also where the step is no multiple of save_every."""
+    arguments = [*TINY, "--config.train.save_every=100", "--workdir", str(tmp_path / "run")]
+
+    def fail(*_):
+        raise RuntimeError("RESOURCE_EXHAUSTED: too large")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "evaluate", fail)
+        with pytest.raises(RuntimeError, match="too large"):
+            train.main([*arguments, "--config.train.eval_every=2"])
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["2"]
+    assert train.main(arguments) == 0
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3, 4, 4]
+    assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+@pytest.fixture(scope="module")
+def tiny_run():
+    config = train.parse([*TINY, "--dry_run", "--config.train.eval_scenes=100"]).config
+    config.data.target_size = 64
+    device_mesh = sharding.make_device_mesh(**config.sharding)
+    run = train.make_run(config, device_mesh)
+    with jax.set_mesh(device_mesh):
+        yield run, device_mesh, config, run.init(None).params
+
+
+def evaluated(tiny_run, num_val, batch_size=None):
+    """Scores and grid of so many scenes, and the largest number of bytes that NumPy and Python held meanwhile."""
+    run, device_mesh, config, params = tiny_run
+    config.train.eval_batch_size = batch_size
+    source = balls.make(
+        split="val", seed=0, num_target=2, source_size=32, target_size=config.data.target_size
+    )
+    data = train.Data(
+        train=None,
+        val=lambda size: pipeline.open_batches(source, size, prefetch=0),
+        num_val=num_val,
+        finish=[lambda batch: batch],
+    )
+    tracemalloc.start()
+    scores, grid = train.evaluate(run, params, data, device_mesh, config.train)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return scores, grid, peak
+
+
+def test_an_evaluation_is_of_new_views_and_of_each_scene_once(tiny_run):
+    run, device_mesh, _, params = tiny_run
+    scores, grid, _ = evaluated(tiny_run, 11)
+    positions = balls.batch(0, 16, 2, 32, 64, seed=1)
+    of_views, images = run.evaluate(params, sharding.global_batch(positions, device_mesh))
+    psnr, iou = np.asarray(of_views["psnr"])[:11], np.asarray(of_views["iou"])[:11]
+    # The first target view is the source's.
+    np.testing.assert_array_equal(of_views["is_source"], [[True, False]] * 16)
+    np.testing.assert_allclose(scores["val/psnr"], psnr[:, 1].mean(), rtol=1e-5)
+    np.testing.assert_allclose(scores["val/source_psnr"], psnr[:, 0].mean(), rtol=1e-5)
+    np.testing.assert_allclose(scores["val/iou"], iou[:, 1].mean(), rtol=1e-5)
+    # One batch or two: the same scenes, drawn by products of other shapes.
+    one_batch = evaluated(tiny_run, 11, 16)[1]
+    np.testing.assert_allclose(grid.astype(int), one_batch.astype(int), atol=1)
+    assert grid.shape == (8 * 64, (1 + 2 * 3) * 64, 3) and grid.dtype == np.uint8
+    # Of the renderings each device keeps its own scenes'.
+    for image in images.values():
+        assert image.addressable_shards[0].data.shape[0] == 2
+
+
+def test_what_an_evaluation_holds_on_the_host_does_not_grow_with_the_scenes(tiny_run):
+    few, many = (evaluated(tiny_run, count, 8)[2] for count in (16, 64))
+    assert many < 1.1 * few
+
+
+def test_a_dry_run_prints_the_memory_of_both_programs_and_leaves_nothing(
+    balls_source, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    config = [TINY[0], str(ROOT / TINY[1]), *TINY[2:]]
+    monkeypatch.setattr(train, "open_data", None)
+    assert train.main([*config, "--dry_run"]) == 0
+    step, evaluation = capsys.readouterr().out.splitlines()
+    assert step.startswith("step: ") and evaluation.startswith("evaluation: ")
+    for line in (step, evaluation):
+        assert float(line.split()[1]) > 0 and "GB on each device" in line
+    assert list(tmp_path.iterdir()) == []

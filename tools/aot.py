@@ -25,9 +25,8 @@ from jax.experimental import topologies
 
 sys.path.insert(0, str(Path(__file__).parent))
 import hlo  # noqa: E402
-from step_shapes import abstract_networks  # noqa: E402
 
-from lrm_jax import flops, sharding, train  # noqa: E402
+from lrm_jax import flops, losses, sharding, train  # noqa: E402
 from lrm_jax.step import needed_flops  # noqa: E402
 from lrm_jax.types import InputError  # noqa: E402
 
@@ -142,8 +141,8 @@ def trace(config, devices: list):
     train.check_batch_size(config, device_mesh)
     with jax.set_mesh(device_mesh):
         run = train.make_run(config, device_mesh)
-        batch = train.abstract_batch(config, device_mesh)
-        traced = run.step.trace(run.abstract_state, batch, abstract_networks(config.losses))
+        batch = train.abstract_batch(config, device_mesh, config.data.batch_size)
+        traced = run.step.trace(run.abstract_state, batch, losses.abstract_networks(config.losses))
     return traced, needed_flops(run.model, config.train.patch, run.abstract_state.params, batch)
 
 

@@ -25,14 +25,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lrm_jax import flops, sharding, train
+from lrm_jax import flops, losses, sharding, train
 from lrm_jax.data import pipeline
 from lrm_jax.step import needed_flops
 from lrm_jax.types import InputError
 
 sys.path.insert(0, str(Path(__file__).parent))
 import measure  # noqa: E402
-from step_shapes import abstract_networks  # noqa: E402
 
 
 def main(argv: list[str]) -> int:
@@ -73,7 +72,9 @@ def measure_step(config, device_mesh, batch, num_steps: int) -> dict[str, float]
     with jax.set_mesh(device_mesh):
         run = train.make_run(config, device_mesh)
         networks = jax.device_put(
-            jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract_networks(config.losses)),
+            jax.tree.map(
+                lambda x: jnp.zeros(x.shape, x.dtype), losses.abstract_networks(config.losses)
+            ),
             NamedSharding(device_mesh, PartitionSpec()),
         )
         work = flops.count(run.step, run.abstract_state, batch, networks)
