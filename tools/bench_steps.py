@@ -234,7 +234,7 @@ def noise_batch(config, device_mesh) -> Batch:
             ),
         )
 
-    shapes = train.abstract_batch(config, device_mesh)
+    shapes = train.abstract_batch(config, device_mesh, config.data.batch_size)
     batch = Batch(source=views(shapes.source), target=views(shapes.target))
     return sharding.global_batch(batch, device_mesh)
 
