@@ -23,7 +23,7 @@ from lrm_jax.types import Cameras, InputError, Views
 
 # Families whose world is that of the source camera; the others' is upright, with the source at azimuth 0.
 SEEN_BY_SOURCE = ("lrm",)
-BATCH = 4  # objects that go through the model together
+BATCH = 4  # objects that go through the model together, or as many more as there are devices
 
 # The protocol's words for `samples.Recipe.normalize`, and for --scale.
 WORLDS = {
@@ -198,12 +198,14 @@ def score(
 ) -> tuple[dict[str, Result], dict[str, str]]:
     """Results and causes of absence by uid, see `evaluate`."""
     results, skipped, jobs = {}, {}, {}
-    # The device is fed from this thread; surfaces are aligned beside it.
-    with ThreadPoolExecutor() as pool:
+    batch_size = -(-BATCH // programs.num_devices) * programs.num_devices
+    # Each device has a thread that looks for surfaces; they are aligned beside it.
+    with ThreadPoolExecutor(programs.num_devices) as devices, ThreadPoolExecutor() as pool:
         items = given(folders, skipped, give, args)
-        while group := list(itertools.islice(items, BATCH)):
-            scene, found = predict(programs, mean, group)
-            for i, (x, result) in enumerate(zip(group, found, strict=True)):
+        while group := list(itertools.islice(items, batch_size)):
+            scenes, found = predict(programs, mean, group, batch_size)
+            known = []  # whose surface is compared
+            for x, scene, result in zip(group, scenes, found, strict=False):
                 uid = x.item.uid
                 if result is None:
                     skipped[uid] = "what the model renders of it is not finite"
@@ -214,11 +216,12 @@ def score(
                 if x.item.points is None:
                     skipped[uid] = f"no surface metrics: {x.item.no_points}"
                     continue
-                one = jax.tree.map(lambda x, i=i: x[i : i + 1], scene)
-                points, empty = surface_points(model, programs, one, x, args.resolution)
+                known.append((x, scene))
+            find = functools.partial(surface_points, model, programs, args.resolution)
+            for (x, _), (points, empty) in zip(known, devices.map(find, known), strict=True):
                 if empty:
-                    skipped[uid] = f"no Chamfer distance, F-scores of 0: {empty}"
-                jobs[uid] = pool.submit(score_surface, points, x.item, mean)
+                    skipped[x.item.uid] = f"no Chamfer distance, F-scores of 0: {empty}"
+                jobs[x.item.uid] = pool.submit(score_surface, points, x.item, mean)
         for uid, job in report.progress(jobs.items(), len(jobs), "surfaces"):
             try:
                 scores, results[uid].unaligned, guesses = job.result()
@@ -314,13 +317,15 @@ def give_posed(posed: PosedViews, item: HeldOut) -> Given:
     return Given(item, views, targets, world)
 
 
-def predict(programs: Programs, mean, group: list[Given]) -> tuple[Any, list[Result | None]]:
-    """Their scenes, and what their pictures score; None where these are not finite."""
+def predict(
+    programs: Programs, mean, group: list[Given], batch_size: int
+) -> tuple[list, list[Result | None]]:
+    """The scene [1 ...] of each, and what their pictures score; None where these are not finite."""
     # Filled up, so that a last group of fewer objects is not compiled anew.
-    full = group + group[-1:] * (BATCH - len(group))
+    full = group + group[-1:] * (batch_size - len(group))
     source = jax.tree.map(lambda *x: np.concatenate(x), *(x.source for x in full))
     cameras = jax.tree.map(lambda *x: np.stack(x), *(x.targets for x in full))
-    scene, rgb, alpha = programs.predict(source, cameras)
+    scenes, rgb, alpha = programs.predict(source, cameras)
     target = mean_object.premultiplied(np.stack([x.item.targets for x in full]))
     target_rgb, target_alpha = on_white(target), target[..., 3]
     scores = programs.compare(rgb, alpha, target_rgb, target_alpha)
@@ -343,13 +348,14 @@ def predict(programs: Programs, mean, group: list[Given]) -> tuple[Any, list[Res
         }
         strip = evaluation_page.strip(x.item.source, target_rgb[i], rgb[i])
         results.append(Result(mine, theirs, strip))
-    return scene, results
+    return scenes, results
 
 
 def surface_points(
-    model, programs: Programs, scene, x: Given, resolution: int
+    model, programs: Programs, resolution: int, given_and_scene: tuple[Given, Any]
 ) -> tuple[np.ndarray | None, str]:
-    """Points [NUM_POINTS 3] on the surface of one scene [1 ...], in the world of the data; None, and why, where it has none."""
+    """Points [NUM_POINTS 3] on the surface of a scene [1 ...], in the world of the data; None, and why, where it has none."""
+    x, scene = given_and_scene
     field = functools.partial(programs.field, scene)
     rng = np.random.default_rng(0)
     try:

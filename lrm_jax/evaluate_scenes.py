@@ -1,6 +1,7 @@
 """The evaluation of scenes, on the views that pixelSplat's index names. The command is in `evaluate.py`."""
 
 import argparse
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -26,11 +27,12 @@ def evaluate(
     programs = compiled(model, params, network, args.size)
     results, skipped = {}, dict.fromkeys(views.absent, f"absent from {args.data}")
     with stages("evaluate", f" {len(views)} scenes of {args.data} (compiled first)"):
-        for i in report.progress(range(len(views)), len(views), "scenes"):
-            try:
-                results[views.names[i]] = score(programs, views[i][1])
-            except InputError as error:
-                skipped[views.names[i]] = str(error)
+        for names, batches in groups(views, programs.num_devices, skipped):
+            for name, result in zip(names, score(programs, batches), strict=True):
+                if result is None:
+                    skipped[name] = "what the model renders of it is not finite"
+                else:
+                    results[name] = result
     source = "the views that the index calls context"
     words = {
         "source": source,
@@ -42,24 +44,56 @@ def evaluate(
     return results, skipped, words
 
 
-def score(programs: Programs, batch: Batch) -> Result:
-    """One scene [V], all its targets at once.
+def groups(
+    views: scenes.EvaluationViews, size: int, skipped: dict[str, str]
+) -> Iterator[tuple[list[str], list[Batch]]]:
+    """The scenes that can be read, up to `size` in a row that have as many views; notes the others."""
+    names, batches = [], []
+    for i in report.progress(range(len(views)), len(views), "scenes"):
+        try:
+            name, batch = views[i]
+        except InputError as error:
+            skipped[views.names[i]] = str(error)
+            continue
+        if len(names) == size or (names and num_views(batch) != num_views(batches[0])):
+            yield names, batches
+            names, batches = [], []
+        names.append(name)
+        batches.append(batch)
+    if names:
+        yield names, batches
 
-    Raises:
-      InputError: what is rendered is not finite.
-    """
-    given, target = (x.rgb.astype(np.float32)[None] / 255 for x in (batch.source, batch.target))
-    cameras = jax.tree.map(lambda x: x[None], (batch.source.cameras, batch.target.cameras))
-    _, rgb, _ = programs.predict(Views(rgb=given, cameras=cameras[0]), cameras[1])
-    if not np.isfinite(rgb).all():
-        raise InputError("what the model renders of it is not finite")
-    places = [x.c2w[0, :, :3, 3] for x in cameras]
-    distance = np.linalg.norm(places[1][:, None] - places[0], axis=-1)
-    guess = given[:, distance.argmin(1)]
-    scores, guessed = jax.tree.map(
-        lambda x: float(x.mean()),
-        (programs.compare(rgb, None, target, None), programs.compare_guess(guess, None, target, None)),
+
+def num_views(batch: Batch) -> tuple[int, int]:
+    """Of the sources and of the targets of a scene [V]."""
+    return len(batch.source.rgb), len(batch.target.rgb)
+
+
+def score(programs: Programs, batches: list[Batch]) -> list[Result | None]:
+    """Scenes [V], one on each device, all their targets at once; None for one of which what is rendered is not finite."""
+    # Filled up, so that every device has one.
+    full = batches + batches[-1:] * (programs.num_devices - len(batches))
+    whole = jax.tree.map(lambda *x: np.stack(x), *full)
+    given, target = (x.rgb.astype(np.float32) / 255 for x in (whole.source, whole.target))
+    _, rgb, _ = programs.predict(
+        Views(rgb=given, cameras=whole.source.cameras), whole.target.cameras
+    )
+    places = [x.cameras.c2w[:, :, :3, 3] for x in (whole.source, whole.target)]
+    distance_BVN = np.linalg.norm(places[1][:, :, None] - places[0][:, None], axis=-1)
+    guess = given[np.arange(len(full))[:, None], distance_BVN.argmin(-1)]
+    scores, guessed, rgb = jax.tree.map(
+        np.asarray,
+        (programs.compare(rgb, None, target, None), programs.compare_guess(guess, None, target, None), rgb),
     )  # fmt: skip
-    opaque = np.pad(batch.source.rgb[0], ((0, 0), (0, 0), (0, 1)), constant_values=255)
-    strip = evaluation_page.strip(opaque, target[0], np.asarray(rgb[0]))
-    return Result(scores, {"nearest picture": guessed}, strip)
+    results = []
+    for i, batch in enumerate(batches):
+        if not np.isfinite(rgb[i]).all():
+            results.append(None)
+            continue
+        mine, theirs = (
+            {name: float(value[i].mean()) for name, value in x.items()} for x in (scores, guessed)
+        )
+        opaque = np.pad(batch.source.rgb[0], ((0, 0), (0, 0), (0, 1)), constant_values=255)
+        strip = evaluation_page.strip(opaque, target[i], rgb[i])
+        results.append(Result(mine, {"nearest picture": theirs}, strip))
+    return results

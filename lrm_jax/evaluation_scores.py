@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lrm_jax import lpips, mean_object, metrics, sharding, surface_metrics
 from lrm_jax.ops import cameras as ops_cameras
@@ -31,22 +32,39 @@ class Result:
 class Programs:
     """The model and the metrics, each compiled for one shape."""
 
-    predict: Callable  # (source Views[B 1], Cameras[B V]) -> scene, rgb on white [B V S S 3], alpha [B V S S] or None
+    num_devices: int  # that a batch is split over: B is a multiple
+    # (source Views[B 1], Cameras[B V]) -> the scene [1 ...] of each, rgb on white [B V S S 3], alpha [B V S S] or None
+    predict: Callable
     compare: Callable  # (rgb, alpha or None, true rgb, true alpha) -> dict of [B V]
     compare_guess: Callable  # the same without LPIPS, which takes longer than all else
-    field: Callable | None  # (scene [1 ...], xyz [Q 3]) -> [Q]; None: the family has no surface
+    # (scene [1 ...], xyz [Q 3]) -> [Q], on the scene's device; None: the family has no surface
+    field: Callable | None
 
 
 def compiled(model, params, network, size: int) -> Programs:
-    """The programs for pictures of a size; `network` is of LPIPS, or None."""
+    """The programs for pictures of a size, on all devices; `network` is of LPIPS, or None."""
+    device_mesh = sharding.make_device_mesh()
+    params = jax.device_put(params, NamedSharding(device_mesh, PartitionSpec()))
+    params_of = sharding.by_device(params, device_mesh)
 
     @sharding.jit
-    def predict(params, source: Views, targets: Cameras):
+    def render(params, source: Views, targets: Cameras):
         variables = {"params": params}
         scene = model.apply(variables, source, method="encode")
         rays = ops_cameras.pixel_rays(targets, size, size)
         rendering = model.apply(variables, scene, rays, method="render")
-        return scene, blend(rendering, jnp.ones((1, 1, 1, 1, 3))).rgb, rendering.alpha
+        return sharding.constrain_batch(
+            (scene, blend(rendering, jnp.ones((1, 1, 1, 1, 3))).rgb, rendering.alpha)
+        )
+
+    def predict(source: Views, targets: Cameras):
+        with jax.set_mesh(device_mesh):
+            batch = sharding.global_batch((source, targets), device_mesh)
+            scene, rgb, alpha = render(params, *batch)
+        parts = sharding.by_device(scene, device_mesh).values()
+        rows = range(rgb.shape[0] // device_mesh.size)
+        scenes = [jax.tree.map(lambda x, i=i: x[i : i + 1], part) for part in parts for i in rows]
+        return scenes, rgb, alpha
 
     @jax.jit
     def compare(network, rgb, alpha, target_rgb, target_alpha):
@@ -61,14 +79,19 @@ def compiled(model, params, network, size: int) -> Programs:
         return found
 
     @sharding.jit
-    def field(params, scene, xyz):
+    def query(params, scene, xyz):
         return model.apply({"params": params}, scene, xyz[None], method="query")[0][0]
 
+    def field(scene, xyz):
+        (device,) = jax.tree.leaves(scene)[0].devices()
+        return query(params_of[device], scene, xyz)
+
     return Programs(
-        predict=functools.partial(predict, params),
+        num_devices=device_mesh.size,
+        predict=predict,
         compare=functools.partial(compare, jax.device_put(network)),
         compare_guess=functools.partial(compare, None),
-        field=functools.partial(field, params) if hasattr(model, "query") else None,
+        field=field if hasattr(model, "query") else None,
     )
 
 

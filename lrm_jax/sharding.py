@@ -365,6 +365,17 @@ def local_rows(tree: Any, count: int) -> Any:
     return jax.tree.map(one, tree)
 
 
+def by_device(tree: Any, device_mesh: Mesh) -> dict[jax.Device, Any]:
+    """What each device of the mesh, all of this process, holds of a tree of arrays: its rows, or its copy."""
+
+    def on(device):
+        return jax.tree.map(
+            lambda x: next(s.data for s in x.addressable_shards if s.device == device), tree
+        )
+
+    return {device: on(device) for device in device_mesh.devices.flat}
+
+
 def micro_batches(tree: Any, count: int) -> Any:
     """Cuts a batch [B ...] into `count` parts [count B/count ...] for `lax.scan`, each of them split over all devices.
 

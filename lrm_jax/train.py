@@ -503,7 +503,8 @@ def evaluate(
       "val/psnr" and, of families with alpha, "val/iou", of the views that were not given; "val/source_psnr" of those that were.
     """
     batch_size = eval_batch_size(train, device_mesh)
-    num_scenes, rows, images = min(train.eval_scenes, data.num_val), [], None
+    num_scenes, rows, shown = min(train.eval_scenes, data.num_val), [], []
+    missing = min(GRID_SCENES, num_scenes)
 
     def evaluated(elements):
         batch = data.finish[0](sharding.global_batch(elements, device_mesh))
@@ -513,8 +514,9 @@ def evaluate(
         for _ in progress(range(-(-num_scenes // batch_size)), label="evaluation"):
             scores, of_batch = evaluated(next(batches)[1])
             rows.append(jax.device_get(scores))
-            if images is None:
-                images = sharding.local_rows(of_batch, min(GRID_SCENES, num_scenes))
+            if missing > 0:
+                shown.append(sharding.local_rows(of_batch, missing))
+                missing -= len(shown[-1]["source"])
             del of_batch  # before the next batch
     # The last batch is filled up.
     of_views = {k: np.concatenate([row[k] for row in rows])[:num_scenes] for k in rows[0]}
@@ -522,7 +524,8 @@ def evaluate(
     means = {f"val/{k}": v[~given].mean() for k, v in of_views.items() if not given.all()}
     if given.any():
         means["val/source_psnr"] = of_views["psnr"][given].mean()
-    return {name: float(value) for name, value in means.items()}, image_grid(images)
+    grid = image_grid(jax.tree.map(lambda *parts: np.concatenate(parts), *shown))
+    return {name: float(value) for name, value in means.items()}, grid
 
 
 @contextlib.contextmanager

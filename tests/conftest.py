@@ -1,18 +1,22 @@
-"""Eight CPU devices, programs compiled quickly rather than well, shape checks, strict rank promotion: set before jax starts."""
+"""Eight CPU devices, programs compiled quickly rather than well, shape checks, strict rank promotion: set before jax starts.
+
+Tests against goldens also run on a GPU: `JAX_PLATFORMS=cuda python -m pytest tests/models/test_goldens.py`.
+"""
 
 import os
 from pathlib import Path
 
-# Compiling is most of what the tests do: two thirds of the time without LLVM's optimisation. The commands that the tests start are
-# compiled as users have them.
-os.environ["XLA_FLAGS"] = " ".join(
-    [
-        "--xla_force_host_platform_device_count=8",
-        "--xla_backend_optimization_level=0",
-        os.environ.get("XLA_FLAGS", ""),
-    ]
-)
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+ON_CPU = os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu"
+if ON_CPU:
+    # Compiling is most of what the tests do: two thirds of the time without LLVM's optimisation. The commands that the tests
+    # start are compiled as users have them.
+    os.environ["XLA_FLAGS"] = " ".join(
+        [
+            "--xla_force_host_platform_device_count=8",
+            "--xla_backend_optimization_level=0",
+            os.environ.get("XLA_FLAGS", ""),
+        ]
+    )
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -31,3 +35,13 @@ install_import_hook(["lrm_jax.ops", "lrm_jax.models"], "beartype.beartype")
 def goldens() -> Path:
     """The folder of golden tensors: LRM_GOLDENS where it is set, so that other files of the same form can be tested."""
     return Path(os.environ.get("LRM_GOLDENS", Path(__file__).parent / "goldens"))
+
+
+@pytest.fixture(autouse=True)
+def full_precision(request):
+    """Products of float32 are in float32 in tests against goldens, also on a GPU, where XLA takes TF32."""
+    if ON_CPU or "goldens" not in request.fixturenames:
+        yield
+        return
+    with jax.default_matmul_precision("highest"):
+        yield

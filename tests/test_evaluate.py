@@ -28,14 +28,16 @@ from lrm_jax import (
     __main__,
     convert,
     evaluate_objects,
+    evaluate_scenes,
     evaluation_page,
     lpips,
     models,
     surface_metrics,
 )
 from lrm_jax.data import held_out, samples
+from lrm_jax.evaluation_scores import compiled
 from lrm_jax.ops import cameras
-from lrm_jax.types import Cameras, InputError, Rendering, Views
+from lrm_jax.types import Batch, Cameras, InputError, Rendering, Views
 
 
 class Oracle(nn.Module):
@@ -369,10 +371,10 @@ class Grey(nn.Module):
     image_size: int = 32
 
     def encode(self, source):
-        return source.rgb.mean()
+        return source.rgb.mean((1, 2, 3, 4))
 
     def render(self, scene, rays, key=None):
-        return Rendering(rgb=jnp.full(rays.dirs.shape, 0.5) + 0 * scene)
+        return Rendering(rgb=jnp.full(rays.dirs.shape, 0.5) + 0 * scene[:, None, None, None, None])
 
 
 def write_scene(folder: Path, seed: int, num_frames: int = 5) -> np.ndarray:
@@ -412,6 +414,32 @@ def test_all_scenes_of_an_index_count_and_absent_ones_are_named(lrm, monkeypatch
     assert summary["mean"]["iou"] is None and "all views" in summary["protocol"]["world"]
     code, _, stderr = lrm("--data", "data", "--index", "index.json", model=Oracle())
     assert code == 2 and "without --index" in stderr
+
+
+def test_the_objects_of_a_batch_are_split_over_all_devices():
+    programs = compiled(Oracle(), {}, None, 8)
+    assert programs.num_devices == jax.device_count() == 8
+    camera = jax.tree.map(lambda x: x[None], cameras.orbit(1, DISTANCE, 0.0, FOV))
+    source, targets = jax.tree.map(
+        lambda x: np.concatenate([x] * 8),
+        (Views(rgb=np.ones((1, 1, 8, 8, 3)), cameras=camera), camera),
+    )
+    scenes, rgb, _ = programs.predict(source, targets)
+    assert [scene["level"].shape for scene in scenes] == [(1,)] * 8
+    assert len({scene["level"].device for scene in scenes}) == 8
+    assert rgb.addressable_shards[0].data.shape == (1, 1, 8, 8, 3)
+    field = programs.field(scenes[5], np.zeros((3, 3), np.float32))
+    assert field.shape == (3,) and field.devices() == scenes[5]["level"].devices()
+
+
+def test_scenes_are_grouped_by_their_numbers_of_views():
+    def scene(num_targets):
+        views = (Views(rgb=np.zeros((n, 2, 2, 3)), cameras=None) for n in (2, num_targets))
+        return Batch(*views)
+
+    found = [("a", scene(1)), ("b", scene(1)), ("c", scene(1)), ("d", scene(3)), ("e", scene(1))]
+    names = [names for names, _ in evaluate_scenes.groups(found, 2, {})]
+    assert names == [["a", "b"], ["c"], ["d"], ["e"]]
 
 
 def test_an_object_that_cannot_be_placed_is_left_out(lrm, tmp_path):

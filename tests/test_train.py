@@ -280,6 +280,9 @@ def test_an_evaluation_is_of_new_views_and_of_each_scene_once(tiny_run):
     np.testing.assert_allclose(scores["val/psnr"], psnr[:, 1].mean(), rtol=1e-5)
     np.testing.assert_allclose(scores["val/source_psnr"], psnr[:, 0].mean(), rtol=1e-5)
     np.testing.assert_allclose(scores["val/iou"], iou[:, 1].mean(), rtol=1e-5)
+    # One batch or two: the same scenes, drawn by products of other shapes.
+    one_batch = evaluated(tiny_run, 11, 16)[1]
+    np.testing.assert_allclose(grid.astype(int), one_batch.astype(int), atol=1)
     assert grid.shape == (8 * 64, (1 + 2 * 3) * 64, 3) and grid.dtype == np.uint8
     # Of the renderings each device keeps its own scenes'.
     for image in images.values():

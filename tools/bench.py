@@ -2,11 +2,12 @@
 
     python tools/bench.py [FAMILY:VARIANT ...] [--json FILE]
     python tools/bench.py train --config configs/nano.py [--config.data.name=procedural ...] [--json FILE]
+    python tools/bench.py gpu [WORD ...] [--minutes 4] [--out out/bench_gpu.jsonl]
 
-The second is tools/bench_train.py. The first, for each family: encoding one picture, a 128 x 128 view of 128 samples a ray forward,
-the same forward and backward, and a 256^3 surface. Weights are random, which costs what trained ones cost; the surface is of a
-smooth blob that goes through the model's own decoder at the same cost, as random weights have no surface. For LVSM: encoding
-1, 2, 4, 8 and 16 pictures of the variant's size (encode-4), drawing one frame from them (frame-4; on an accelerator the share
+The second is tools/bench_train.py, the third tools/bench_gpu.py. The first, for each family: encoding one image, a 128 x 128 view of
+128 samples a ray forward, the same forward and backward, and a 256^3 surface. Weights are random, which costs what trained ones
+cost; the surface is of a smooth blob that goes through the model's own decoder at the same cost, as random weights have no
+surface. For LVSM: encoding 1, 2, 4, 8 and 16 images of the variant's size (encode-4), drawing one frame from them (frame-4; on an accelerator the share
 of one of 8 drawn together), and forward and backward of 6 target views (on a CPU 1) from 2 (gradient). Beside each time: the
 floating-point operations of its matrix products (counted by lrm_jax/flops.py, rematerialised ones included), their rate as a
 fraction of the plain matrix-product rate measured in turn with it, and the peak memory of the process.
@@ -30,12 +31,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from lrm_jax import flops, models, sharding
-from lrm_jax.ops import cameras, isosurface
+from lrm_jax.ops import cameras
 from lrm_jax.types import Views
 
 sys.path.insert(0, str(Path(__file__).parent))
+import bench_gpu  # noqa: E402
 import bench_train  # noqa: E402
-from measure import commit, machine, peak_gb, reset_peak  # noqa: E402
+from measure import commit, image, machine, mesh_extraction, peak_gb, reset_peak  # noqa: E402
 
 DEFAULT = (
     "triposr:triposr",
@@ -58,6 +60,8 @@ def main() -> int:
     """
     if sys.argv[1:2] == ["train"]:
         return bench_train.main(sys.argv[2:])
+    if sys.argv[1:2] == ["gpu"]:
+        return bench_gpu.main(sys.argv[2:])
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -120,7 +124,7 @@ def measure(name: str, stages: list[str], repeats: int, dtype: str):
     importance = fields.get("num_importance", 0) > 0
     samples = dict(num_samples=64, num_importance=64) if importance else dict(num_samples=128)
     model = models.build(family, variant, dtype=dtype, **samples)
-    source = model.prepare([picture()])
+    source = model.prepare([image()])
     camera = cameras.orbit(1, model.source_distance, 20.0, 40.0)
     rays = jax.tree.map(lambda x: x[None], cameras.pixel_rays(camera, 128, 128))
     few = jax.tree.map(lambda x: x[:, :, :2, :2], rays)
@@ -210,38 +214,10 @@ def surface(
     model, decoder: dict, scene: dict, repeats: int, products
 ) -> tuple[float, float, float]:
     """Seconds of a 256^3 surface, coarse to fine, compiled before; rate of the plain products; operations."""
-    evaluated = 0
-
-    def query(decoder, scene, xyz):
-        field, _ = model.apply({"params": decoder}, scene, xyz[None], method="query")
-        # Radius and ripples of an object; the model's own value is computed, and too small to matter.
-        blob = 0.6 * model.radius - jnp.linalg.norm(xyz, axis=-1) + 0.05 * jnp.sin(12 * xyz).sum(-1)
-        return model.surface_level * jnp.exp(8 * blob) + 1e-30 * field[0]
-
-    compiled_query = sharding.jit(query)
-
-    def field(xyz):
-        nonlocal evaluated
-        evaluated += xyz.shape[0]
-        return compiled_query(decoder, scene, xyz)
-
-    def extract():
-        nonlocal evaluated
-        evaluated = 0
-        _, faces = isosurface.extract(field, 256, model.radius, model.surface_level)
-        assert len(faces) > 10_000
-
-    isosurface.extract(field, 64, model.radius, model.surface_level)  # compiles
+    extract, per_point = mesh_extraction(model, decoder, scene, 256)
+    evaluated = extract()  # compiles
     seconds, rate = median_time(extract, repeats, products)
-    per_point = flops.count(query, decoder, scene, jnp.zeros((2**15, 3))) / 2**15
     return seconds, rate, per_point * evaluated
-
-
-def picture() -> np.ndarray:
-    """A disc on transparent ground."""
-    y, x = np.mgrid[:256, :256] - 127.5
-    alpha = np.where(x**2 + y**2 < 100**2, 255, 0)
-    return np.stack([x + 128, y + 128, 255 - x / 2 - 128, alpha], axis=-1).astype(np.uint8)
 
 
 def plain_products(dtype: str):

@@ -3,7 +3,7 @@
     python tools/bench.py train --config configs/nano.py [--config.data.name=procedural ...] [--steps 10] [--json FILE]
 
 Printed, and written as JSON:
-  samples/s, seconds     of the step alone, on batches that are there already; the mean of `--steps` steps after two
+  samples/s, seconds     of the step alone, on a batch that is there already; the median of `--steps` steps after two
   mfu                    three times the model's forward products, a second, as a share of the peak rate
   with recomputation     all products that the step as traced has: rematerialisation, the losses' networks
   peak rate              of lrm_jax/flops.py: from a table, or, where the device has no entry, measured now
@@ -22,6 +22,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lrm_jax import flops, losses, sharding, train
@@ -49,7 +50,9 @@ def main(argv: list[str]) -> int:
         with contextlib.closing(data.train) as batches:
             loader = pipeline.rate(batches, config.data.batch_size, num_batches=args.steps)
             which, elements = next(batches)
-        row = measure_step(config, device_mesh, data.finish[which], elements, args.steps)
+        with jax.set_mesh(device_mesh):
+            batch = data.finish[which](sharding.global_batch(elements, device_mesh))
+        row = measure_step(config, device_mesh, batch, args.steps)
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
@@ -64,8 +67,8 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def measure_step(config, device_mesh, finish, elements, num_steps: int) -> dict[str, float]:
-    """Rates and memory of the step, by name, on the batch that `finish` makes of this process's elements."""
+def measure_step(config, device_mesh, batch, num_steps: int) -> dict[str, float]:
+    """Rates and memory of the step, by name, on a batch that is on the devices."""
     with jax.set_mesh(device_mesh):
         run = train.make_run(config, device_mesh)
         networks = jax.device_put(
@@ -74,21 +77,21 @@ def measure_step(config, device_mesh, finish, elements, num_steps: int) -> dict[
             ),
             NamedSharding(device_mesh, PartitionSpec()),
         )
-        batch = finish(sharding.global_batch(elements, device_mesh))
         work = flops.count(run.step, run.abstract_state, batch, networks)
         needed = needed_flops(run.model, config.train.patch, run.abstract_state.params, batch)
         measure.reset_peak()
-        state = run.init(None)
-        compiled = run.step.lower(state, batch, networks).compile()
-        planned = compiled.memory_analysis()
-        for _ in range(2):
-            state, scalars = compiled(state, batch, networks)
-        jax.block_until_ready(scalars)
+        state = measure.random_state(run.abstract_state)
         start = time.perf_counter()
-        for _ in range(num_steps):
+        compiled = run.step.lower(state, batch, networks).compile()
+        compile_seconds = time.perf_counter() - start
+        planned = compiled.memory_analysis()
+        times = []
+        for _ in range(2 + num_steps):
+            start = time.perf_counter()
             state, scalars = compiled(state, batch, networks)
             jax.block_until_ready(scalars)
-        seconds = (time.perf_counter() - start) / num_steps
+            times.append(time.perf_counter() - start)
+        seconds = float(np.median(times[2:]))
     peak = flops.peak_rate()
     return {
         "samples_per_second": config.data.batch_size / seconds,
@@ -99,6 +102,7 @@ def measure_step(config, device_mesh, finish, elements, num_steps: int) -> dict[
         "peak_rate_tflops": peak / 1e12,
         "peak_gb": measure.peak_gb(),
         "planned_gb": (planned.argument_size_in_bytes + planned.temp_size_in_bytes) / 1e9,
+        "compile_seconds": compile_seconds,
     }
 
 

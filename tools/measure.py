@@ -1,11 +1,93 @@
-"""What the benchmarks share: peak memory, and what was measured on which machine."""
+"""What the benchmarks share: what is measured, peak memory, and on which machine."""
 
 import platform
 import resource
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lrm_jax import flops, sharding
+from lrm_jax.ops import isosurface
+from lrm_jax.types import TrainState
+
+NORMAL = np.random.default_rng(0).standard_normal(2**20, np.float32)
+
+
+def image() -> np.ndarray:
+    """A disc on transparent ground."""
+    y, x = np.mgrid[:256, :256] - 127.5
+    alpha = np.where(x**2 + y**2 < 100**2, 255, 0)
+    return np.stack([x + 128, y + 128, 255 - x / 2 - 128, alpha], axis=-1).astype(np.uint8)
+
+
+def normal(x: jax.ShapeDtypeStruct) -> jax.Array:
+    """Normal numbers of this shape, without a program to compile; of zeros a product takes less power, and so less time."""
+    return _placed(np.resize(NORMAL, x.shape), x)
+
+
+def random_params(shapes):
+    """Parameters of about the initial ones' size, without a program to compile."""
+
+    def one(path, x):
+        name = str(path[-1].key)
+        if name.startswith(("bias", "scale")):
+            return _placed(np.full(x.shape, name.startswith("scale"), np.float32), x)
+        fan_in = x.shape[-2] if x.ndim > 1 else x.size
+        return _placed(np.resize(NORMAL, x.shape) * np.float32(fan_in**-0.5), x)
+
+    return jax.tree_util.tree_map_with_path(one, shapes)
+
+
+def random_state(abstract: TrainState) -> TrainState:
+    """A state before the first step, with `random_params`; sharded as `abstract` says."""
+    return TrainState(
+        step=_placed(np.zeros(()), abstract.step),
+        params=random_params(abstract.params),
+        ema_params=random_params(abstract.ema_params),
+        opt_state=jax.tree.map(lambda x: _placed(np.zeros(x.shape), x), abstract.opt_state),
+        key=jax.device_put(jax.random.key(0), abstract.key.sharding),
+    )
+
+
+def _placed(values: np.ndarray, x: jax.ShapeDtypeStruct) -> jax.Array:
+    return jax.device_put(values.astype(x.dtype), getattr(x, "sharding", None))
+
+
+def mesh_extraction(
+    model, decoder: dict, scene: dict, resolution: int
+) -> tuple[Callable[[], int], float]:
+    """Extracts a mesh of a smooth blob, at the cost of the model's own decoder: random weights have no surface.
+
+    Returns:
+      A function that does it, and returns at how many points it evaluated the field; and the operations of one point.
+    """
+
+    def query(decoder, scene, xyz):
+        field, _ = model.apply({"params": decoder}, scene, xyz[None], method="query")
+        # Radius and ripples of an object; the model's own value is computed, and too small to matter.
+        blob = 0.6 * model.radius - jnp.linalg.norm(xyz, axis=-1) + 0.05 * jnp.sin(12 * xyz).sum(-1)
+        return model.surface_level * jnp.exp(8 * blob) + 1e-30 * field[0]
+
+    compiled_query = sharding.jit(query)
+
+    def extract() -> int:
+        evaluated = 0
+
+        def field(xyz):
+            nonlocal evaluated
+            evaluated += xyz.shape[0]
+            return compiled_query(decoder, scene, xyz)
+
+        _, faces = isosurface.extract(field, resolution, model.radius, model.surface_level)
+        assert len(faces) > resolution**2 / 10
+        return evaluated
+
+    per_point = flops.count(query, decoder, scene, jnp.zeros((2**15, 3))) / 2**15
+    return extract, per_point
 
 
 def reset_peak() -> None:
@@ -34,6 +116,9 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """The commit that was measured."""
+    """The commit that was measured; empty where git does not know."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:  # a copy without git
+        return ""

@@ -1,0 +1,345 @@
+"""What `bench.py gpu` measures: each step is a function of sizes that returns milliseconds, operations and memory.
+
+Weights are random, which costs what trained ones cost. Planes, latents and tokens of a scene are random too, so that nothing is
+compiled but what is measured.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lrm_jax import flops, models, sharding, train
+from lrm_jax.models import layers, triplane
+from lrm_jax.ops import cameras, grids
+from lrm_jax.types import Batch, Views
+
+sys.path.insert(0, str(Path(__file__).parent))
+import bench_train  # noqa: E402
+import measure  # noqa: E402
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+AXES = ((0, 1), (0, 2), (1, 2))  # of the pieces' planes
+SECONDS = 2.0  # of runs, at most, but for three
+
+
+class Step(NamedTuple):
+    """One row of the table."""
+
+    work: str  # its name, that of a row of bench_results/originals_h200.json
+    limit: float  # seconds, compilation included
+    run: Callable[[], dict]
+    alone: bool = False  # in a process of its own, so that its peak of memory is its own
+
+
+# -- pieces
+
+
+def product(side: int) -> dict:
+    """A plain product of two square bfloat16 matrices: the rate that all else is to be compared with."""
+    a = measure.normal(jax.ShapeDtypeStruct((side, side), jnp.bfloat16))
+    return timed(lambda a: a @ a, a)
+
+
+def lookup(num_points: int, side: int, width: int, gradient: bool) -> dict:
+    """The sum of the lookups in three planes; or the gradient of float32 planes."""
+    planes, _, xyz = _field(num_points, side, width, 2, jnp.float32 if gradient else jnp.bfloat16)
+
+    def look_up(planes, xyz):
+        return grids.sample_triplane(planes, xyz, AXES)
+
+    return timed(_gradient(look_up, 0) if gradient else look_up, planes, xyz)
+
+
+def products(num_points: int, width: int, num_layers: int, gradient: bool) -> dict:
+    """The decoder's products after its first layer, with SiLU, on features that are there already."""
+    x = measure.normal(jax.ShapeDtypeStruct((num_points, width), jnp.bfloat16))
+    kernels = [kernel for kernel, _ in _layers(width, num_layers)[1:]]
+
+    def mlp(x, kernels):
+        for kernel in kernels:
+            x = jax.nn.silu(x) @ kernel.astype(x.dtype)
+        return x
+
+    return timed(_gradient(mlp, (0, 1)) if gradient else mlp, x, kernels)
+
+
+def field(num_points: int, side: int, width: int, num_layers: int, gradient: bool) -> dict:
+    """The lookup and the products; or the gradient of float32 planes and of the layers."""
+    dtype = jnp.float32 if gradient else jnp.bfloat16
+    planes, kernels, xyz = _field(num_points, side, width, num_layers, dtype)
+
+    def evaluate(planes, kernels, xyz):
+        return triplane.evaluate(planes, kernels, xyz, AXES, jax.nn.silu)
+
+    return timed(_gradient(evaluate, (0, 1)) if gradient else evaluate, planes, kernels, xyz)
+
+
+def attention(batch: int, length: int, num_keys: int, heads: int, gradient: bool) -> dict:
+    """The models' attention, in bfloat16, heads of 64."""
+    q, k = (
+        measure.normal(jax.ShapeDtypeStruct((batch, tokens, heads, 64), jnp.bfloat16))
+        for tokens in (length, num_keys)
+    )
+
+    def attend(q, k):
+        return layers.attention(q, k, k)
+
+    return timed(_gradient(attend, (0, 1)) if gradient else attend, q, k)
+
+
+def _gradient(function, argnums):
+    """Of the sum of squares of all that `function` returns."""
+
+    def total(*arguments):
+        leaves = jax.tree.leaves(function(*arguments))
+        return sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in leaves)
+
+    return jax.grad(total, argnums)
+
+
+def _field(num_points, side, width, num_layers, dtype):
+    """Planes, layers, and points along rays of 128 samples, as a view has them."""
+    planes = measure.normal(jax.ShapeDtypeStruct((3, side, side, width), dtype))
+    rng, num_rays = np.random.default_rng(1), num_points // 128
+    origins = rng.uniform(-1, 1, (num_rays, 1, 3))
+    steps = 0.01 * rng.standard_normal((num_rays, 1, 3)) * np.arange(128)[None, :, None]
+    xyz = np.clip(origins + steps, -1, 1).reshape(-1, 3).astype(np.float32)
+    return planes, _layers(width, num_layers), jnp.asarray(xyz)
+
+
+def _layers(width, num_layers):
+    """Kernels and biases of a decoder whose first layer the planes went through."""
+    sizes = [width] * num_layers + [4]
+    return [
+        (0.1 * measure.normal(jax.ShapeDtypeStruct(shape, jnp.float32)), jnp.zeros(shape[1]))
+        for shape in zip(sizes[:-1], sizes[1:], strict=True)
+    ]
+
+
+# -- families
+
+
+def planes(family: str, variant: str, dtype: str) -> dict:
+    """One image to planes."""
+    model = models.build(family, variant, dtype=dtype)
+    source = model.prepare([measure.image()])
+    params = _params(model, source, _rays(1, 8, model.source_distance))
+    return timed(partial(_apply, model, "encode"), params, source)
+
+
+def view(family: str, variant: str, side: int, dtype: str) -> dict:
+    """One square view of a scene."""
+    model = models.build(family, variant, dtype=dtype)
+    rays = _rays(1, side, model.source_distance)
+    return timed(partial(_apply, model, "render"), *_scene(model), rays)
+
+
+def mesh(family: str, variant: str, resolution: int, dtype: str) -> dict:
+    """The mesh of a scene, from the device's planes to the host's triangles."""
+    model = models.build(family, variant, dtype=dtype)
+    extract, per_point = measure.mesh_extraction(model, *_scene(model), resolution)
+    start = time.perf_counter()
+    evaluated = extract()
+    first = time.perf_counter() - start
+    seconds = median_seconds(extract)
+    return result(seconds, per_point * evaluated, first_seconds=first)
+
+
+def encode_views(variant: str, num_views: int) -> dict:
+    """LVSM: what is computed once for a scene."""
+    model = models.build("lvsm", variant, dtype="bfloat16")
+    source, rays = _views(model, num_views), _rays(1, model.image_size, 1.0)
+    params = _params(model, source, rays)
+    return timed(partial(_apply, model, "encode"), params, source)
+
+
+def frame(variant: str, num_views: int, num_frames: int) -> dict:
+    """LVSM: one frame's share of several that are drawn together."""
+    model = models.build("lvsm", variant, dtype="bfloat16")
+    source, rays = _views(model, num_views), _rays(num_frames, model.image_size, 1.0)
+    params = _params(model, source, rays)
+    scene = jax.eval_shape(partial(_apply, model, "encode"), params, source)
+    scene = jax.tree.map(measure.normal, scene)
+    return timed(partial(_apply, model, "render"), params, scene, rays, share=num_frames)
+
+
+def _apply(model, method, params, *arguments):
+    return model.apply({"params": params}, *arguments, method=method)
+
+
+def _params(model, source, rays):
+    shapes = jax.eval_shape(model.init, jax.random.key(0), source, rays)
+    return measure.random_params(shapes["params"])
+
+
+def _scene(model):
+    """Parameters and planes of a triplane model: all that `render` and `query` take."""
+    source = model.prepare([measure.image()])
+    params = _params(model, source, _rays(1, 8, model.source_distance))
+    scene = jax.eval_shape(partial(_apply, model, "encode"), params, source)
+    params = {name: params[name] for name in ("decoder", "plane_queries")}
+    return params, jax.tree.map(measure.normal, scene)
+
+
+def _rays(num_views, side, distance):
+    orbit = cameras.orbit(num_views, distance, 20.0, 40.0)
+    return jax.tree.map(lambda x: x[None], cameras.pixel_rays(orbit, side, side))
+
+
+def _views(model, num_views):
+    orbit = jax.tree.map(lambda x: x[None], cameras.orbit(num_views, 1.0, 20.0, 50.0))
+    rgb = np.random.default_rng(2).random((1, num_views, *[model.image_size] * 2, 3), np.float32)
+    return Views(rgb=jnp.asarray(rgb), cameras=orbit)
+
+
+# -- training
+
+
+def training_step(config: str, *overrides: str) -> dict:
+    """The step of a config (`openlrm.py:base`) on one device, on images of noise."""
+    config, *_ = train.parse(
+        ["--config", f"{CONFIGS}/{config}", *overrides, "--workdir", "unused"]
+    )  # fmt: skip
+    device_mesh = sharding.make_device_mesh(**config.sharding, devices=jax.devices()[:1])
+    row = bench_train.measure_step(config, device_mesh, noise_batch(config, device_mesh), 5)
+    return result(
+        row["seconds"],
+        1e12 * row["tflop"],
+        samples_per_second=row["samples_per_second"],
+        mfu=row["mfu"],
+        planned_gb=row["planned_gb"],
+        first_seconds=row["compile_seconds"],
+    )
+
+
+def noise_batch(config, device_mesh) -> Batch:
+    """A batch of the config's sizes: opaque noise, seen from cameras around the object."""
+    rng = np.random.default_rng(3)
+
+    def views(x: Views) -> Views:
+        count, num_views = x.rgb.shape[:2]
+        orbit = cameras.orbit(num_views, 2.0, 20.0, 40.0)
+        return Views(
+            rgb=rng.integers(0, 256, x.rgb.shape, np.uint8),
+            alpha=np.full(x.alpha.shape, 255, np.uint8),
+            cameras=jax.tree.map(
+                lambda x: np.broadcast_to(np.asarray(x)[None], (count, *x.shape)), orbit
+            ),
+        )
+
+    shapes = train.abstract_batch(config, device_mesh, config.data.batch_size)
+    batch = Batch(source=views(shapes.source), target=views(shapes.target))
+    return sharding.global_batch(batch, device_mesh)
+
+
+# -- timing
+
+
+def timed(function, *arguments, share: int = 1) -> dict:
+    """Compiles `function`, runs it a few times, and returns a `share`-th of its time and operations."""
+    jitted = sharding.jit(function)
+    work = flops.count(jitted, *arguments)
+    start = time.perf_counter()
+    compiled = jitted.lower(*arguments).compile()
+    jax.block_until_ready(compiled(*arguments))
+    first = time.perf_counter() - start
+    seconds = median_seconds(lambda: jax.block_until_ready(compiled(*arguments)))
+    planned = compiled.memory_analysis()
+    return result(
+        seconds / share,
+        work / share,
+        planned_gb=(planned.argument_size_in_bytes + planned.temp_size_in_bytes) / 1e9,
+        first_seconds=first,
+    )
+
+
+def median_seconds(run: Callable[[], object]) -> float:
+    """Of ten runs, or of as many as `SECONDS` allow, three at least; compiled before."""
+    times = []
+    while len(times) < 3 or (len(times) < 10 and sum(times) < SECONDS):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return float(np.median(times))
+
+
+def result(seconds: float, work: float, **more: float) -> dict:
+    """What each step returns.
+
+    Args:
+      seconds: median.
+      work: operations of the products, as lrm_jax/flops.py counts them.
+      more: planned_gb, of the compiled program's arguments and temporaries; first_seconds, of compiling and running it once.
+    """
+    row = {
+        "ms": 1e3 * seconds,
+        "tflop": work / 1e12,
+        "tflop_per_second": work / 1e12 / seconds,
+        "peak_gb": measure.peak_gb(),
+        **more,
+    }
+    return {name: float(f"{value:.5g}") for name, value in row.items()}
+
+
+# -- the table: what is cheap comes first, so that little is lost where something fails
+
+
+def _pieces() -> list[Step]:
+    tokens = dict(batch=8, length=3072, heads=16)
+    points = dict(num_points=2**21, width=64)
+    in_planes, decoder = dict(points, side=64), dict(points, num_layers=10)
+    works = (
+        ("attention, 3072 tokens", partial(attention, **tokens, num_keys=3072)),
+        ("attention, 3072 tokens to 1025 keys", partial(attention, **tokens, num_keys=1025)),
+        ("products of a decoder", partial(products, **decoder)),
+        ("lookup in three planes", partial(lookup, **in_planes)),
+        ("field", partial(field, **in_planes | decoder)),
+    )
+    steps = [Step("product of 8192^3", 30, partial(product, 8192))]
+    for name, run in works:
+        steps.append(Step(name, 30, partial(run, gradient=False)))
+        steps.append(Step(f"{name}, gradient", 40, partial(run, gradient=True)))
+    return steps
+
+
+def _families() -> list[Step]:
+    tripo = dict(family="triposr", variant="triposr")
+    base = dict(family="lrm", variant="openlrm-base-1.1")
+    frames = partial(frame, "decoder-only-256", num_frames=8)
+    both = "encoder-decoder-256"
+    return [
+        Step("TripoSR, image to planes", 60, partial(planes, **tripo, dtype="bfloat16")),
+        Step("TripoSR, image to planes, float32", 60, partial(planes, **tripo, dtype="float32")),
+        Step("TripoSR, 256 x 256 view", 40, partial(view, **tripo, side=256, dtype="bfloat16")),
+        Step("TripoSR, 256^3 mesh", 60, partial(mesh, **tripo, resolution=256, dtype="float32")),
+        Step("OpenLRM base, image to planes", 60, partial(planes, **base, dtype="bfloat16")),
+        Step("LVSM decoder-only, frame from 1 view", 40, partial(frames, num_views=1)),
+        Step("LVSM decoder-only, frame from 4 views", 40, partial(frames, num_views=4)),
+        Step("LVSM decoder-only, frame from 16 views", 60, partial(frames, num_views=16)),
+        Step("LVSM encoder-decoder, encode 4 views", 40, partial(encode_views, both, 4)),
+        Step("LVSM encoder-decoder, frame", 40, partial(frame, both, num_views=4, num_frames=8)),
+    ]
+
+
+def _training() -> list[Step]:
+    works = (
+        ("OpenLRM base", "openlrm.py:base", 16),
+        ("LVSM decoder-only", "lvsm_scenes.py:decoder-only-256", 8),
+        ("OpenLRM large", "openlrm.py:large", 8),
+        ("LVSM encoder-decoder", "lvsm_scenes.py:encoder-decoder-256", 8),
+    )
+    steps = []
+    for name, config, batch_size in works:
+        run = partial(training_step, config, f"--config.data.batch_size={batch_size}")
+        steps.append(Step(f"{name}, training step", 120, run, alone=True))
+    return steps
+
+
+STEPS = (*_pieces(), *_families(), *_training())
