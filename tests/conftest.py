@@ -23,7 +23,7 @@ jax.config.update(
     "jax_compilation_cache_dir",
     os.environ.get("LRM_JAX_CACHE", str(Path(__file__).parents[1] / ".jax_cache")),
 )
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 install_import_hook(["lrm_jax.ops", "lrm_jax.models"], "beartype.beartype")
 
 

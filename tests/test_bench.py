@@ -1,0 +1,33 @@
+"""tools/bench.py runs; tests/test_aot.py has its `train`."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+import bench  # noqa: E402
+
+
+def test_a_family_is_timed_in_a_process_of_its_own(tmp_path):
+    path = tmp_path / "rows.json"
+    command = [sys.executable, ROOT / "tools/bench.py", "lvsm:tiny"]
+    options = ["--stages", "encode-1", "--repeats", "0", "--json", path]
+    printed = subprocess.check_output([*command, *options], text=True)
+    report = json.loads(path.read_text())
+    (row,) = report["rows"]
+    assert (row["family"], row["stage"]) == ("lvsm:tiny", "encode-1")
+    assert row["seconds"] > 0 and row["rate_gflops"] > 0 and row["peak_gb"] > 0
+    assert "lvsm:tiny" in printed and report["dtype"] == "float32"
+
+
+def test_a_triplane_family_has_a_surface(monkeypatch):
+    work = 2 * 64**3
+    products = bench.compiled(lambda a: a @ a, (np.eye(64, dtype=np.float32),)), work
+    monkeypatch.setattr(bench, "plain_products", lambda dtype: products)
+    rows = list(bench.measure("triposr:tiny", ["encode", "surface"], 0, "float32"))
+    assert [row["stage"] for row in rows] == ["encode", "surface"]
+    assert all(row["seconds"] > 0 and row["rate_gflops"] > 0 for row in rows)
