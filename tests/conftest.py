@@ -19,10 +19,10 @@ import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update(
-    "jax_compilation_cache_dir",
-    os.environ.get("LRM_JAX_CACHE", str(Path(__file__).parents[1] / ".jax_cache")),
-)
+# The commands that the tests start have theirs in a folder of it.
+os.environ.setdefault("LRM_JAX_CACHE", str(Path(__file__).parents[1] / ".jax_cache"))
+jax.config.update("jax_compilation_cache_dir", os.environ["LRM_JAX_CACHE"])
+# All of them: the workers compile the same small programs.
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 install_import_hook(["lrm_jax.ops", "lrm_jax.models"], "beartype.beartype")
 
@@ -31,3 +31,8 @@ install_import_hook(["lrm_jax.ops", "lrm_jax.models"], "beartype.beartype")
 def goldens() -> Path:
     """The folder of golden tensors: LRM_GOLDENS where it is set, so that other files of the same form can be tested."""
     return Path(os.environ.get("LRM_GOLDENS", Path(__file__).parent / "goldens"))
+
+
+def pytest_collection_modifyitems(items):
+    """The journey first: it takes longest, and at the end one worker would wait for the other."""
+    items.sort(key=lambda item: item.path.name != "test_journey.py")
