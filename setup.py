@@ -12,6 +12,11 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
+    classifiers=[
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+    ],
     packages=find_packages(include=["lrm_jax", "lrm_jax.*"]),
     package_data={"lrm_jax": ["assets/*", "assets/*/*"]},
     install_requires=[
@@ -43,6 +48,8 @@ setup(
         "absl-py>=2.1",
     ],
     extras_require={
+        "cuda": ["jax[cuda13]>=0.10.2"],
+        "tpu": ["jax[tpu]>=0.10.2"],
         "test": ["pytest>=8.3", "pytest-xdist>=3.6", "beartype>=0.20", "ruff>=0.9"],
         "background": ["rembg[cpu]>=2.0"],
         "torch": ["torch>=2.6"],

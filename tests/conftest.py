@@ -23,11 +23,11 @@ import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update(
-    "jax_compilation_cache_dir",
-    os.environ.get("LRM_JAX_CACHE", str(Path(__file__).parents[1] / ".jax_cache")),
-)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+# The commands that the tests start have theirs in a folder of it.
+os.environ.setdefault("LRM_JAX_CACHE", str(Path(__file__).parents[1] / ".jax_cache"))
+jax.config.update("jax_compilation_cache_dir", os.environ["LRM_JAX_CACHE"])
+# All of them: the workers compile the same small programs.
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 install_import_hook(["lrm_jax.ops", "lrm_jax.models"], "beartype.beartype")
 
 
@@ -45,3 +45,8 @@ def full_precision(request):
         return
     with jax.default_matmul_precision("highest"):
         yield
+
+
+def pytest_collection_modifyitems(items):
+    """The journey first: it takes longest, and at the end one worker would wait for the other."""
+    items.sort(key=lambda item: item.path.name != "test_journey.py")

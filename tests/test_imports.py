@@ -1,6 +1,8 @@
 """Imports point one way (DESIGN): a module may import only from the layers below it."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -88,3 +90,27 @@ def test_a_family_never_imports_another_family():
             ):
                 taken = {node.module.rsplit(".", 1)[-1], *(alias.name for alias in node.names)}
                 assert not taken & (set(families) - {name})
+
+
+# Seconds to import, or to install: each is imported where it is used.
+HEAVY = {
+    "IPython", "embreex", "fast_simplification", "huggingface_hub", "imageio", "imageio_ffmpeg", "matplotlib", "pandas",
+    "rembg", "skimage", "tensorflow", "tensorflow_datasets", "torch", "trimesh", "xatlas",
+}  # fmt: skip
+OF_TRAINING = {"array_record", "clu", "grain", "optax", "orbax", "tensorboardX"}
+
+
+@pytest.mark.parametrize(
+    ("command", "unwanted"),
+    [
+        ("train", HEAVY),
+        ("evaluate", HEAVY),
+        ("synthesize", HEAVY),
+        ("reconstruct", HEAVY | OF_TRAINING),
+        ("convert", HEAVY | OF_TRAINING),
+    ],
+)
+def test_heavy_packages_are_imported_where_they_are_used(command, unwanted):
+    program = f"import sys, lrm_jax.{command}; print(*sys.modules)"
+    modules = subprocess.check_output([sys.executable, "-c", program], text=True).split()
+    assert "jax" in modules and not unwanted & set(modules)

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int, Int32
-from skimage.measure import marching_cubes
 
 from lrm_jax.types import InputError
 
@@ -302,6 +301,8 @@ def _march(values: Float32[np.ndarray, "X Y Z"], mask: Bool[np.ndarray, "X Y Z"]
     interpolated here. So blocks that share an edge agree on its vertex to the bit, wherever they are in the array. Its `lorensen`
     table is closed for every pattern of signs (each edge is shared by two faces: tested); `lewiner` is not.
     """
+    from skimage.measure import marching_cubes  # here: it is slow to import
+
     signs = np.where(values > 0, np.float32(1), np.float32(-1))
     midpoints, faces, _, _ = marching_cubes(
         signs, 0.0, method="lorensen", gradient_direction="ascent", mask=mask

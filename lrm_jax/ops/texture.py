@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import fast_simplification
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int32, UInt32
 from scipy import ndimage
@@ -78,6 +77,8 @@ def _decimate(
     vertices: Float32[np.ndarray, "N 3"], faces: Int32[np.ndarray, "M 3"]
 ) -> tuple[Float32[np.ndarray, "n 3"], Int32[np.ndarray, "m 3"]]:
     if len(faces) > MAX_FACES:
+        import fast_simplification  # here: few surfaces are so large
+
         vertices, faces = fast_simplification.simplify(vertices, faces, target_count=MAX_FACES)
     used, faces = np.unique(faces, return_inverse=True)
     return vertices[used].astype(np.float32), faces.reshape(-1, 3).astype(np.int32)

@@ -111,12 +111,12 @@ def test_the_foreground_fills_its_share_of_the_source(batch):
 
 
 def test_cameras_stand_where_the_fields_say():
-    keys = jax.random.split(jax.random.key(0), 64)
-    cameras = jax.vmap(
-        lambda key: procedural._draw_cameras(
-            key, 2, 3, (5.0, 35.0), (-30.0, 75.0), (2.5, 3.5), 40.0
-        )
-    )(keys)
+    @jax.jit
+    @jax.vmap
+    def draw(key):
+        return procedural._draw_cameras(key, 2, 3, (5.0, 35.0), (-30.0, 75.0), (2.5, 3.5), 40.0)
+
+    cameras = jax.tree.map(np.asarray, draw(jax.random.split(jax.random.key(0), 64)))
     eye = np.asarray(cameras.c2w[..., :3, 3], float)
     distance = np.linalg.norm(eye, axis=-1)
     assert distance.min() >= 2.5 - 1e-4 and distance.max() <= 3.5 + 1e-4 and np.ptp(distance) > 0.8
@@ -143,10 +143,15 @@ def test_the_first_source_is_at_azimuth_0(batch):
 
 def test_normalizing_moves_the_world_and_nothing_else():
     args = 1, 3, (5.0, 35.0), (-30.0, 75.0), (3.0, 3.0), 40.0
-    cameras = procedural._draw_cameras(jax.random.key(1), *args)
     names = "azimuth", "source", None
-    moved = {n: procedural._moved_poses(cameras, cameras, n, None) for n in names}
-    moved = {n: np.asarray(c2w, float) for n, c2w in moved.items()}
+
+    @jax.jit
+    def move(key):
+        cameras = procedural._draw_cameras(key, *args)
+        return cameras, [procedural._moved_poses(cameras, cameras, n, None) for n in names]
+
+    cameras, poses = move(jax.random.key(1))
+    moved = {n: np.asarray(c2w, float) for n, c2w in zip(names, poses, strict=True)}
     np.testing.assert_array_equal(moved[None], cameras.c2w)
     relative = {n: np.linalg.inv(c2w[:1]) @ c2w for n, c2w in moved.items()}
     for normalize in ("azimuth", "source"):
@@ -160,20 +165,34 @@ def test_normalizing_moves_the_world_and_nothing_else():
 def test_pictures_give_the_world_that_they_give_objects_of_files():
     assumed = (3.0, 40.0)
     made = make(normalize="picture", assumed_camera=assumed), make(normalize=None)
-    there, here = (jax.tree.map(np.asarray, jax.jit(x.finish)(indices(1, 5))) for x in made)
+
+    def cameras_of(finish):
+        """Source and target, without the pictures, which XLA then leaves out."""
+
+        def both(elements):
+            batch = finish(elements)
+            return batch.source.cameras, batch.target.cameras
+
+        return jax.tree.map(np.asarray, jax.jit(both)(indices(1, 5)))
+
+    (_, there), (source, target) = (cameras_of(x.finish) for x in made)
     for i in range(2):
-        one = here.source.cameras
-        motion = samples.world_motion(one.c2w[i, 0], one.fxfycxcy[i, 0], "picture", assumed)
-        wanted = cameras_lib.moved(motion, here.target.cameras.c2w[i])
-        np.testing.assert_allclose(there.target.cameras.c2w[i], wanted, atol=1e-4)  # float32
+        motion = samples.world_motion(source.c2w[i, 0], source.fxfycxcy[i, 0], "picture", assumed)
+        wanted = cameras_lib.moved(motion, target.c2w[i])
+        np.testing.assert_allclose(there.c2w[i], wanted, atol=1e-4)  # float32
 
 
 def test_views_of_a_scene_are_those_of_the_batch(batch):
     cameras = jax.tree.map(lambda a: a[4], batch.target.cameras)
-    original = procedural._draw_cameras(
-        procedural._keys(3, "train", 4)[1], 1, 2, (5.0, 35.0), (-30.0, 75.0), (3.0, 3.0), 40.0
-    )
-    turned = procedural._moved_poses(original, original, "azimuth", None)
+
+    @jax.jit
+    def draw():
+        drawn = procedural._draw_cameras(
+            procedural._keys(3, "train", 4)[1], 1, 2, (5.0, 35.0), (-30.0, 75.0), (3.0, 3.0), 40.0
+        )
+        return drawn, procedural._moved_poses(drawn, drawn, "azimuth", None)
+
+    original, turned = draw()
     np.testing.assert_allclose(turned, cameras.c2w, atol=1e-5)
     views = procedural.scene_views(4, original, 24, split="train", seed=3)
     difference = np.abs(np.asarray(views.rgb, int) - batch.target.rgb[4])
@@ -230,16 +249,15 @@ def test_finish_is_abstractly_evaluable():
 
 def test_light_falls_as_on_rendered_objects():
     # A white box, seen from the sun's side: 0.5 + 0.15 up + 0.5 cos of the sun, then sRGB.
-    identity = jnp.eye(3, 4)[None] * 2
-    square = raytrace.Solids(
-        identity, jnp.array([[0.0, 1, 1, 0, 1, 0]]), jnp.array([[0.0, 0, 1, 0]])
-    )
-    absent = square.replace(sides=square.sides.at[:, 2].set(-1))
-    geometry = raytrace.Geometry(square, absent, jnp.zeros((1, 1), bool), jnp.zeros((1, 4)))
-    paint = assembly.Paint(
-        jnp.full((1, 2, 3), 0.5), jnp.zeros(1, jnp.int32), jnp.ones((1, 3)), jnp.zeros((1, 3))
-    )
-    scene = assembly.Scene(geometry, paint, raytrace.outlines(square, geometry.relief))
+    identity = jnp.asarray(2 * np.eye(3, 4, dtype=np.float32)[None])
+    sides, absent = (jnp.asarray([[0.0, 1, half, 0, 1, 0]]) for half in (1, -1))
+    square = raytrace.Solids(identity, sides, jnp.asarray([[0.0, 0, 1, 0]]))
+    cuts, relief = (jnp.asarray(np.zeros(s)) for s in ((1, 1), (1, 4)))
+    geometry = raytrace.Geometry(square, square.replace(sides=absent), cuts != 0, relief)
+    one, none = jnp.asarray(np.ones((1, 3))), jnp.asarray(np.zeros((1, 3)))
+    grey = jnp.asarray(np.full((1, 2, 3), 0.5))
+    paint = assembly.Paint(grey, jnp.asarray(np.zeros(1, int)), one, none)
+    scene = assembly.Scene(geometry, paint, jax.jit(raytrace.outlines)(square, relief))
     views = procedural.render(scene, cameras_lib.orbit(1, 3.0, 90.0, 40.0), 8)
     linear = 0.5 * (0.5 + 0.15 + 0.5 * 0.70 / np.linalg.norm([0.45, -0.55, 0.70]))
     expected = 255 * (1.055 * linear ** (1 / 2.4) - 0.055)

@@ -43,16 +43,18 @@ def test_attention_by_head_or_in_chunks_equals_jax_s(lengths, attention):
         random(1, 2, num_keys, 3, 8),
         random(2, 2, num_keys, 3, 8),
     )
-    expected = jax.nn.dot_product_attention(q, k, v)
-    np.testing.assert_allclose(attention(q, k, v), expected, atol=1e-6)  # float32
 
-    def total(attention):
-        return jax.grad(lambda q, k, v: jnp.sum(attention(q, k, v) ** 2), argnums=(0, 1, 2))(
-            q, k, v
-        )
+    def outputs(attention):
+        def total(q, k, v):
+            out = attention(q, k, v)
+            return jnp.sum(out**2), out
 
-    for actual, wanted in zip(total(attention), total(jax.nn.dot_product_attention), strict=True):
-        np.testing.assert_allclose(actual, wanted, atol=1e-5)
+        return jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+
+    (gradients, out), (wanted, expected) = map(outputs, (attention, jax.nn.dot_product_attention))
+    np.testing.assert_allclose(out, expected, atol=1e-6)  # float32
+    for actual, expected in zip(gradients, wanted, strict=True):
+        np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -73,15 +75,16 @@ def test_tokens_in_parts_equal_all_at_once(module, monkeypatch):
             return sum(jnp.sum(x**2) for x in jax.tree.leaves(module.apply(params, *inputs)))
 
         params = jax.jit(module.init)(jax.random.key(1), *inputs)
-        return params, module.apply(params, *inputs), gradient(params)
+        return params, *jax.jit(lambda p: (module.apply(p, *inputs), gradient(p)))(params)
 
     whole = outputs()
     monkeypatch.setattr(layers, "TOKENS", 4)
     text = str(jax.make_jaxpr(module.apply)(whole[0], *inputs))
     assert "length=3" in text  # the parts
-    for actual, wanted in zip(*map(jax.tree.leaves, (outputs(), whole)), strict=True):
+    parts = outputs()
+    for actual, wanted in zip(*map(jax.tree.leaves, (parts, whole)), strict=True):
         np.testing.assert_allclose(actual, wanted, rtol=1e-5, atol=1e-5)
-    assert jax.tree.structure(outputs()) == jax.tree.structure(whole)
+    assert jax.tree.structure(parts) == jax.tree.structure(whole)
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
@@ -103,7 +106,7 @@ def test_the_kernel_for_tpus_equals_jax_s_where_it_pads_and_where_keys_are_paddi
         kernel = in_parts(layers._attention_by_splash)
         with jax.set_mesh(device_mesh):
             found = jax.jit(partial(outputs, kernel))(num_keys)
-        wanted = outputs(by_jax, num_keys)
+        wanted = jax.jit(partial(outputs, by_jax))(num_keys)
         for actual, expected in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
             np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-4)
 
@@ -130,9 +133,8 @@ def test_attention_by_head_of_large_scores_equals_jax_s(num_keys):
     assert bound > 60
 
     def outputs(attention):
-        return jax.value_and_grad(lambda *x: jnp.sum(attention(*x) ** 2), argnums=(0, 1, 2))(
-            q, k, v
-        )
+        total = lambda *x: jnp.sum(attention(*x) ** 2)  # noqa: E731
+        return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))(q, k, v)
 
     found, wanted = outputs(layers.attention), outputs(jax.nn.dot_product_attention)
     for actual, expected in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
@@ -144,9 +146,10 @@ def test_attention_by_head_of_large_scores_equals_jax_s(num_keys):
 def test_attention_by_head_leaves_keys_out_that_are_padding(scale):
     q, k, v = scale * random(0, 3, 4, 2, 8), random(1, 3, 70, 2, 8), random(2, 3, 70, 2, 8)
     num_keys = jnp.array([1, 40, 67])
-    found = layers.attention(q, k, v, num_keys)
-    for i, count in enumerate(num_keys):
-        wanted = jax.nn.dot_product_attention(
+    found = jax.jit(layers.attention)(q, k, v, num_keys)
+    q, k, v = map(np.asarray, (q, k, v))
+    for i, count in enumerate(np.asarray(num_keys)):
+        wanted = jax.jit(jax.nn.dot_product_attention)(
             q[i : i + 1], k[i : i + 1, :count], v[i : i + 1, :count]
         )
         np.testing.assert_allclose(found[i : i + 1], wanted, rtol=1e-4, atol=1e-5)
