@@ -182,7 +182,7 @@ def test_one_skipped_update_after_a_resume_does_not_stop_the_run(balls_source, p
 
 
 def test_a_folder_of_something_else_is_not_taken_for_a_run(tmp_path):
-    config, _, _ = train.parse([*TINY, "--workdir", str(tmp_path)])
+    config, *_ = train.parse([*TINY, "--workdir", str(tmp_path)])
     path = tmp_path / "config.json"
     for text in ('{"architectures": []}', "[]", "{"):
         path.write_text(text)
