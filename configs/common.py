@@ -7,7 +7,7 @@ def base() -> ConfigDict:
     """The settings that the references agree on (LRM, https://arxiv.org/abs/2311.04400, section 4.2)."""
     config = ConfigDict()
     config.model = dict(name="triposr", variant="triposr")  # models.build
-    config.data = dict(  # train.open_data; from `root` on lrm_jax.data.<name>.make, for "train" and for "val"
+    config.data = dict(  # training/inputs.py: open_data; from `root` on lrm_jax.data.<name>.make, for "train" and for "val"
         name="objects",  # objects, records, mvimgnet, scenes, or procedural, which needs no files
         mix=(),  # (3, 1): of four batches three of `name` and one procedural
         batch_size=8,  # of all devices and processes together

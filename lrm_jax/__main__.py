@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(format="lrm: %(message)s", level=logging.WARNING)
     try:
         _use_compilation_cache()
-        return importlib.import_module(f"lrm_jax.{argv[0]}").main(argv[1:])
+        return importlib.import_module(f"lrm_jax.commands.{argv[0]}").main(argv[1:])
     except InputError as error:
         return _fail(str(error))
     except OSError as error:

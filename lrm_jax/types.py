@@ -24,9 +24,8 @@ class Cameras:
     """Pinhole cameras."""
 
     c2w: jax.Array  # [*B 4 4] camera to world, OpenCV axes, world units
-    fxfycxcy: (
-        jax.Array
-    )  # [*B 4] focal lengths and principal point as fractions of width, height, width, height
+    # [*B 4] focal lengths and principal point as fractions of width, height, width, height
+    fxfycxcy: jax.Array
 
 
 @flax.struct.dataclass
@@ -43,9 +42,8 @@ class Views:
 
     rgb: jax.Array  # [B V H W 3] sRGB in [0, 1]; straight (not premultiplied) where alpha is given
     cameras: Cameras  # [B V]
-    alpha: jax.Array | None = (
-        None  # [B V H W] in [0, 1]; None: the picture has its background already
-    )
+    # [B V H W] in [0, 1]; None: the picture has its background already
+    alpha: jax.Array | None = None
 
 
 @flax.struct.dataclass
@@ -60,13 +58,11 @@ class Batch:
 class Rendering:
     """What a ray sees."""
 
-    rgb: (
-        jax.Array
-    )  # [*B 3] sRGB, premultiplied: composite on a background with rgb + (1 - alpha) * background
+    # [*B 3] sRGB, premultiplied: composite on a background with rgb + (1 - alpha) * background
+    rgb: jax.Array
     alpha: jax.Array | None = None  # [*B] in [0, 1]; None: the family draws the background itself
-    depth: jax.Array | None = (
-        None  # [*B] expected distance along the ray, world units; undefined where alpha is 0
-    )
+    # [*B] expected distance along the ray, world units; undefined where alpha is 0
+    depth: jax.Array | None = None
 
 
 @flax.struct.dataclass

@@ -28,13 +28,37 @@ os.environ.setdefault("LRM_JAX_CACHE", str(Path(__file__).parents[1] / ".jax_cac
 jax.config.update("jax_compilation_cache_dir", os.environ["LRM_JAX_CACHE"])
 # All of them: the workers compile the same small programs.
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-install_import_hook(["lrm_jax.ops", "lrm_jax.models"], "beartype.beartype")
+CHECKED = (
+    "ops", "models", "kernels", "images.load", "images.cutout", "images.recentre", "mesh.surface", "mesh.lattice",
+    "mesh.formats", "mesh.texture", "data.procedural.raytrace",
+)  # fmt: skip
+install_import_hook([f"lrm_jax.{room}" for room in CHECKED], "beartype.beartype")
 
 
 @pytest.fixture(scope="session")
 def goldens() -> Path:
     """The folder of golden tensors: LRM_GOLDENS where it is set, so that other files of the same form can be tested."""
     return Path(os.environ.get("LRM_GOLDENS", Path(__file__).parent / "goldens"))
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--update-goldens", action="store_true", help="write the text files that tests compare with"
+    )
+
+
+@pytest.fixture
+def same_text(request):
+    """Compares a text with that of a file of tests/, which `--update-goldens` writes: what changes is seen in the diff."""
+
+    def check(name: str, text: str) -> None:
+        path = Path(__file__).parent / name
+        if request.config.getoption("--update-goldens"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        assert path.read_text() == text, f"{name}: look at the change, then --update-goldens"
+
+    return check
 
 
 @pytest.fixture(autouse=True)

@@ -5,19 +5,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lrm_jax import convert, reconstruct
-from lrm_jax.ops import cameras, images, surface
+from lrm_jax.commands import reconstruct
+from lrm_jax.images import load, recentre
+from lrm_jax.mesh import lattice
+from lrm_jax.ops import cameras, resize
+from lrm_jax.weights import loading
 
 
 @pytest.fixture(scope="module")
 def bundled():
-    model, params, info = convert.load_weights(None)
+    model, params, info = loading.load_weights(None)
     return model, params, info
 
 
 def test_the_bundled_model_is_small_and_says_how_it_was_made(bundled):
     model, params, info = bundled
-    assert (convert.BUNDLED).stat().st_size < 30e6
+    assert (loading.BUNDLED).stat().st_size < 30e6
     assert info["family"] == "triposr" and info["variant"] == "nano-symmetric"
     assert (
         info["training"]["steps"] > 1000 and info["training"]["config"]["data"]["name"] == "objects"
@@ -29,7 +32,7 @@ def test_the_bundled_model_is_small_and_says_how_it_was_made(bundled):
 )
 def test_the_example_is_reconstructed_with_its_silhouette(bundled, path):
     model, params, _ = bundled
-    picture = images.load_image(path)
+    picture = load.load_image(path)
     source = model.prepare([picture])
     scene = jax.jit(lambda p, s: model.apply({"params": p}, s, method="encode"))(params, source)
     view = cameras.orbit(1, model.source_distance, model.source_elevation, model.source_fov)
@@ -39,12 +42,12 @@ def test_the_example_is_reconstructed_with_its_silhouette(bundled, path):
     )
     # Both recentred: the picture's camera is not known exactly, and the model does not know its distance.
     seen = np.asarray(jnp.round(rendering.alpha[0, 0] * 255)).astype(np.uint8)
-    seen = images.recenter_foreground(
+    seen = recentre.recenter_foreground(
         np.stack([seen] * 3 + [np.where(seen > 127, 255, 0)], -1).astype(np.uint8), 0.85
     )
-    wanted = images.recenter_foreground(picture, 0.85)
+    wanted = recentre.recenter_foreground(picture, 0.85)
     small = [
-        np.asarray(images.resize_bilinear(jnp.asarray(x[..., 3:4].repeat(3, -1) / 255.0), 48))[
+        np.asarray(resize.resize_bilinear(jnp.asarray(x[..., 3:4].repeat(3, -1) / 255.0), 48))[
             ..., 0
         ]
         > 0.5
@@ -57,6 +60,6 @@ def test_the_example_is_reconstructed_with_its_silhouette(bundled, path):
     def field(xyz):
         return model.apply({"params": params}, scene, xyz[None], method="query")[0][0]
 
-    vertices, faces = surface.extract(field, 64, model.radius, model.surface_level)
+    vertices, faces = lattice.extract(field, 64, model.radius, model.surface_level)
     assert len(faces) > 500
     assert np.ptp(vertices, axis=0).min() > 0.2  # no flat sheet

@@ -11,7 +11,8 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from lrm_jax import __main__, train
+from lrm_jax import __main__
+from lrm_jax.commands import train
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("lrm_jax/**/*.md")]
@@ -21,15 +22,15 @@ RUN_BY = {
     "lrm convert": "tests/models/test_lvsm.py::test_lrm_convert_round_trips_a_checkpoint_to_the_bit",
     "lrm evaluate": "tests/test_journey.py::test_what_was_trained_is_evaluated_and_reconstructs",
     "lrm reconstruct": "tests/test_journey.py::test_what_was_trained_is_evaluated_and_reconstructs",
-    "lrm synthesize": "tests/test_synthesize.py::test_frames_film_sheet_and_report_are_written",
+    "lrm synthesize": "tests/commands/test_synthesize.py::test_frames_film_sheet_and_report_are_written",
     "lrm train": "tests/test_journey.py::test_killed_and_resumed_equals_uninterrupted_to_the_bit",
-    "tools/aot.py": "tests/test_aot.py::test_aot_prints_memory_collectives_and_work_of_a_cpu",
-    "tools/average_weights.py": "tests/test_average_weights.py::test_the_mean_of_two_is_a_model_file_that_names_both",
-    "tools/bench.py": "tests/test_bench.py::test_a_family_is_timed_in_a_process_of_its_own",
-    "tools/bench_gpu.py": "tests/test_bench_gpu.py::test_without_a_gpu_it_says_so_in_one_line",
+    "tools/aot.py": "tests/tools/test_aot.py::test_aot_prints_memory_collectives_and_work_of_a_cpu",
+    "tools/average_weights.py": "tests/tools/test_average_weights.py::test_the_mean_of_two_is_a_model_file_that_names_both",
+    "tools/bench.py": "tests/tools/test_bench.py::test_a_family_is_timed_in_a_process_of_its_own",
+    "tools/bench_gpu.py": "tests/tools/test_bench_gpu.py::test_without_a_gpu_it_says_so_in_one_line",
     "tools/bench_torch.py": "",  # needs PyTorch
     "tools/build_dataset.py": "tests/test_journey.py::folder",
-    "tools/finer_tokens.py": "tests/test_finer_tokens.py::test_the_file_is_a_model_that_renders",
+    "tools/finer_tokens.py": "tests/tools/test_finer_tokens.py::test_the_file_is_a_model_that_renders",
     "tools/render_objects.py": "tests/test_journey.py::folder",
 }
 

@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lrm_jax import losses, sharding, train, train_report
-from lrm_jax.models import layers
-from lrm_jax.step import needed_flops
+from lrm_jax.commands import train
+from lrm_jax.kernels import attention_cuda, attention_plain
+from lrm_jax.parallel import sharding
+from lrm_jax.training import losses, reports, setup
+from lrm_jax.training.step import needed_flops
 from lrm_jax.types import Rendering
 
 ROOT = Path(__file__).parents[1]
@@ -45,9 +47,9 @@ def load(case):
 def test_every_config_makes_a_training_step_whose_shapes_agree(case):
     config = load(case)
     device_mesh = sharding.make_device_mesh(**config.sharding)
-    train.check_batch_size(config, device_mesh)
-    run = train.make_run(config, device_mesh)
-    batch = train.abstract_batch(config, device_mesh, config.data.batch_size)
+    setup.check_batch_size(config, device_mesh)
+    run = setup.make_run(config, device_mesh)
+    batch = setup.abstract_batch(config, device_mesh, config.data.batch_size)
     with jax.set_mesh(device_mesh):
         after, scalars = jax.eval_shape(
             run.step, run.abstract_state, batch, losses.abstract_networks(config.losses)
@@ -60,10 +62,18 @@ def test_every_config_makes_a_training_step_whose_shapes_agree(case):
     assert all(value.shape == () for value in scalars.values())
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_a_config_is_what_it_was(case, same_text):
+    same_text(
+        f"configs/{case.rstrip(':').replace(':', '-')}.json",
+        load(case).to_json(indent=1, sort_keys=True) + "\n",
+    )
+
+
 @pytest.mark.parametrize("case", [case for case in CASES if "tiny" not in case])
 def test_the_pictures_of_a_config_are_those_of_its_model(case):
     config = load(case)
-    model = train.build_model(**config.model)
+    model = setup.build_model(**config.model)
     assert config.data.source_size == getattr(model, "image_size", config.data.source_size)
     low, high = tuple(config.train.render_size) or (config.data.target_size,) * 2
     assert config.train.patch <= low <= high <= config.data.target_size
@@ -75,16 +85,16 @@ def test_an_evaluation_needs_less_than_300_mb_on_a_host_of_eight_devices(case):
     """The batch, what is fetched for the grid, and the grid: an array, Pillow's copy of it, its PNG."""
     config = load(case)
     device_mesh = sharding.make_device_mesh(data=-1)
-    batch = train.abstract_batch(
-        config, device_mesh, train.eval_batch_size(config.train, device_mesh)
+    batch = setup.abstract_batch(
+        config, device_mesh, setup.eval_batch_size(config.train, device_mesh)
     )
     target = batch.target.rgb
     alpha = jax.ShapeDtypeStruct(target.shape[:-1], jnp.float32)
     rgb = jax.ShapeDtypeStruct(target.shape, jnp.float32)
     rendering = Rendering(rgb=rgb, alpha=alpha, depth=alpha)
-    images = jax.eval_shape(train_report.grid_images, batch, rendering)
-    assert images["target"].shape[0] == train_report.GRID_SCENES
-    assert max(images["render"].shape[2:4]) <= train_report.GRID_SIDE
+    images = jax.eval_shape(reports.grid_images, batch, rendering)
+    assert images["target"].shape[0] == reports.GRID_SCENES
+    assert max(images["render"].shape[2:4]) <= reports.GRID_SIDE
 
     def size(tree):
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
@@ -98,8 +108,8 @@ def test_the_paper_size_lrm_costs_what_its_sizes_say():
     """The transformer's products, by hand: 16 layers of 3072 tokens of width 1024, looking at 1025 tokens of width 768."""
     config = load("lrm:")
     device_mesh = sharding.make_device_mesh(**config.sharding)
-    run = train.make_run(config, device_mesh)
-    batch = train.abstract_batch(config, device_mesh, config.data.batch_size)
+    run = setup.make_run(config, device_mesh)
+    batch = setup.abstract_batch(config, device_mesh, config.data.batch_size)
     with jax.set_mesh(device_mesh):
         needed = needed_flops(run.model, config.train.patch, run.abstract_state.params, batch)
     with jax.sharding.use_abstract_mesh(
@@ -124,13 +134,13 @@ def test_no_gradient_of_a_16_bit_step_on_a_gpu_is_scattered_in_16_bits(case, mon
     """Their atomic additions repeat: 2 million lookups took an H200 4.2 s, and 12 ms in float32."""
     monkeypatch.setattr(sharding, "platform", lambda: "gpu")
     # Without a GPU, cuDNN's cannot be lowered.
-    monkeypatch.setattr(layers, "_attention_by_cudnn", layers._attention_by_xla)
+    monkeypatch.setattr(attention_cuda, "attention_by_cudnn", attention_plain.attention_by_xla)
     config = load(case)
     assert config.model.dtype == "bfloat16"
     device_mesh = sharding.make_device_mesh(data=-1)
     with jax.set_mesh(device_mesh):
-        run = train.make_run(config, device_mesh)
-        batch = train.abstract_batch(config, device_mesh, config.data.batch_size)
+        run = setup.make_run(config, device_mesh)
+        batch = setup.abstract_batch(config, device_mesh, config.data.batch_size)
         traced = run.step.trace(run.abstract_state, batch, losses.abstract_networks(config.losses))
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     scattered = re.findall(r'"stablehlo.scatter".*\n *\^bb0\(%\w+: tensor<(\w+)>', text)

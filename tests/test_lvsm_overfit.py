@@ -7,9 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from lrm_jax import sharding, train
-from lrm_jax.data import procedural
+from lrm_jax.commands import train
+from lrm_jax.data.procedural import source as procedural
 from lrm_jax.ops import cameras
+from lrm_jax.parallel import sharding
+from lrm_jax.training import setup
 from lrm_jax.types import Batch, Cameras
 
 SIZE, PATCH, NUM_TRAIN, NUM_TARGET, STEPS = 16, 4, 400, 16, 3500
@@ -51,7 +53,7 @@ def test_one_object_is_learnt_to_30_db_on_views_that_were_not_shown():
     config.schedule.update(learning_rate=2e-3, warmup_steps=200)
     config.sharding.update(data=1)
     device_mesh = sharding.make_device_mesh(**config.sharding, devices=jax.devices()[:1])
-    run = train.make_run(config, device_mesh)
+    run = setup.make_run(config, device_mesh)
 
     def views(some):
         seen = procedural.scene_views(6, some, SIZE, split="train", seed=1)

@@ -1,11 +1,13 @@
 """Random tiny models, and their references' state dicts and configs, for several test modules."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lrm_jax import convert, references
 from lrm_jax.models import build
+from lrm_jax.types import Rays, Views
+from lrm_jax.weights import references
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +22,7 @@ def each_model_is_traced_once():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(references, "param_shapes", param_shapes)
-        patch.setattr(convert, "param_shapes", param_shapes)
+        patch.setattr(references, "param_shapes", param_shapes)
         yield
 
 
@@ -41,3 +43,13 @@ def tiny_state(family="triposr", **overrides):
 
 def renamed(state, old, new):
     return {new if k == old else k: v for k, v in state.items()}
+
+
+def abstract_params(variant):
+    def init():
+        model = build("triposr", variant)
+        views = Views(rgb=jnp.zeros((1, 1, model.image_size, model.image_size, 3)), cameras=None)
+        rays = Rays(origins=jnp.zeros((1, 1, 1, 1, 3)), dirs=jnp.ones((1, 1, 1, 1, 3)))
+        return model.init(jax.random.key(0), views, rays)["params"]
+
+    return jax.eval_shape(init)

@@ -29,8 +29,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 import chips  # noqa: E402
 import hlo  # noqa: E402
 
-from lrm_jax import flops, sharding, train  # noqa: E402
-from lrm_jax.step import needed_flops  # noqa: E402
+from lrm_jax.commands import train
+from lrm_jax.parallel import sharding
+from lrm_jax.training import (
+    flops,
+    setup,  # noqa: E402
+)
+from lrm_jax.training.step import needed_flops  # noqa: E402
 from lrm_jax.types import InputError  # noqa: E402
 
 
@@ -46,7 +51,7 @@ def main(argv: list[str]) -> int:
         config = train.parse([*rest, "--workdir", "unused"]).config
         devices = chips.open_topology(args.topology)
         device_mesh = sharding.make_device_mesh(**config.sharding, devices=devices)
-        programs = train.trace_programs(config, device_mesh)
+        programs = setup.trace_programs(config, device_mesh)
         needed = {"step": needed_by_step(config, device_mesh) / len(devices)}
     except InputError as error:
         print(error, file=sys.stderr)
@@ -119,8 +124,8 @@ def read(compiled, traced, device_mesh) -> hlo.Costs:
 
 def needed_by_step(config, device_mesh) -> float:
     """Operations that a training step cannot do without, on all chips together."""
-    run = train.make_run(config, device_mesh)
-    batch = train.abstract_batch(config, device_mesh, config.data.batch_size)
+    run = setup.make_run(config, device_mesh)
+    batch = setup.abstract_batch(config, device_mesh, config.data.batch_size)
     with jax.set_mesh(device_mesh):
         return needed_flops(run.model, config.train.patch, run.abstract_state.params, batch)
 

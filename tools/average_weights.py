@@ -13,8 +13,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from lrm_jax import convert, models
+from lrm_jax import models
 from lrm_jax.types import InputError
+from lrm_jax.weights import loading, model_file, references
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
         model, params, training = average(args.src)
         if args.variant is not None:
             model = with_variant(model, args.variant)
-        convert.save_model(args.dst, model, params, training)
+        model_file.save_model(args.dst, model, params, training)
     except (InputError, ValueError) as error:
         print(f"average_weights: {error}", file=sys.stderr)
         return 2
@@ -44,10 +45,10 @@ def average(paths: list[str]) -> tuple:
     Raises:
       InputError: one cannot be read, or is another model.
     """
-    model, params, info = convert.load_weights(paths[0])
+    model, params, info = loading.load_weights(paths[0])
     total, steps = jax.tree.map(np.float64, params), info["training"].get("steps", 0)
     for path in paths[1:]:
-        other, params, its_info = convert.load_weights(path)
+        other, params, its_info = loading.load_weights(path)
         if other != model:
             raise InputError(f"{path}: is another model than {paths[0]}: their fields differ")
         total = jax.tree.map(np.add, total, params)
@@ -60,7 +61,7 @@ def with_variant(model, variant: str):
     """A variant of the family, which must have the parameters of `model`."""
     family = models.name_of(model)
     named = models.build(family, variant)
-    if convert.param_shapes(named) != convert.param_shapes(model):
+    if references.param_shapes(named) != references.param_shapes(model):
         raise InputError(
             f"--variant {variant}: has other parameters than the {family} that is given"
         )

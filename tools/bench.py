@@ -9,7 +9,7 @@ The second is tools/bench_train.py, the third tools/bench_gpu.py. The first, for
 cost; the surface is of a smooth blob that goes through the model's own decoder at the same cost, as random weights have no
 surface. For LVSM: encoding 1, 2, 4, 8 and 16 images of the variant's size (encode-4), drawing one frame from them (frame-4; on an accelerator the share
 of one of 8 drawn together), and forward and backward of 6 target views (on a CPU 1) from 2 (gradient). Beside each time: the
-floating-point operations of its matrix products (counted by lrm_jax/flops.py, rematerialised ones included), their rate as a
+floating-point operations of its matrix products (counted by lrm_jax/training/flops.py, rematerialised ones included), their rate as a
 fraction of the plain matrix-product rate measured in turn with it, and the peak memory of the process.
 
 Children run with GLIBC_TUNABLES=glibc.malloc.hugetlb=1 unless you set that variable: large arrays then come in huge pages, without
@@ -30,8 +30,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lrm_jax import flops, models, sharding
+from lrm_jax import models
 from lrm_jax.ops import cameras
+from lrm_jax.parallel import sharding
+from lrm_jax.training import flops
 from lrm_jax.types import Views
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -15,9 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lrm_jax import flops, models, sharding, train
-from lrm_jax.models import layers, triplane
+from lrm_jax import models
+from lrm_jax.commands import train
+from lrm_jax.kernels import attention as kernels_attention
+from lrm_jax.models.parts import triplane
 from lrm_jax.ops import cameras, grids
+from lrm_jax.parallel import batch_axes, sharding
+from lrm_jax.training import flops, setup
 from lrm_jax.types import Batch, Views
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -89,7 +93,7 @@ def attention(batch: int, length: int, num_keys: int, heads: int, gradient: bool
     )
 
     def attend(q, k):
-        return layers.attention(q, k, k)
+        return kernels_attention.attention(q, k, k)
 
     return timed(_gradient(attend, (0, 1)) if gradient else attend, q, k)
 
@@ -234,9 +238,9 @@ def noise_batch(config, device_mesh) -> Batch:
             ),
         )
 
-    shapes = train.abstract_batch(config, device_mesh, config.data.batch_size)
+    shapes = setup.abstract_batch(config, device_mesh, config.data.batch_size)
     batch = Batch(source=views(shapes.source), target=views(shapes.target))
-    return sharding.global_batch(batch, device_mesh)
+    return batch_axes.global_batch(batch, device_mesh)
 
 
 # -- timing
@@ -275,7 +279,7 @@ def result(seconds: float, work: float, **more: float) -> dict:
 
     Args:
       seconds: median.
-      work: operations of the products, as lrm_jax/flops.py counts them.
+      work: operations of the products, as lrm_jax/training/flops.py counts them.
       more: planned_gb, of the compiled program's arguments and temporaries; first_seconds, of compiling and running it once.
     """
     row = {

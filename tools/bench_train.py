@@ -6,7 +6,7 @@ Printed, and written as JSON:
   samples/s, seconds     of the step alone, on a batch that is there already; the median of `--steps` steps after two
   mfu                    three times the model's forward products, a second, as a share of the peak rate
   with recomputation     all products that the step as traced has: rematerialisation, the losses' networks
-  peak rate              of lrm_jax/flops.py: from a table, or, where the device has no entry, measured now
+  peak rate              of lrm_jax/training/flops.py: from a table, or, where the device has no entry, measured now
   peak_gb                of the accelerator's memory, or of this process; and what XLA planned for one device
   loader                 samples/s that the config's data source makes on its own; at least twice what the step eats is wanted
 
@@ -25,9 +25,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lrm_jax import flops, losses, sharding, train
+from lrm_jax.commands import train
 from lrm_jax.data import pipeline
-from lrm_jax.step import needed_flops
+from lrm_jax.parallel import batch_axes, sharding
+from lrm_jax.training import flops, inputs, losses, setup
+from lrm_jax.training.step import needed_flops
 from lrm_jax.types import InputError
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -45,13 +47,13 @@ def main(argv: list[str]) -> int:
     try:
         config, *_ = train.parse([*rest, "--workdir", "unused"])
         device_mesh = sharding.make_device_mesh(**config.sharding)
-        train.check_batch_size(config, device_mesh)
-        data = train.open_data(*sharding.process_share(device_mesh), **config.data)
+        setup.check_batch_size(config, device_mesh)
+        data = inputs.open_data(*batch_axes.process_share(device_mesh), **config.data)
         with contextlib.closing(data.train) as batches:
             loader = pipeline.rate(batches, config.data.batch_size, num_batches=args.steps)
             which, elements = next(batches)
         with jax.set_mesh(device_mesh):
-            batch = data.finish[which](sharding.global_batch(elements, device_mesh))
+            batch = data.finish[which](batch_axes.global_batch(elements, device_mesh))
         row = measure_step(config, device_mesh, batch, args.steps)
     except InputError as error:
         print(error, file=sys.stderr)
@@ -70,7 +72,7 @@ def main(argv: list[str]) -> int:
 def measure_step(config, device_mesh, batch, num_steps: int) -> dict[str, float]:
     """Rates and memory of the step, by name, on a batch that is on the devices."""
     with jax.set_mesh(device_mesh):
-        run = train.make_run(config, device_mesh)
+        run = setup.make_run(config, device_mesh)
         networks = jax.device_put(
             jax.tree.map(
                 lambda x: jnp.zeros(x.shape, x.dtype), losses.abstract_networks(config.losses)

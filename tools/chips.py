@@ -10,7 +10,7 @@ import hlo
 import jax
 from jax.experimental import topologies
 
-from lrm_jax import flops
+from lrm_jax.training import flops
 from lrm_jax.types import InputError
 
 
@@ -32,7 +32,7 @@ class Chip:
 
 def _tpu(peak, gib, bandwidth, links, tile, lookups):
     # XLA's cost analysis (`optimal_seconds`) of libtpu 0.0.52 takes every row that is looked up for the 8 rows of its tile, as far
-    # as it is wide, and of what is added to for reading and writing them. With the rates here tests/test_chips.py finds its times.
+    # as it is wide, and of what is added to for reading and writing them. With the rates here tests/tools/test_chips.py finds its times.
     rates = {"gather": lookups, "scatter-add": lookups / 2, "scatter": lookups / 2}
     return Chip(peak, gib * 2**30, bandwidth, links, (8, tile, tile), rates)
 

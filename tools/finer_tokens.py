@@ -21,8 +21,9 @@ from pathlib import Path
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from lrm_jax import convert, models
+from lrm_jax import models
 from lrm_jax.types import InputError
+from lrm_jax.weights import loading, model_file
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,8 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         fine = models.build("triposr", args.variant)
-        coarse, params, info = convert.load_weights(args.src)
-        convert.save_model(args.dst, fine, refine(params, coarse, fine), info["training"])
+        coarse, params, info = loading.load_weights(args.src)
+        model_file.save_model(args.dst, fine, refine(params, coarse, fine), info["training"])
     except (InputError, ValueError) as error:
         print(f"finer_tokens: {error}", file=sys.stderr)
         return 2
@@ -55,7 +56,9 @@ def refine(params: dict, coarse, fine) -> dict:
         raise InputError(f"{models.name_of(coarse)}: give a TripoSR")
     tokens = dict(plane_tokens=fine.plane_tokens, upsample=fine.upsample)
     encoder = {**coarse.encoder, **{k: fine.encoder[k] for k in ("patch", "grid")}}
-    there, wanted = (convert.fields_of(x) for x in (coarse.clone(encoder=encoder, **tokens), fine))
+    there, wanted = (
+        model_file.fields_of(x) for x in (coarse.clone(encoder=encoder, **tokens), fine)
+    )
     if wrong := [k for k in wanted if there[k] != wanted[k]]:
         raise InputError(
             f"{wrong[0]} is {there[wrong[0]]} there and {wanted[wrong[0]]} here: only tokens can be made finer"

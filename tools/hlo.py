@@ -34,7 +34,7 @@ from hlo_text import (
     window_bytes,
 )
 
-from lrm_jax import flops
+from lrm_jax.training import flops
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # Instructions that move nothing: names for parts of buffers, and control flow, whose bodies are counted themselves.

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lrm_jax import flops, sharding
-from lrm_jax.ops import isosurface
+from lrm_jax.mesh import lattice
+from lrm_jax.parallel import sharding
+from lrm_jax.training import flops
 from lrm_jax.types import TrainState
 
 NORMAL = np.random.default_rng(0).standard_normal(2**20, np.float32)
@@ -82,7 +83,7 @@ def mesh_extraction(
             evaluated += xyz.shape[0]
             return compiled_query(decoder, scene, xyz)
 
-        _, faces = isosurface.extract(field, resolution, model.radius, model.surface_level)
+        _, faces = lattice.extract(field, resolution, model.radius, model.surface_level)
         assert len(faces) > resolution**2 / 10
         return evaluated
 

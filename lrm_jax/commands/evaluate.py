@@ -17,34 +17,31 @@ import json
 import sys
 from pathlib import Path
 
-from lrm_jax import (
-    convert,
-    evaluate_objects,
-    evaluate_scenes,
-    evaluation_page,
-    lpips,
-    report,
-)
+from lrm_jax.commands import arguments
+from lrm_jax.commands.versions import versions
 from lrm_jax.data import held_out
-from lrm_jax.evaluation_scores import summarize
-from lrm_jax.reconstruct import versions
+from lrm_jax.evaluation import objects, report_page, scenes
+from lrm_jax.evaluation.scores import summarize
+from lrm_jax.metrics import lpips
+from lrm_jax.parallel import messages, whole_files
 from lrm_jax.types import InputError
+from lrm_jax.weights import loading
 
 
 def main(argv: list[str]) -> int:
     """Runs `lrm evaluate`. Returns the exit code: 0 where at least one object could be evaluated."""
     args = parse(argv)
-    stages = report.Stages()
-    report.check_writable(args.out)
+    stages = messages.Stages()
+    whole_files.check_writable(args.out)
     folders = [] if args.index else held_out.find(args.data, args.split)
     network = None if args.lpips is None else lpips.load(args.lpips)
     with stages("load", f" {args.weights or 'the bundled model'}"):
-        model, params, info = convert.load_weights(args.weights)
+        model, params, info = loading.load_weights(args.weights)
     given = model, params, network, info
     if args.index:
-        results, skipped, words = evaluate_scenes.evaluate(*given, args, stages)
+        results, skipped, words = scenes.evaluate(*given, args, stages)
     else:
-        results, skipped, words = evaluate_objects.evaluate(*given, folders, args, stages)
+        results, skipped, words = objects.evaluate(*given, folders, args, stages)
     tell(skipped)
     count = len(results.keys() | skipped.keys())
     if not results:
@@ -59,11 +56,11 @@ def main(argv: list[str]) -> int:
         "seconds": stages.seconds,
         "versions": versions(),
     }
-    page = evaluation_page.page(summary, {uid: x.strip for uid, x in results.items()})
+    page = report_page.page(summary, {uid: x.strip for uid, x in results.items()})
     text = json.dumps(summary, indent=2, default=str, allow_nan=False)
     files = {"evaluation.json": text.encode(), "evaluation.html": page}
-    report.write_files(args.out, files)
-    print(evaluation_page.table(summary))
+    whole_files.write_files(args.out, files)
+    print(report_page.table(summary))
     stages.say(f"done: {', '.join(str(args.out / name) for name in files)}")
     return 0
 
@@ -137,7 +134,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
             raise InputError(
                 f"--{name.replace('_', '-')} has no effect with --index, which names the views: leave it out"
             )
-    report.check_ranges(
+    arguments.check_ranges(
         args, views=(1, 1000), size=(16, 2048), resolution=(8, 2048), sources=(1, 100)
     )
     return args

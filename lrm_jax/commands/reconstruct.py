@@ -16,34 +16,36 @@ import functools
 import itertools
 import json
 import logging
-import platform
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import flax
 import jax
 import numpy as np
 
-import lrm_jax
-from lrm_jax import convert, report, sharding
-from lrm_jax.ops import cameras, images, surface, texture
+from lrm_jax.commands import arguments
+from lrm_jax.commands.versions import versions
+from lrm_jax.images import cutout, load, sheets, video
+from lrm_jax.images.png import to_uint8
+from lrm_jax.mesh import formats, lattice, surface, texture, viewer
+from lrm_jax.ops import cameras
+from lrm_jax.parallel import messages, sharding, whole_files
 from lrm_jax.types import Cameras, InputError
+from lrm_jax.weights import loading
 
-EXAMPLES = Path(__file__).parent / "assets" / "examples"
+EXAMPLES = Path(__file__).parents[1] / "assets" / "examples"
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 FORMATS = ("glb", "obj", "ply")
 SIZE = 256  # pixels along a side of a rendered view
 FRAMES = 72  # of a turntable, at least: three seconds
-
 _log = logging.getLogger(__name__)
 
 
 def main(argv: list[str]) -> int:
     """Runs `lrm reconstruct`. Returns the exit code: 0, or 2 where some pictures failed; the others are done then."""
     args = parse(argv)
-    stages, failures, done = report.Stages(), {}, {}
-    report.check_writable(args.out)
+    stages, failures, done = messages.Stages(), {}, {}
+    whole_files.check_writable(args.out)
     paths = find_pictures(args.images)
     args.batch = min(args.batch, len(paths))
     pictures = read_pictures(paths, args.remove_background, stages, failures)
@@ -54,12 +56,12 @@ def main(argv: list[str]) -> int:
     pictures = itertools.chain(first, pictures)
 
     with stages("load", f" {args.weights or 'the bundled model'}"):
-        model, params, info = convert.load_weights(args.weights)
+        model, params, info = loading.load_weights(args.weights)
         apply = compiled(model, params)
     while group := list(itertools.islice(pictures, args.batch)):
         for (name, path, _), files in reconstruct(model, apply, group, args, stages, failures):
             with stages("write", f" {args.out / name}"):
-                report.write_files(args.out / name, files)
+                whole_files.write_files(args.out / name, files)
             done[name] = {"source": str(path)} | {file: len(data) for file, data in files.items()}
     if not done:
         return 2
@@ -72,7 +74,7 @@ def main(argv: list[str]) -> int:
         "versions": versions(),
     }
     text = json.dumps(summary, indent=2, default=str)
-    report.write_file(args.out / "report.json", text.encode())
+    whole_files.write_file(args.out / "report.json", text.encode())
     stages.say(f"done: {len(done)} in {args.out}, {len(failures)} failed")
     return 2 if failures else 0
 
@@ -118,7 +120,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args.formats = [x.strip() for x in args.formats.split(",")]
     if unknown := [x for x in args.formats if x not in FORMATS]:
         raise InputError(f"--formats {unknown[0]!r} is not known: choose of {', '.join(FORMATS)}")
-    report.check_ranges(
+    arguments.check_ranges(
         args, resolution=(8, 2048), views=(1, 64), batch=(1, 1024), texture=(16, 8192)
     )
     return args
@@ -145,18 +147,18 @@ def find_pictures(names: list[str]) -> list[Path]:
 
 
 def read_pictures(
-    paths: list[Path], remove_background: bool, stages: report.Stages, failures: dict
+    paths: list[Path], remove_background: bool, stages: messages.Stages, failures: dict
 ) -> Iterator[tuple[str, Path, np.ndarray]]:
     """Yields (folder name, path, uint8 [H W 4]) of all good pictures; tells of the bad ones, and puts them in `failures`."""
     taken = {"report.json"}
     for path in paths:
         try:
             with stages("read", f" {path}"):
-                rgba = cut_out(images.load_image(path), path, remove_background)
+                rgba = cut_out(load.load_image(path), path, remove_background)
         except InputError as error:
             fail(failures, path, error)
             continue
-        stem = report.printable(path.stem).strip(".") or "picture"
+        stem = whole_files.printable(path.stem).strip(".") or "picture"
         names = itertools.chain([stem], (f"{stem}-{i}" for i in itertools.count(2)))
         name = next(name for name in names if name not in taken)
         taken.add(name)
@@ -176,11 +178,11 @@ def cut_out(rgba: np.ndarray, path: Path, remove_background: bool) -> np.ndarray
     Raises:
       InputError: nothing, or nobody, tells what the object is.
     """
-    if not images.has_alpha(rgba):
+    if not load.has_alpha(rgba):
         if remove_background:
             rgba = run_rembg(rgba)
         else:
-            keyed = images.key_out_background(rgba)
+            keyed = cutout.key_out_background(rgba)
             if keyed is None:
                 raise InputError(
                     f"{path} has no alpha channel, and its background is not of one colour: "
@@ -321,7 +323,7 @@ def render_orbit(
     views = cameras.orbit(num_views * step, **dataclasses.asdict(orbit))
     views = jax.tree.map(np.asarray, views)
     kept = {"frames": [], "alpha": [], "depth": [], "origins": [], "dirs": []}
-    for v in report.progress(range(num_views * step), num_views * step, "views"):
+    for v in messages.progress(range(num_views * step), num_views * step, "views"):
         view = jax.tree.map(lambda x, v=v: np.broadcast_to(x[v], (batch, 1, *x.shape[1:])), views)
         rendering, rays = jax.tree.map(np.asarray, render(scene, view))
         white = rendering.rgb + (1 - rendering.alpha[..., None])
@@ -329,7 +331,7 @@ def render_orbit(
             raise InputError(
                 "what the model renders is not finite: its weights are damaged, take others"
             )
-        kept["frames"].append(surface.to_bytes(white))
+        kept["frames"].append(to_uint8(white))
         if v % step == 0:
             kept["alpha"].append(rendering.alpha)
             kept["depth"].append(rendering.depth)
@@ -347,17 +349,17 @@ def surface_of(model, query: Callable, scene, args) -> surface.Surface:
     def color(xyz):
         return query(scene, xyz)[1]
 
-    vertices, faces = surface.extract(
+    vertices, faces = lattice.extract(
         field,
         args.resolution,
         model.radius,
         model.surface_level,
         dense=args.dense,
-        progress=report.progress,
+        progress=messages.progress,
     )
-    triangles = surface.paint(vertices, faces, color, progress=report.progress)
+    triangles = surface.paint(vertices, faces, color, progress=messages.progress)
     if args.texture:
-        return texture.bake_texture(triangles, color, args.texture, progress=report.progress)
+        return texture.bake_texture(triangles, color, args.texture, progress=messages.progress)
     return triangles
 
 
@@ -375,39 +377,27 @@ def files_of(
 ) -> dict[str, bytes]:
     """All files of one picture: name -> content."""
     name, _, rgba = picture
-    glb = surface.to_glb(triangles)
+    glb = formats.to_glb(triangles)
     files = {}
     if "glb" in args.formats:
         files["surface.glb"] = glb
     if "obj" in args.formats:
-        files |= surface.to_obj(triangles)
+        files |= formats.to_obj(triangles)
     if "ply" in args.formats:
-        files["surface.ply"] = surface.to_ply(triangles)
+        files["surface.ply"] = formats.to_ply(triangles)
     alpha, depth = frames["alpha"], frames["depth"]
     step = len(frames["frames"]) // args.views
     rows = {
         "view": frames["frames"][::step],
-        "depth (near is bright)": report.depth_pictures(depth, alpha),
-        "normal (xyz as rgb)": report.normal_pictures(
+        "depth (near is bright)": sheets.depth_pictures(depth, alpha),
+        "normal (xyz as rgb)": sheets.normal_pictures(
             depth, alpha, frames["origins"], frames["dirs"]
         ),
     }
     columns = [f"{360 * i / args.views:.0f}°" for i in range(args.views)]
-    source = images.composite(rgba, 1.0)
-    files["contact_sheet.png"] = report.contact_sheet(source, rows, columns, name)
-    files["viewer.html"] = report.viewer_html(glb, name, orbit.distance, orbit.fov_y_deg)
+    source = cutout.composite(rgba, 1.0)
+    files["contact_sheet.png"] = sheets.contact_sheet(source, rows, columns, name)
+    files["viewer.html"] = viewer.viewer_html(glb, name, orbit.distance, orbit.fov_y_deg)
     if args.video:
-        files["turntable.mp4"] = report.turntable(frames["frames"])
+        files["turntable.mp4"] = video.turntable(frames["frames"])
     return files
-
-
-def versions() -> dict[str, str]:
-    """What computed this."""
-    return {
-        "lrm_jax": lrm_jax.__version__,
-        "jax": jax.__version__,
-        "flax": flax.__version__,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-    }

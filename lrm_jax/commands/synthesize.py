@@ -30,13 +30,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lrm_jax import convert, report, sharding
+from lrm_jax.commands import arguments
+from lrm_jax.commands.versions import versions
 from lrm_jax.data import samples, scene_files, scenes
+from lrm_jax.images import png, sheets, video
+from lrm_jax.images.png import to_uint8
 from lrm_jax.ops import cameras as ops_cameras
-from lrm_jax.ops import conventions, paths, surface
-from lrm_jax.reconstruct import versions
-from lrm_jax.step import blend
+from lrm_jax.ops import conventions, paths
+from lrm_jax.ops.compositing import blend
+from lrm_jax.parallel import messages, sharding, whole_files
 from lrm_jax.types import Cameras, InputError, Views
+from lrm_jax.weights import loading
 
 PATHS = ("orbit", "spiral", "interpolate")
 MAX_VIEWS = (
@@ -51,13 +55,13 @@ _log = logging.getLogger(__name__)
 def main(argv: list[str]) -> int:
     """Runs `lrm synthesize`. Returns the exit code."""
     args = parse(argv)
-    stages = report.Stages()
-    report.check_writable(args.out)
+    stages = messages.Stages()
+    whole_files.check_writable(args.out)
     with stages("read", f" {args.source}"):
         scene = read_scene(args.source, args.views, args.convention)
         poses, position = camera_path(scene, args.path, args.frames, args.convention)
     with stages("load", f" {args.weights}"):
-        model, params, info = convert.load_weights(args.weights)
+        model, params, info = loading.load_weights(args.weights)
     if hasattr(model, "prepare"):
         raise InputError(
             f"{args.weights}: {info['family']} reconstructs from one picture: use lrm reconstruct, or give weights of LVSM"
@@ -84,7 +88,7 @@ def main(argv: list[str]) -> int:
         write(args, scene, pictures, frames, poses)
     summary["seconds"] = {**stages.seconds, "total": stages.elapsed()}
     text = json.dumps(summary, indent=2, default=str)
-    report.write_file(args.out / "report.json", text.encode())
+    whole_files.write_file(args.out / "report.json", text.encode())
     stages.say(f"done: {len(frames)} frames in {args.out}")
     return 0
 
@@ -126,7 +130,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         f"(default: {TRANSFORMS} for transforms.json, {COLMAP} for COLMAP)",
     )
     args = parser.parse_args(argv)
-    report.check_ranges(args, frames=(1, 10_000), fps=(0.1, 1000), batch=(1, 1024))
+    arguments.check_ranges(args, frames=(1, 10_000), fps=(0.1, 1000), batch=(1, 1024))
     return args
 
 
@@ -277,7 +281,7 @@ def world_of(scene: Scene, training: dict) -> tuple[np.ndarray, float, str]:
     Raises:
       InputError: the source cameras do not determine it.
     """
-    normalize = convert.training_data(training).get("normalize", "source_views")
+    normalize = loading.training_data(training).get("normalize", "source_views")
     if normalize not in ("all_views", "source_views"):
         words = f"the poses' own, turned as in training (data.normalize={normalize})"
         return (
@@ -340,7 +344,7 @@ def render(model, params, encoded, path: Cameras, batch: int) -> np.ndarray:
         return blend(rendering, jnp.ones((1, 1, 1, 1, 3))).rgb[0]
 
     frames = []
-    for start in report.progress(range(0, len(path.c2w), batch), label="batches of frames"):
+    for start in messages.progress(range(0, len(path.c2w), batch), label="batches of frames"):
         # The last batch is filled up with the last camera, so that nothing is compiled anew.
         which = np.minimum(np.arange(start, start + batch), len(path.c2w) - 1)
         some = jax.tree.map(lambda x, which=which: x[which][None], path)
@@ -349,7 +353,7 @@ def render(model, params, encoded, path: Cameras, batch: int) -> np.ndarray:
             raise InputError(
                 "what the model renders is not finite: its weights are damaged, take others"
             )
-        frames.append(surface.to_bytes(rgb))
+        frames.append(to_uint8(rgb))
     return np.concatenate(frames)
 
 
@@ -370,15 +374,15 @@ def write(
     title = args.source.resolve().name
     matrices = conventions.write(poses, TRANSFORMS).tolist()
     files = {
-        "contact_sheet.png": report.contact_sheet(pictures[0], rows, columns, title),
-        "synthesis.mp4": report.turntable(frames, args.fps),
+        "contact_sheet.png": sheets.contact_sheet(pictures[0], rows, columns, title),
+        "synthesis.mp4": video.turntable(frames, args.fps),
         "path.json": json.dumps({"frames": [{"transform_matrix": x} for x in matrices]}).encode(),
     }  # fmt: skip
     names = [f"{i:04}.png" for i in range(len(frames))]
     folder = args.out / "frames"
-    report.write_files(folder, dict(zip(names, map(report.png, frames), strict=True)))
+    whole_files.write_files(folder, dict(zip(names, map(png.png, frames), strict=True)))
     # Of an earlier, longer run: they would pass for the end of this one.
     for old in folder.glob("[0-9]" * 4 + ".png"):
         if old.name not in names:
             old.unlink()
-    report.write_files(args.out, files)
+    whole_files.write_files(args.out, files)

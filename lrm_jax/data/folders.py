@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from lrm_jax.images.load import load_image
 from lrm_jax.ops.cameras import opengl_to_opencv
-from lrm_jax.ops.images import load_image
 from lrm_jax.types import InputError
 
 

@@ -22,8 +22,8 @@ import numpy as np
 from PIL import Image
 
 from lrm_jax.data import Source, colmap, pipeline, samples, splits
+from lrm_jax.images.load import load_image
 from lrm_jax.ops import paths
-from lrm_jax.ops.images import load_image
 from lrm_jax.types import Batch, InputError
 
 NUM_OUTLINES = 8  # masks that the object's place and size are taken from

@@ -9,8 +9,8 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
+from lrm_jax.images.recentre import foreground_square
 from lrm_jax.ops import cameras
-from lrm_jax.ops.images import foreground_square
 from lrm_jax.types import Batch, Cameras, InputError, Views
 
 
@@ -240,29 +240,20 @@ def world_motion(
 ) -> np.ndarray:
     """The similarity [4 4], float32, into whose world a scene is moved, given the camera of its first source: see `Recipe`.
 
-    "source" is `ops.cameras.normalize_to_source`.
-
     Raises:
       InputError: "picture", of a camera that looks away from the origin.
     """
     if normalize is None:
         return np.eye(4, dtype=np.float32)
-    if normalize == "picture":
-        true = c2w.astype(float), fxfycxcy.astype(float)
-        motion = cameras.picture_motion(*true, *assumed_camera)
+    c2w, fxfycxcy = c2w.astype(float), fxfycxcy.astype(float)
+    if normalize == "azimuth":
+        motion = cameras.azimuth_motion(c2w)
+    elif normalize == "source":
+        motion = cameras.source_motion(c2w)
+    else:
+        motion = cameras.picture_motion(c2w, fxfycxcy, *assumed_camera)
         if not np.linalg.det(motion[:3, :3]) > 0:
             raise InputError("the first source's camera looks away from the origin")
-        return motion.astype(np.float32)
-    x, y, z = c2w[:3, 3].astype(float)
-    motion = np.eye(4)
-    if normalize == "azimuth":
-        azimuth = np.arctan2(y, x)
-        motion[0, :2] = np.cos(azimuth), np.sin(azimuth)
-        motion[1, :2] = -np.sin(azimuth), np.cos(azimuth)
-        return motion.astype(np.float32)
-    motion[:3, :3] = np.array([[1, 0, 0], [0, 0, 1], [0, -1, 0]]) @ c2w[:3, :3].T.astype(float)
-    motion[:3, 3] = -motion[:3, :3] @ (x, y, z)
-    motion[1, 3] -= np.sqrt(x * x + y * y + z * z)
     return motion.astype(np.float32)
 
 

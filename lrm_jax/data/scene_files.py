@@ -26,11 +26,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lrm_jax import tensor_files
 from lrm_jax.data import colmap, splits
+from lrm_jax.images.cutout import blend
+from lrm_jax.images.load import has_alpha, load_image
 from lrm_jax.ops.cameras import opengl_to_opencv
-from lrm_jax.ops.images import blend, has_alpha, load_image
 from lrm_jax.types import InputError
+from lrm_jax.weights import tensor_files
 
 STAGES = {"train": ("train",), "val": ("test",), "all": ("train", "test")}
 TRANSFORMS = ("transforms.json", "transforms_train.json")

@@ -1,4 +1,4 @@
-"""The evaluation of objects that are known from all sides: their views, and their surfaces. The command is in `evaluate.py`."""
+"""The evaluation of objects that are known from all sides: their views, and their surfaces. The command is in `commands/evaluate.py`."""
 
 import argparse
 import collections
@@ -13,13 +13,18 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from lrm_jax import convert, evaluation_page, mean_object, models, report, surface_metrics
+from lrm_jax import models
 from lrm_jax.data import held_out, samples
 from lrm_jax.data.held_out import HeldOut
-from lrm_jax.evaluation_scores import Programs, Result, compiled, on_white, picture_protocol
-from lrm_jax.ops import cameras, surface
-from lrm_jax.step import on_background
+from lrm_jax.evaluation import report_page
+from lrm_jax.evaluation.scores import Programs, Result, compiled, on_white, picture_protocol
+from lrm_jax.mesh import lattice
+from lrm_jax.metrics import mean_object, surface_metrics
+from lrm_jax.ops import cameras
+from lrm_jax.ops.compositing import on_background
+from lrm_jax.parallel import messages
 from lrm_jax.types import Cameras, InputError, Views
+from lrm_jax.weights import loading
 
 # Families whose world is that of the source camera; the others' is upright, with the source at azimuth 0.
 SEEN_BY_SOURCE = ("lrm",)
@@ -64,7 +69,7 @@ def evaluate(
     info: dict,
     folders: list[Path],
     args: argparse.Namespace,
-    stages: report.Stages,
+    stages: messages.Stages,
 ) -> tuple[dict[str, Result], dict[str, str], dict[str, str | dict]]:
     """Results by uid, causes by uid of what is absent (the whole object, or its surface metrics), and the protocol.
 
@@ -134,7 +139,7 @@ def model_world(model, training: dict, scale: str | None) -> World:
     Raises:
       InputError: its scale is not the one asked for.
     """
-    trained = convert.training_data(training)
+    trained = loading.training_data(training)
     if trained.get("normalize") == "picture":
         if scale == "data":
             raise InputError(
@@ -222,7 +227,7 @@ def score(
                 if empty:
                     skipped[x.item.uid] = f"no Chamfer distance, F-scores of 0: {empty}"
                 jobs[x.item.uid] = pool.submit(score_surface, points, x.item, mean)
-        for uid, job in report.progress(jobs.items(), len(jobs), "surfaces"):
+        for uid, job in messages.progress(jobs.items(), len(jobs), "surfaces"):
             try:
                 scores, results[uid].unaligned, guesses = job.result()
             except InputError as error:
@@ -246,7 +251,7 @@ def read_ahead(
 
     with ThreadPoolExecutor() as pool:
         jobs = collections.deque()
-        for i, folder in enumerate(report.progress(folders, len(folders), "objects")):
+        for i, folder in enumerate(messages.progress(folders, len(folders), "objects")):
             while len(jobs) < min(2 * BATCH, len(folders) - i):
                 jobs.append(pool.submit(read, folders[i + len(jobs)]))
             yield folder, jobs.popleft().result()
@@ -291,7 +296,7 @@ def posed_views(info: dict) -> PosedViews:
     Raises:
       InputError: there is none, or it was not trained on objects.
     """
-    data = convert.training_data(info["training"])
+    data = loading.training_data(info["training"])
     names = [field.name for field in dataclasses.fields(PosedViews)]
     if not set(names) <= set(data):
         raise InputError(
@@ -346,7 +351,7 @@ def predict(
             guess: {name: float(value[i].mean()) for name, value in values.items()}
             for guess, values in guesses.items()
         }
-        strip = evaluation_page.strip(x.item.source, target_rgb[i], rgb[i])
+        strip = report_page.strip(x.item.source, target_rgb[i], rgb[i])
         results.append(Result(mine, theirs, strip))
     return scenes, results
 
@@ -359,7 +364,7 @@ def surface_points(
     field = functools.partial(programs.field, scene)
     rng = np.random.default_rng(0)
     try:
-        vertices, faces = surface.extract(field, resolution, model.radius, model.surface_level)
+        vertices, faces = lattice.extract(field, resolution, model.radius, model.surface_level)
         points = surface_metrics.sample_surface(vertices, faces, surface_metrics.NUM_POINTS, rng)
     except InputError as error:
         return None, str(error)

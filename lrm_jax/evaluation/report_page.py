@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from PIL import Image
 
+from lrm_jax.images.png import to_uint8
+
 NUM_PAIRS = 4  # target and render, one above the other
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem; color: #222 }
@@ -71,7 +73,7 @@ def strip(source: np.ndarray, target: np.ndarray, rendered: np.ndarray) -> bytes
     """
     views = np.unique(np.linspace(0, len(target) - 1, NUM_PAIRS).astype(int))
     pairs = np.concatenate([target[views], rendered[views]], axis=1)  # [. 2S S 3]
-    pairs = np.rint(np.clip(pairs, 0, 1) * 255).astype(np.uint8)
+    pairs = to_uint8(pairs)
     side = pairs.shape[1]
     white = Image.new("RGBA", source.shape[:2], "white")
     white.alpha_composite(Image.fromarray(source))

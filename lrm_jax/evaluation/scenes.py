@@ -1,4 +1,4 @@
-"""The evaluation of scenes, on the views that pixelSplat's index names. The command is in `evaluate.py`."""
+"""The evaluation of scenes, on the views that pixelSplat's index names. The command is in `commands/evaluate.py`."""
 
 import argparse
 from collections.abc import Iterator
@@ -6,14 +6,16 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from lrm_jax import convert, evaluation_page, report
 from lrm_jax.data import scenes
-from lrm_jax.evaluation_scores import Programs, Result, compiled, picture_protocol
+from lrm_jax.evaluation import report_page
+from lrm_jax.evaluation.scores import Programs, Result, compiled, picture_protocol
+from lrm_jax.parallel import messages
 from lrm_jax.types import Batch, InputError, Views
+from lrm_jax.weights import loading
 
 
 def evaluate(
-    model, params, network, info: dict, args: argparse.Namespace, stages: report.Stages
+    model, params, network, info: dict, args: argparse.Namespace, stages: messages.Stages
 ) -> tuple[dict[str, Result], dict[str, str], dict[str, str]]:
     """Results by scene, causes of absence by scene, and the protocol. The arguments: see `evaluate_objects.evaluate`."""
     if hasattr(model, "prepare"):
@@ -21,7 +23,7 @@ def evaluate(
             f"{info['family']} reconstructs objects from one picture: evaluate it without --index"
         )
     args.size = args.size or model.image_size
-    trained = convert.training_data(info["training"]).get("normalize")
+    trained = loading.training_data(info["training"]).get("normalize")
     normalize = trained if trained in scenes.NORMALIZATIONS[:2] else "all_views"
     views = scenes.evaluation_views(args.data, args.index, args.size, normalize)
     programs = compiled(model, params, network, args.size)
@@ -49,7 +51,7 @@ def groups(
 ) -> Iterator[tuple[list[str], list[Batch]]]:
     """The scenes that can be read, up to `size` in a row that have as many views; notes the others."""
     names, batches = [], []
-    for i in report.progress(range(len(views)), len(views), "scenes"):
+    for i in messages.progress(range(len(views)), len(views), "scenes"):
         try:
             name, batch = views[i]
         except InputError as error:
@@ -94,6 +96,6 @@ def score(programs: Programs, batches: list[Batch]) -> list[Result | None]:
             {name: float(value[i].mean()) for name, value in x.items()} for x in (scores, guessed)
         )
         opaque = np.pad(batch.source.rgb[0], ((0, 0), (0, 0), (0, 1)), constant_values=255)
-        strip = evaluation_page.strip(opaque, target[i], rgb[i])
+        strip = report_page.strip(opaque, target[i], rgb[i])
         results.append(Result(mine, {"nearest picture": theirs}, strip))
     return results

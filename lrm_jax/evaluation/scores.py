@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lrm_jax import lpips, mean_object, metrics, sharding, surface_metrics
+from lrm_jax.metrics import lpips, mean_object, surface_metrics
 from lrm_jax.ops import cameras as ops_cameras
-from lrm_jax.step import blend
+from lrm_jax.ops import image_metrics
+from lrm_jax.ops.compositing import blend
+from lrm_jax.parallel import batch_axes, sharding
 from lrm_jax.types import Cameras, Views
 
 PICTURE_NAMES = ("psnr", "ssim", "lpips", "iou")
@@ -45,7 +47,7 @@ def compiled(model, params, network, size: int) -> Programs:
     """The programs for pictures of a size, on all devices; `network` is of LPIPS, or None."""
     device_mesh = sharding.make_device_mesh()
     params = jax.device_put(params, NamedSharding(device_mesh, PartitionSpec()))
-    params_of = sharding.by_device(params, device_mesh)
+    params_of = batch_axes.by_device(params, device_mesh)
 
     @sharding.jit
     def render(params, source: Views, targets: Cameras):
@@ -53,15 +55,15 @@ def compiled(model, params, network, size: int) -> Programs:
         scene = model.apply(variables, source, method="encode")
         rays = ops_cameras.pixel_rays(targets, size, size)
         rendering = model.apply(variables, scene, rays, method="render")
-        return sharding.constrain_batch(
+        return batch_axes.constrain_batch(
             (scene, blend(rendering, jnp.ones((1, 1, 1, 1, 3))).rgb, rendering.alpha)
         )
 
     def predict(source: Views, targets: Cameras):
         with jax.set_mesh(device_mesh):
-            batch = sharding.global_batch((source, targets), device_mesh)
+            batch = batch_axes.global_batch((source, targets), device_mesh)
             scene, rgb, alpha = render(params, *batch)
-        parts = sharding.by_device(scene, device_mesh).values()
+        parts = batch_axes.by_device(scene, device_mesh).values()
         rows = range(rgb.shape[0] // device_mesh.size)
         scenes = [jax.tree.map(lambda x, i=i: x[i : i + 1], part) for part in parts for i in rows]
         return scenes, rgb, alpha
@@ -69,9 +71,12 @@ def compiled(model, params, network, size: int) -> Programs:
     @jax.jit
     def compare(network, rgb, alpha, target_rgb, target_alpha):
         rgb = rgb.clip(0, 1)
-        found = {"psnr": metrics.psnr(rgb, target_rgb), "ssim": metrics.ssim(rgb, target_rgb)}
+        found = {
+            "psnr": image_metrics.psnr(rgb, target_rgb),
+            "ssim": image_metrics.ssim(rgb, target_rgb),
+        }
         if alpha is not None:
-            found["iou"] = metrics.iou(alpha, target_alpha)
+            found["iou"] = image_metrics.iou(alpha, target_alpha)
         if network is not None:
             # Elsewhere than on a CPU the products would be of less than float32.
             with jax.default_matmul_precision("highest"):

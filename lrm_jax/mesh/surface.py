@@ -1,39 +1,13 @@
-"""Coloured surfaces, and the files that hold them. `extract` finds their triangles in a field.
-
-Vertices live in the world of `types.py`: right-handed, z up. The files are written so that common programs show z as up:
-
-| file | axes | colours | opens upright in |
-| --- | --- | --- | --- |
-| `.glb` | y up, as glTF demands: (x, y, z) is written as (x, z, -y) | linear floats (COLOR_0), or an sRGB PNG | every glTF viewer, Blender |
-| `.obj` | y up, the same rotation | sRGB after the position (`v x y z r g b`), or `.mtl` and `.png` | Blender's default import, MeshLab |
-| `.ply` | z up: the world as it is, for measurements | sRGB bytes | Blender's default import; MeshLab shows y up |
-"""
+"""Coloured meshes: a field's level set with normals and vertex colours."""
 
 import dataclasses
-import io
-import json
-import struct
 from collections.abc import Callable
 
 import numpy as np
-from jaxtyping import Float, Float32, Int, Int32, UInt8
-from PIL import Image
+from jaxtyping import Float, Float32, Int32
 
-from lrm_jax.ops.isosurface import extract, in_chunks
-
-__all__ = [
-    "Surface",
-    "extract",
-    "paint",
-    "sample",
-    "to_bytes",
-    "to_glb",
-    "to_obj",
-    "to_ply",
-    "vertex_normals",
-]
-
-LINES = 2**16  # lines of text that are formatted at once
+from lrm_jax.images.png import to_uint8
+from lrm_jax.mesh.lattice import in_chunks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,11 +32,6 @@ def sample(
 ) -> Float32[np.ndarray, "Q ..."]:
     """Evaluates `function`: xyz[chunk 3] -> [chunk ...] at any number of points, in calls of one fixed shape."""
     return in_chunks(function, len(xyz), lambda rows: xyz[rows], chunk, progress, label)
-
-
-def to_bytes(rgb: Float[np.ndarray, "*B 3"]) -> UInt8[np.ndarray, "*B 3"]:
-    """sRGB in [0, 1] to the nearest byte."""
-    return np.rint(np.clip(rgb, 0, 1) * 255).astype(np.uint8)
 
 
 def vertex_normals(
@@ -98,143 +67,4 @@ def paint(
 ) -> Surface:
     """Adds normals, and the colours that `color`: xyz[Q 3] -> sRGB[Q 3] in [0, 1] has at the vertices."""
     rgb = sample(color, vertices, chunk=chunk, progress=progress)
-    return Surface(vertices, faces, to_bytes(rgb), vertex_normals(vertices, faces))
-
-
-def to_glb(surface: Surface) -> bytes:
-    """A binary glTF 2.0 file (https://registry.khronos.org/glTF/specs/2.0/glTF-2.0.html): y up, matte, double-sided.
-
-    Colours are the texture where there is one, otherwise the vertices'. These are written as floats: glTF takes vertex colours
-    as linear, and linear bytes lose the dark tones of sRGB bytes.
-    """
-    attributes = {"POSITION": _y_up(surface.vertices), "NORMAL": _y_up(surface.normals)}
-    shading = {"metallicFactor": 0.0, "roughnessFactor": 1.0}
-    tree = {
-        "asset": {"version": "2.0", "generator": "lrm_jax"},
-        "scene": 0,
-        "scenes": [{"nodes": [0]}],
-        "nodes": [{"mesh": 0, "name": "surface"}],
-        "materials": [{"pbrMetallicRoughness": shading, "doubleSided": True}],
-    }
-    images = []
-    if surface.texture is None:
-        attributes["COLOR_0"] = _linear(surface.colors)
-    else:
-        attributes["TEXCOORD_0"] = surface.uv
-        images = [_png(surface.texture)]
-        shading["baseColorTexture"] = {"index": 0}
-        tree["textures"] = [{"source": 0, "sampler": 0}]
-        tree["samplers"] = [{"magFilter": 9729, "minFilter": 9987, "wrapS": 33071, "wrapT": 33071}]
-        tree["images"] = [{"bufferView": len(attributes) + 1, "mimeType": "image/png"}]
-
-    last = len(attributes)  # of accessors and buffers: the faces' corners
-    primitive = {
-        "attributes": {name: i for i, name in enumerate(attributes)},
-        "indices": last,
-        "material": 0,
-    }
-    tree["meshes"] = [{"primitives": [primitive]}]
-    tree["accessors"] = [
-        {
-            "bufferView": i,
-            "componentType": 5126,
-            "count": len(values),
-            "type": f"VEC{values.shape[1]}",
-        }
-        for i, values in enumerate(attributes.values())
-    ]
-    low, high = attributes["POSITION"].min(0), attributes["POSITION"].max(0)
-    tree["accessors"][0] |= {"min": low.tolist(), "max": high.tolist()}
-    tree["accessors"].append(
-        {"bufferView": last, "componentType": 5125, "count": surface.faces.size, "type": "SCALAR"}
-    )
-    buffers = [np.asarray(values, "<f4").tobytes() for values in attributes.values()]
-    return _pack_glb(tree, [*buffers, surface.faces.astype("<u4").tobytes(), *images])
-
-
-def _pack_glb(tree: dict, buffers: list[bytes]) -> bytes:
-    """The container: the JSON tree, with a view for each buffer, and the buffers, each padded to four bytes."""
-    body = b""
-    tree["bufferViews"] = []
-    for data in buffers:
-        tree["bufferViews"].append({"buffer": 0, "byteOffset": len(body), "byteLength": len(data)})
-        body += data + b"\0" * (-len(data) % 4)
-    tree["buffers"] = [{"byteLength": len(body)}]
-    text = json.dumps(tree, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 4)
-    chunks = struct.pack("<I4s", len(text), b"JSON") + text
-    chunks += struct.pack("<I4s", len(body), b"BIN\0") + body
-    return struct.pack("<4sII", b"glTF", 2, 12 + len(chunks)) + chunks
-
-
-def to_obj(surface: Surface, name: str = "surface") -> dict[str, bytes]:
-    """A Wavefront .obj file, y up, and with a texture its .mtl and .png: the files' names and contents.
-
-    Without a texture, sRGB colours follow the positions: most programs read them there, though the format's manual has none.
-    """
-    positions, normals = _y_up(surface.vertices), _y_up(surface.normals)
-    corners = surface.faces + 1
-    if surface.texture is None:
-        colored = np.concatenate([positions, surface.colors / 255], -1)
-        body = _lines("v %.6f %.6f %.6f %.4f %.4f %.4f\n", colored)
-        body += _lines("vn %.4f %.4f %.4f\n", normals)
-        body += _lines("f %d//%d %d//%d %d//%d\n", corners.repeat(2, -1))
-        return {f"{name}.obj": body.encode()}
-    body = f"mtllib {name}.mtl\nusemtl {name}\n"
-    body += _lines("v %.6f %.6f %.6f\n", positions) + _lines("vn %.4f %.4f %.4f\n", normals)
-    body += _lines("vt %.6f %.6f\n", surface.uv * [[1, -1]] + [[0, 1]])
-    body += _lines("f %d/%d/%d %d/%d/%d %d/%d/%d\n", corners.repeat(3, -1))
-    material = f"newmtl {name}\nKa 0 0 0\nKd 1 1 1\nKs 0 0 0\nmap_Kd {name}.png\n"
-    files = {f"{name}.obj": body.encode(), f"{name}.mtl": material.encode()}
-    return files | {f"{name}.png": _png(surface.texture)}
-
-
-def to_ply(surface: Surface) -> bytes:
-    """A binary .ply file in the world's own axes, z up, with sRGB vertex colours."""
-    properties = [(name, "<f4") for name in ("x", "y", "z", "nx", "ny", "nz")]
-    properties += [(name, "u1") for name in ("red", "green", "blue")]
-    vertices = np.empty(len(surface.vertices), properties)
-    columns = np.concatenate([surface.vertices, surface.normals, surface.colors], -1)
-    for (name, _), column in zip(properties, columns.T, strict=True):
-        vertices[name] = column
-    faces = np.empty(len(surface.faces), [("count", "u1"), ("indices", "<i4", 3)])
-    faces["count"], faces["indices"] = 3, surface.faces
-    lines = [
-        "ply",
-        "format binary_little_endian 1.0",
-        "comment lrm_jax, z up",
-        f"element vertex {len(vertices)}",
-    ]
-    lines += [
-        f"property {'uchar' if kind == 'u1' else 'float'} {name}" for name, kind in properties
-    ]
-    lines += [
-        f"element face {len(faces)}",
-        "property list uchar int vertex_indices",
-        "end_header",
-        "",
-    ]
-    return "\n".join(lines).encode() + vertices.tobytes() + faces.tobytes()
-
-
-def _y_up(xyz: Float32[np.ndarray, "N 3"]) -> Float32[np.ndarray, "N 3"]:
-    return np.stack([xyz[:, 0], xyz[:, 2], -xyz[:, 1]], -1)
-
-
-def _linear(srgb: UInt8[np.ndarray, "N 3"]) -> Float32[np.ndarray, "N 3"]:
-    """The inverse of sRGB's transfer curve, IEC 61966-2-1."""
-    encoded = np.arange(256) / 255
-    curve = np.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4)
-    return curve.astype(np.float32)[srgb]
-
-
-def _png(rgb: UInt8[np.ndarray, "H W 3"]) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(rgb).save(buffer, "png")
-    return buffer.getvalue()
-
-
-def _lines(form: str, rows: Float[np.ndarray, "N C"] | Int[np.ndarray, "N C"]) -> str:
-    """`form` % row for each row, many rows at a time, as one by one is slow."""
-    groups = [rows[start : start + LINES] for start in range(0, len(rows), LINES)]
-    return "".join(form * len(group) % tuple(group.ravel().tolist()) for group in groups)
+    return Surface(vertices, faces, to_uint8(rgb), vertex_normals(vertices, faces))

@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32, Int32, UInt32
 from scipy import ndimage
 
-from lrm_jax.ops.surface import Surface, paint, sample, to_bytes
+from lrm_jax.images.png import to_uint8
+from lrm_jax.mesh.surface import Surface, paint, sample
 from lrm_jax.types import InputError
 
 MAX_FACES = (
@@ -64,7 +65,7 @@ def bake_texture(
     inside = ~np.isnan(texels[..., 0])
     rgb = sample(color, texels[inside], chunk=chunk, progress=progress, label="texture")
     texture = np.zeros((size, size, 3), np.uint8)
-    texture[inside] = to_bytes(rgb)
+    texture[inside] = to_uint8(rgb)
     rows, columns = ndimage.distance_transform_edt(
         ~inside, return_distances=False, return_indices=True
     )

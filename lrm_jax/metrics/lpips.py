@@ -15,7 +15,8 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from jaxtyping import Array, Float
 
-from lrm_jax import tensor_files, vgg
+from lrm_jax.metrics import vgg
+from lrm_jax.weights import tensor_files
 
 NETWORK = "lpips_vgg16"
 NUM_CONVS = (2, 2, 3, 3, 3)

@@ -15,8 +15,9 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from jaxtyping import Array, Float
 
-from lrm_jax import tensor_files, vgg
+from lrm_jax.metrics import vgg
 from lrm_jax.types import InputError
+from lrm_jax.weights import tensor_files
 
 NETWORK = "perceptual_vgg19"
 NUM_CONVS = (2, 2, 4, 4, 2)  # VGG19 has two more in its last block: not looked at

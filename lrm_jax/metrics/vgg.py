@@ -13,8 +13,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
-from lrm_jax import tensor_files
 from lrm_jax.types import InputError
+from lrm_jax.weights import tensor_files
 
 WIDTHS = (64, 128, 256, 512, 512)  # of the five blocks
 FORMAT = {"format": "lrm_jax network", "version": "1"}

@@ -1,5 +1,5 @@
-"""LRM (https://arxiv.org/abs/2311.04400) and OpenLRM (https://github.com/3DTopia/OpenLRM): one picture and its camera to a triplane
-radiance field.
+"""LRM (https://arxiv.org/abs/2311.04400) and OpenLRM, with the blocks that the camera modulates (ModLN): one picture and its camera
+to a triplane radiance field (https://github.com/3DTopia/OpenLRM).
 
 ViT tokens -> learned plane tokens, refined by transformer blocks that attend to them and are modulated by the source camera ->
 upsampled planes -> MLP -> volume rendering. The world is z-up, normalised so that the source camera is at (0, -d, 0), looking at
@@ -14,9 +14,10 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from lrm_jax.models import torch_layout, triplane, vit
-from lrm_jax.models.layers import MLP, Attention, layer_norm, stack, torch_linear_init
-from lrm_jax.ops import cameras, images, sampling, volrend
+from lrm_jax.images import cutout, recentre
+from lrm_jax.models.parts import torch_layout, triplane, vit
+from lrm_jax.models.parts.layers import MLP, Attention, layer_norm, stack, torch_linear_init
+from lrm_jax.ops import cameras, resize, sampling, volrend
 from lrm_jax.types import Cameras, Rays, Rendering, Views
 
 PLANE_AXES = (
@@ -80,9 +81,8 @@ class LRM(nn.Module):
     radius: float = 1.0  # half the side of the cube that the planes span
     surface_level: float = 3.0
     background: float = 1.0
-    release: str = (
-        "1.1"  # which OpenLRM release's parameter names `to_torch` writes: "1.0" or "1.1"
-    )
+    # which OpenLRM release's parameter names `to_torch` writes: "1.0" or "1.1"
+    release: str = "1.1"
     ray_chunk: int | None = None  # rays rendered at a time; None: as suits the device
     remat: bool = True  # False: a small model, whose activations fit
     dtype: str = "float32"
@@ -137,8 +137,8 @@ class LRM(nn.Module):
 
     def prepare(self, rgba: list[np.ndarray]) -> Views:
         """Pictures as the reference prepares them: on white, resized without antialiasing; padded to a square first."""
-        pictures = [images.blend(_pad_to_square(x), self.background) for x in rgba]
-        rgb = jnp.stack([images.resize_bicubic(jnp.asarray(x), self.image_size) for x in pictures])
+        pictures = [cutout.blend(_pad_to_square(x), self.background) for x in rgba]
+        rgb = jnp.stack([resize.resize_bicubic(jnp.asarray(x), self.image_size) for x in pictures])
         camera = cameras.look_at(
             jnp.array([0.0, -self.source_distance, 0.0]), jnp.zeros(3), jnp.array([0.0, 0.0, 1.0])
         )
@@ -207,7 +207,7 @@ def _mid_density(raw_RS):
 def _pad_to_square(rgba):
     """Adds transparent pixels: the reference would stretch the picture."""
     height, width = rgba.shape[:2]
-    images.check_square(max(height, width))
+    recentre.check_square(max(height, width))
     down, right = max(width - height, 0), max(height - width, 0)
     return np.pad(rgba, ((down // 2, down - down // 2), (right // 2, right - right // 2), (0, 0)))
 

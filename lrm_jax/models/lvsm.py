@@ -26,8 +26,10 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from lrm_jax.models import torch_layout
-from lrm_jax.models.layers import attention, by_tokens, gelu, stack
+from lrm_jax.kernels.attention import attention
+from lrm_jax.kernels.tokens import by_tokens
+from lrm_jax.models.parts import torch_layout
+from lrm_jax.models.parts.layers import gelu, stack
 from lrm_jax.ops import cameras
 from lrm_jax.types import InputError, Rays, Rendering, Views
 

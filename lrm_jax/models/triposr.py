@@ -12,17 +12,11 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from lrm_jax.models import torch_layout, triplane, vit
-from lrm_jax.models.layers import (
-    Attention,
-    by_tokens,
-    gelu,
-    layer_norm,
-    sincos_code,
-    sincos_grid,
-    stack,
-)
-from lrm_jax.ops import cameras, images, sampling, volrend
+from lrm_jax.images import cutout, recentre
+from lrm_jax.kernels.tokens import by_tokens
+from lrm_jax.models.parts import torch_layout, triplane, vit
+from lrm_jax.models.parts.layers import Attention, gelu, layer_norm, sincos_code, sincos_grid, stack
+from lrm_jax.ops import cameras, resize, sampling, volrend
 from lrm_jax.types import Rays, Rendering, Views
 
 PLANE_AXES = ((0, 1), (0, 2), (1, 2))
@@ -135,9 +129,9 @@ class TripoSR(nn.Module):
 
     def prepare(self, rgba: list[np.ndarray]) -> Views:
         """Pictures as the reference prepares them: foreground centred at 85% of a square, on grey, 8 bits, antialiased resize."""
-        squares = [images.recenter_foreground(x, self.foreground_ratio) for x in rgba]
-        floats = [images.composite(x, self.background).astype(np.float32) / 255 for x in squares]
-        rgb = jnp.stack([images.resize_bilinear(jnp.asarray(x), self.image_size) for x in floats])
+        squares = [recentre.recenter_foreground(x, self.foreground_ratio) for x in rgba]
+        floats = [cutout.composite(x, self.background).astype(np.float32) / 255 for x in squares]
+        rgb = jnp.stack([resize.resize_bilinear(jnp.asarray(x), self.image_size) for x in floats])
         return Views(rgb=rgb[:, None], cameras=self._source_cameras(len(rgba)))
 
     def _source_cameras(self, batch: int):

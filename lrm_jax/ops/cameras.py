@@ -1,4 +1,4 @@
-"""Cameras and rays in one convention: OpenCV axes, camera-to-world poses, intrinsics as fractions of the picture.
+"""Cameras and rays in one convention: OpenCV axes (OpenGL poses are converted here), camera to world, intrinsics as fractions.
 
     world (right-handed, z up)            camera (OpenCV)              picture (u, v are fractions)
 
@@ -15,7 +15,7 @@ OpenGL and Blender cameras have x right, y up, z backward: `opengl_to_opencv` an
 Azimuths are measured from +x towards +y, elevations from the xy plane towards +z, both in degrees.
 """
 
-import einops
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -169,18 +169,51 @@ def normalize_to_source(cameras: Cameras, distance: float | None = None) -> Came
       cameras: Cameras[*B V] of one scene each.
       distance: d in world units; None keeps view 0's own distance from the origin.
     """
-    source = cameras.c2w[..., 0, :, :]
+    with jax.default_matmul_precision("highest"):
+        motion = source_motion(cameras.c2w[..., 0, :, :], distance)
+        return cameras.replace(c2w=jnp.matmul(motion[..., None, :, :], cameras.c2w))
+
+
+def source_motion(
+    c2w: Float[Array | np.ndarray, "*B 4 4"], distance: float | None = None
+) -> Float[Array | np.ndarray, "*B 4 4"]:
+    """The motion of `normalize_to_source`, given the pose of view 0. NumPy arrays give a NumPy array."""
+    xp = c2w.__array_namespace__()
+    # Right is x, forward y and up z.
+    canonical = xp.asarray([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.0, -1.0, 0.0]], dtype=c2w.dtype)
+    turn = xp.matmul(canonical, xp.matrix_transpose(c2w[..., :3, :3]))
+    eye = c2w[..., :3, 3:]
     if distance is None:
-        d = jnp.linalg.norm(source[..., :3, 3], axis=-1)
-    else:
-        d = jnp.full(source.shape[:-2], distance, source.dtype)
-    axis_x, axis_y = (
-        jnp.broadcast_to(jnp.array(axis, source.dtype), (*source.shape[:-2], 3))
-        for axis in ([1.0, 0.0, 0.0], [0.0, 1.0, 0.0])
-    )
-    canonical = _pose(-d[..., None] * axis_y, axis_x, axis_y)
-    motion = _product("...ij,...jk->...ik", canonical, _rigid_inverse(source))
-    return cameras.replace(c2w=_product("...ij,...vjk->...vik", motion, cameras.c2w))
+        distance = xp.linalg.vector_norm(eye, axis=-2, keepdims=True)
+    x, y, z = (-xp.matmul(turn, eye)[..., i : i + 1, :] for i in range(3))
+    offset = xp.concat([x, y - distance, z], axis=-2)
+    return xp.concat([xp.concat([turn, offset], axis=-1), c2w[..., 3:, :]], axis=-2)
+
+
+def azimuth_motion(c2w: Float[Array | np.ndarray, "4 4"]) -> Float[Array | np.ndarray, "4 4"]:
+    """The turn about z that takes a camera to azimuth 0. NumPy arrays give a NumPy array."""
+    xp = c2w.__array_namespace__()
+    azimuth = xp.atan2(c2w[1, 3], c2w[0, 3])
+    cos, sin, zero, one = xp.cos(azimuth), xp.sin(azimuth), xp.zeros(()), xp.ones(())
+    rows = [
+        cos,
+        sin,
+        zero,
+        zero,
+        -sin,
+        cos,
+        zero,
+        zero,
+        zero,
+        zero,
+        one,
+        zero,
+        zero,
+        zero,
+        zero,
+        one,
+    ]
+    return xp.stack(rows).reshape(4, 4)
 
 
 def picture_motion(
@@ -239,11 +272,3 @@ def _pose(
     top = jnp.stack([right, jnp.cross(forward, right), forward, eye], axis=-1)
     bottom = jnp.broadcast_to(jnp.array([0.0, 0.0, 0.0, 1.0], top.dtype), (*top.shape[:-2], 1, 4))
     return jnp.concatenate([top, bottom], axis=-2)
-
-
-def _rigid_inverse(pose: Float[Array, "*B 4 4"]) -> Float[Array, "*B 4 4"]:
-    rotation = einops.rearrange(pose[..., :3, :3], "... i j -> ... j i")
-    translation = -_product("...ij,...jk->...ik", rotation, pose[..., :3, 3:])
-    return jnp.concatenate(
-        [jnp.concatenate([rotation, translation], axis=-1), pose[..., 3:, :]], axis=-2
-    )

@@ -1,4 +1,4 @@
-"""Whether camera poses are in the convention that they are taken to be in: do the optical axes meet in front of the cameras.
+"""Doubts about the convention that camera poses are said to be in: do the optical axes meet in front of the cameras?
 
 A pose is written as camera to world or world to camera, with OpenCV's axes (x right, y down, z forward) or OpenGL's (x right, y up, z
 backward). Nothing in four numbers by four tells which. But the axes of cameras that were turned towards one scene meet in front of them,

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 
-from lrm_jax import lpips, perceptual
+from lrm_jax.metrics import lpips, perceptual
 from lrm_jax.types import InputError, Rendering
 
 NETWORKS = {"lpips": lpips, "perceptual": perceptual}  # the term's name is the network's too

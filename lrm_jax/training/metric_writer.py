@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import tensorboardX
 
-from lrm_jax.report import write_file
+from lrm_jax.parallel.whole_files import write_file
 
 # clu.metric_writers imports its writer of TensorFlow summaries, and TensorFlow with it. Where there is no TensorFlow an empty
 # module takes its place; ours below writes the same files.

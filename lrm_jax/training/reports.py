@@ -12,8 +12,9 @@ import numpy as np
 from clu import parameter_overview as clu_overview
 from PIL import Image
 
-from lrm_jax.report import depth_pictures, write_file
-from lrm_jax.step import on_background
+from lrm_jax.images.sheets import depth_pictures
+from lrm_jax.ops.compositing import on_background
+from lrm_jax.parallel.whole_files import write_file
 from lrm_jax.types import Batch, Rendering, Views
 
 GRID_SCENES, GRID_SIDE = (

@@ -7,8 +7,11 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from lrm_jax import flops, losses, metrics, optim, sharding
 from lrm_jax.ops import cameras as ops_cameras
+from lrm_jax.ops import image_metrics
+from lrm_jax.ops.compositing import as_float, blend, on_background, premultiplied
+from lrm_jax.parallel import batch_axes, sharding
+from lrm_jax.training import flops, losses, optim
 from lrm_jax.types import Batch, Cameras, Rays, Rendering, TrainState, Views
 
 
@@ -69,7 +72,9 @@ def train_step(
         return total, {"loss": total, **terms, "square_error": losses.mse(seen, wanted)}
 
     def gradient(part: Batch, key):
-        return jax.grad(total_loss, has_aux=True)(state.params, sharding.constrain_batch(part), key)
+        return jax.grad(total_loss, has_aux=True)(
+            state.params, batch_axes.constrain_batch(part), key
+        )
 
     key = jax.random.fold_in(state.key, state.step)
     if accumulate == 1:
@@ -78,12 +83,9 @@ def train_step(
         grads, scalars = _accumulated(gradient, batch, key, accumulate)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
-    ema_params = jax.tree.map(
-        lambda old, new: old + (1 - decay) * (new - old), state.ema_params, params
-    )
+    ema_params = running_mean(state.ema_params, params, state.step, ema_decay)
     # Of the mean error: a mean of the windows' dB would be of the empty ones, which are perfect at once.
-    scalars["psnr"] = metrics.decibels(scalars.pop("square_error"))
+    scalars["psnr"] = image_metrics.decibels(scalars.pop("square_error"))
     scalars = {f"train/{name}": value for name, value in scalars.items()} | {
         "grad_norm": optim.grad_norm(opt_state),
         "skipped": optim.num_skipped(opt_state),
@@ -95,6 +97,12 @@ def train_step(
     return state, scalars
 
 
+def running_mean(ema_params, params, step, decay: float):
+    """The running mean of the parameters after a step: its decay grows to `decay` over 10 / (1 - decay) steps."""
+    decay = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    return jax.tree.map(lambda old, new: old + (1 - decay) * (new - old), ema_params, params)
+
+
 def eval_step(
     params, batch: Batch, *, model: nn.Module, source_background: float
 ) -> tuple[dict[str, jax.Array], Rendering]:
@@ -104,7 +112,7 @@ def eval_step(
       "psnr" in dB and, where the family renders alpha, "iou" of the foreground, [B V] each, and "is_source", whether the view
       is one of those that are given; the views [B V H W], their colour on white.
     """
-    batch = sharding.constrain_batch(batch)
+    batch = batch_axes.constrain_batch(batch)
     target = premultiplied(batch.target)
     rays = ops_cameras.pixel_rays(batch.target.cameras, *target.rgb.shape[2:4])
     rendering = model.apply(
@@ -113,11 +121,11 @@ def eval_step(
     white = jnp.ones((1, 1, 1, 1, 3))
     seen = blend(rendering, white)
     scores = {
-        "psnr": metrics.psnr(seen.rgb, blend(target, white).rgb),
+        "psnr": image_metrics.psnr(seen.rgb, blend(target, white).rgb),
         "is_source": is_source(batch),
     }
     if rendering.alpha is not None:
-        scores["iou"] = metrics.iou(rendering.alpha, target.alpha)
+        scores["iou"] = image_metrics.iou(rendering.alpha, target.alpha)
     return scores, rendering.replace(rgb=seen.rgb)
 
 
@@ -265,33 +273,6 @@ def random_backgrounds(key: jax.Array, shape: tuple[int, int], greys: tuple[floa
     return jnp.broadcast_to(grey, (*shape, 1, 1, 3))
 
 
-def as_float(x: jax.Array) -> jax.Array:
-    """Pictures in [0, 1]: 8-bit ones are divided by 255."""
-    return x.astype(jnp.float32) / 255 if x.dtype == jnp.uint8 else x
-
-
-def on_background(views: Views, background: float) -> Views:
-    """Opaque float views, composited on a grey where they have an alpha channel."""
-    whole = premultiplied(views)
-    return views.replace(rgb=whole.rgb + background * (1 - whole.alpha[..., None]), alpha=None)
-
-
-def premultiplied(views: Views) -> Rendering:
-    """Views as what a perfect model would render: premultiplied colour and alpha, 1 where the picture has none."""
-    rgb = as_float(views.rgb)
-    if views.alpha is None:
-        return Rendering(rgb=rgb, alpha=jnp.ones(rgb.shape[:-1]))
-    alpha = as_float(views.alpha)
-    return Rendering(rgb=rgb * alpha[..., None], alpha=alpha)
-
-
-def blend(rendering: Rendering, background: jax.Array) -> Rendering:
-    """A rendering's premultiplied colour on `background` [B V 1 1 3]; as it is where the family draws its own."""
-    if rendering.alpha is None:
-        return rendering
-    return rendering.replace(rgb=rendering.rgb + background * (1 - rendering.alpha[..., None]))
-
-
 def _encode_and_render(model, source, rays, key):
     scene = model.encode(source)
     return scene, model.render(scene, rays, key)
@@ -299,7 +280,7 @@ def _encode_and_render(model, source, rays, key):
 
 def _accumulated(gradient, batch: Batch, key, count: int):
     """The mean gradient and scalars over `count` parts of the batch, one after the other."""
-    parts = sharding.micro_batches(batch, count)
+    parts = batch_axes.micro_batches(batch, count)
 
     def add(total, inputs):
         part, index = inputs

@@ -14,9 +14,11 @@ import numpy as np
 import yaml
 from flax import linen as nn
 
-from lrm_jax import models, tensor_files
-from lrm_jax.models import encoders, torch_layout
+from lrm_jax import models
+from lrm_jax.models.parts import encoders, torch_layout
+from lrm_jax.parallel import whole_files
 from lrm_jax.types import Cameras, InputError, Rays, Views
+from lrm_jax.weights import tensor_files
 
 # The names that the references give their files; weights in the order in which they are looked for.
 WEIGHTS_NAMES = ("model.safetensors", "model.ckpt", "model.pth", "pytorch_model.bin")
@@ -363,7 +365,7 @@ def write_reference(folder: Path, model: nn.Module, params: Mapping) -> list[Pat
     )
     with contextlib.ExitStack() as stack:
         config_path = folder / CONFIG_NAMES[name]
-        stack.enter_context(tensor_files.replacing(config_path)).write_text(text)
+        stack.enter_context(whole_files.replacing(config_path))[0].write_text(text)
         if name == "triposr":
             path = folder / "model.ckpt"
             tensor_files.write_torch(path, state)

@@ -6,7 +6,6 @@ Before PyTorch 1.6 it was a row of pickles and then the storages, as in the file
 every other name: what `torch.load(weights_only=True)` does.
 """
 
-import contextlib
 import io
 import json
 import math
@@ -17,13 +16,14 @@ import struct
 import zipfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from lrm_jax.parallel.whole_files import replacing
 from lrm_jax.types import InputError
 
 # torch's storage classes and the element type of each, little-endian.
@@ -39,10 +39,8 @@ STORAGES = {
     "ByteStorage": np.dtype("u1"),
     "BoolStorage": np.dtype("?"),
 }
-
 # How a torch file older than PyTorch 1.6 begins, after a pickle's protocol: the first bytes of the long 0x1950a86a20f9469cfc6c.
 OLD_TORCH = b"\x8a\x0a\x6c\xfc\x9c\x46"
-
 # The names of the element types that safetensors files are written with.
 DTYPES = {
     np.dtype(np.float32): "F32",
@@ -105,7 +103,7 @@ def write_safetensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict
         }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with replacing(path) as temporary, open(temporary, "wb") as file:
+    with replacing(path) as (temporary,), open(temporary, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for array in tensors.values():
             file.write(_bytes(array))
@@ -118,7 +116,7 @@ def write_torch(path: Path, content: object) -> None:
     """
     arrays: list[np.ndarray] = []
     program = b"\x80\x02" + _pickled(content, arrays) + b"."
-    with replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+    with replacing(path) as (temporary,), zipfile.ZipFile(temporary, "w") as archive:
         archive.writestr("archive/data.pkl", program)
         archive.writestr("archive/byteorder", "little")
         for i, array in enumerate(arrays):
@@ -128,27 +126,6 @@ def write_torch(path: Path, content: object) -> None:
             member.extra = struct.pack("<HH", 0x4246, -start % 64) + bytes(-start % 64)
             archive.writestr(member, _bytes(array))
         archive.writestr("archive/version", "3\n")
-
-
-@contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Gives a temporary path in the same folder, which is made if missing: renamed to `path` when the block ends well, else removed.
-
-    Raises:
-      InputError: `path` is a folder, which nothing could be renamed to in the end.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise InputError(f"{path} is a folder: name another destination")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:  # a disk may turn out to be full only now
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def check_names(found: Mapping[str, tuple], wanted: Mapping[str, tuple], title: str) -> None:

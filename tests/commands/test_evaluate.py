@@ -24,20 +24,14 @@ from three_balls import (
     write_object,
 )
 
-from lrm_jax import (
-    __main__,
-    convert,
-    evaluate_objects,
-    evaluate_scenes,
-    evaluation_page,
-    lpips,
-    models,
-    surface_metrics,
-)
+from lrm_jax import __main__, models
 from lrm_jax.data import held_out, samples
-from lrm_jax.evaluation_scores import compiled
+from lrm_jax.evaluation import objects, report_page, scenes
+from lrm_jax.evaluation.scores import compiled
+from lrm_jax.metrics import lpips, surface_metrics
 from lrm_jax.ops import cameras
 from lrm_jax.types import Batch, Cameras, InputError, Rendering, Views
+from lrm_jax.weights import loading, model_file
 
 
 class Oracle(nn.Module):
@@ -96,7 +90,7 @@ def lrm(tmp_path, monkeypatch, capfd):
     def run(*argv: str, model=None) -> tuple[int, str, str]:
         if model is not None:
             info = {"family": "oracle", "variant": "", "path": "oracle", "training": {"steps": 1}}
-            monkeypatch.setattr(convert, "load_weights", lambda _: (model, {}, info))
+            monkeypatch.setattr(loading, "load_weights", lambda _: (model, {}, info))
         options = ["--size", str(SIZE)]
         if "--index" not in argv:
             options += ["--views", "3", "--resolution", "40"]
@@ -116,7 +110,7 @@ def test_a_model_that_knows_the_answer_scores_as_such(lrm, monkeypatch, frame):
     write_object(Path("data/b"))
     world = {"azimuth": upright, "source": seen_by_source}[frame]()
     families = {"azimuth": (), "source": (Oracle.__module__,)}[frame]
-    monkeypatch.setattr(evaluate_objects, "SEEN_BY_SOURCE", families)
+    monkeypatch.setattr(objects, "SEEN_BY_SOURCE", families)
     code, stdout, _ = lrm("--data", "data", model=Oracle(tuple(map(tuple, world))))
     assert code == 0
     summary = read_summary()
@@ -140,16 +134,16 @@ def test_the_size_in_the_picture_decides_the_scale():
     ball[np.hypot(rows, columns) < 80] = 255
     model = models.build("triposr", "tiny")
     assumed = jax.tree.map(lambda x: np.asarray(x[0, 0]), model.prepare([ball]).cameras)
-    frame = evaluate_objects.model_world(model, {}, None)
+    frame = objects.model_world(model, {}, None)
     assert frame.scale == "picture"
-    world = evaluate_objects.world_of(model, ball, camera(*SOURCE), assumed, frame)
+    world = objects.world_of(model, ball, camera(*SOURCE), assumed, frame)
     scale = np.cbrt(np.linalg.det(world[:3, :3]))
     # What fills 160 of 200 pixels at a distance of 2.8 fills 85 % of the assumed camera's picture, at 1.9.
     true = 160 / 200 * DISTANCE / camera(*SOURCE).fxfycxcy[0]
     wanted = 0.85 * assumed.fxfycxcy[0] ** -1 * np.linalg.norm(assumed.c2w[:3, 3])
     assert scale * true == pytest.approx(wanted, rel=0.02)  # whole pixels
     np.testing.assert_allclose(world[:3, :3] / scale, upright()[:3, :3], atol=1e-6)
-    poses = evaluate_objects.moved(world, camera(*SOURCE).c2w[None])
+    poses = objects.moved(world, camera(*SOURCE).c2w[None])
     np.testing.assert_allclose(np.linalg.det(poses[:, :3, :3]), 1, atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(poses[0, :3, 3]), scale * DISTANCE, rtol=1e-5)
 
@@ -159,12 +153,12 @@ def test_a_model_of_pictures_worlds_is_evaluated_in_them(tmp_path):
     item = held_out.read(tmp_path / "a", 3, SIZE)
     model = models.build("triposr", "tiny")
     data = {"normalize": "picture", "assumed_camera": [1.9, 40.0]}
-    world = evaluate_objects.model_world(model, {"config": {"data": data}}, None)
-    given = evaluate_objects.give_picture(model, world, item)
+    world = objects.model_world(model, {"config": {"data": data}}, None)
+    given = objects.give_picture(model, world, item)
     # The crop shows what is near the origin as the assumed camera does.
     box = np.array(samples.source_crop(item.source, 32, 0.85, "a")[1])
     cropped = samples.crop_intrinsics(item.source_camera.fxfycxcy[None], box[None])
-    pose = evaluate_objects.moved(given.world, item.source_camera.c2w[None])
+    pose = objects.moved(given.world, item.source_camera.c2w[None])
     seen = Cameras(c2w=jnp.asarray(pose), fxfycxcy=jnp.asarray(cropped))
     x, _, z = pose[0, :3, 3]
     points = 0.02 * jnp.array([[[0, 0, 0], [0, 1, 0], np.array([-z, 0, x]) / np.hypot(x, z)]])
@@ -174,15 +168,15 @@ def test_a_model_of_pictures_worlds_is_evaluated_in_them(tmp_path):
         cameras.project(seen, points)[0], cameras.project(assumed, points)[0], atol=1e-3
     )
     with pytest.raises(InputError, match="--scale data: this model was trained where the picture"):
-        evaluate_objects.model_world(model, {"config": {"data": data}}, "data")
+        objects.model_world(model, {"config": {"data": data}}, "data")
 
 
 def test_lrm_is_given_the_normalised_true_camera(tmp_path):
     write_object(tmp_path / "a")
     item = held_out.read(tmp_path / "a", 3, SIZE)
     model = models.build("lrm", "tiny")
-    world = evaluate_objects.model_world(model, {"steps": 1}, None)
-    given = evaluate_objects.give_picture(model, world, item)
+    world = objects.model_world(model, {"steps": 1}, None)
+    given = objects.give_picture(model, world, item)
     both = jax.tree.map(
         lambda one, more: jnp.asarray(np.concatenate([one[None], more])),
         item.source_camera,
@@ -206,7 +200,7 @@ def test_a_model_file_with_bad_objects_beside_good_ones(lrm, tmp_path):
         return rng.normal(scale=fan_in**-0.5, size=x.shape).astype(np.float32)
 
     params = jax.tree.map(random, shapes)
-    convert.save_model(tmp_path / "tiny.safetensors", model, params, {})
+    model_file.save_model(tmp_path / "tiny.safetensors", model, params, {})
     for name in ("good", "no_points", "nan_pose", "no_picture", "few", "clear"):
         write_object(Path("data") / name, 3 if name == "few" else 5, name != "no_points")
     np.save("data/nan_pose/pose/001.npy", np.full((3, 4), np.nan))
@@ -234,7 +228,7 @@ def test_a_model_file_with_bad_objects_beside_good_ones(lrm, tmp_path):
     assert "picture" in summary["protocol"]["world"]  # no record of training
     page = Path("x/y/evaluation.html").read_text()
     assert page.count('src="data:image/jpeg;base64,') == 2 and "http" not in page.split("<dl>")[0]
-    assert re.findall("<h3>(.*?)</h3>", page) == evaluation_page.worst_first(summary["objects"])
+    assert re.findall("<h3>(.*?)</h3>", page) == report_page.worst_first(summary["objects"])
     assert "<title>tiny.safetensors on data (all)</title>" in page
 
 
@@ -282,7 +276,7 @@ def test_lpips_is_that_of_the_pictures_on_white(lrm, monkeypatch):
 
 def test_the_worst_come_first():
     objects = {"a": {"psnr": 20.0}, "b": {"psnr": 9.5}, "c": {"psnr": 30.0}}
-    assert evaluation_page.worst_first(objects) == ["b", "a", "c"]
+    assert report_page.worst_first(objects) == ["b", "a", "c"]
 
 
 def test_names_are_escaped_on_the_page():
@@ -292,7 +286,7 @@ def test_names_are_escaped_on_the_page():
         "model": {"path": "<m>"}, "data": {"path": "d", "split": "all", "objects": 1}, "protocol": {"x": {"y": "a & b"}},
         "skipped": {"<b>": "1 < 2"}, "objects": {"<b>": values},
     }  # fmt: skip
-    page = evaluation_page.page(summary, {"<b>": b"jpeg"}).decode()
+    page = report_page.page(summary, {"<b>": b"jpeg"}).decode()
     assert "<b>" not in page and "<m>" not in page and "1 &lt; 2" in page and "a &amp; b" in page
 
 
@@ -312,7 +306,7 @@ def test_names_are_escaped_on_the_page():
 def test_bad_arguments_are_one_line(lrm, argv, message):
     write_object(Path("data/a"))
     code, _, stderr = lrm(
-        *argv, *([] if "--weights" in argv else ["--weights", str(convert.BUNDLED)])
+        *argv, *([] if "--weights" in argv else ["--weights", str(loading.BUNDLED)])
     )
     lines = [x for x in stderr.splitlines() if x.startswith("lrm: error: ")]
     assert code == 2 and len(lines) == 1 and message in lines[0] and "Traceback" not in stderr
@@ -354,7 +348,7 @@ def test_a_family_of_posed_views_is_given_them_as_in_training(lrm, monkeypatch, 
         num_source=count, source_size=64, foreground_ratio=0.85, normalize="azimuth", source_background=0.5
     )  # fmt: skip
     info = {"family": "posed", "variant": "", "path": "posed", "training": {"config": {"data": trained}}}  # fmt: skip
-    monkeypatch.setattr(convert, "load_weights", lambda _: (model, {}, info))
+    monkeypatch.setattr(loading, "load_weights", lambda _: (model, {}, info))
     code, _, stderr = lrm("--data", "data")
     assert code == 0, stderr
     summary = read_summary()
@@ -438,7 +432,7 @@ def test_scenes_are_grouped_by_their_numbers_of_views():
         return Batch(*views)
 
     found = [("a", scene(1)), ("b", scene(1)), ("c", scene(1)), ("d", scene(3)), ("e", scene(1))]
-    names = [names for names, _ in evaluate_scenes.groups(found, 2, {})]
+    names = [names for names, _ in scenes.groups(found, 2, {})]
     assert names == [["a", "b"], ["c"], ["d"], ["e"]]
 
 
@@ -454,12 +448,12 @@ def test_an_object_that_cannot_be_placed_is_left_out(lrm, tmp_path):
         np.savez(path.with_suffix(".npz"), a=np.ones(3))
         path.with_suffix(".npz").rename(path)
     model, given = models.build("triposr", "tiny"), []
-    world = evaluate_objects.World("picture", (1.9, 40.0), "picture")
-    give = functools.partial(evaluate_objects.give_picture, model, world)
+    world = objects.World("picture", (1.9, 40.0), "picture")
+    give = functools.partial(objects.give_picture, model, world)
     skipped = {}
     args = argparse.Namespace(views=3, size=SIZE, sources=1)
     folders = [Path("data/good"), Path("data/odd")]
-    given = list(evaluate_objects.given(folders, skipped, give, args))
+    given = list(objects.given(folders, skipped, give, args))
     assert [x.item.uid for x in given] == ["good"] and "looks away" in skipped["odd"]
     assert given[0].item.points is None and "cannot be read" in given[0].item.no_points
 
@@ -467,8 +461,8 @@ def test_an_object_that_cannot_be_placed_is_left_out(lrm, tmp_path):
 def test_the_world_of_training_is_that_of_evaluation():
     model = models.build("triposr", "tiny")
     record = {"config": {"data": {"normalize": "source"}}}
-    assert evaluate_objects.model_world(model, record, None).normalize == "source"
-    assert evaluate_objects.model_world(model, {}, None).normalize == "azimuth"
+    assert objects.model_world(model, record, None).normalize == "source"
+    assert objects.model_world(model, {}, None).normalize == "azimuth"
 
 
 @pytest.mark.parametrize("option", ["--scale=data", "--views=3", "--baseline-data=x"])

@@ -17,9 +17,13 @@ import pytest
 import trimesh
 from PIL import Image
 
-from lrm_jax import __main__, convert, models, reconstruct, report
-from lrm_jax.ops import cameras, surface
+from lrm_jax import __main__, models
+from lrm_jax.commands import reconstruct
+from lrm_jax.mesh import surface
+from lrm_jax.ops import cameras
+from lrm_jax.parallel import messages
 from lrm_jax.types import Cameras, InputError, Views
+from lrm_jax.weights import loading, model_file
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +68,7 @@ def weights(tmp_path_factory) -> str:
 
     params = jax.tree.map(lambda x: jnp.asarray(draw(x), x.dtype), shapes)
     path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    convert.save_model(path, model, params, {})
+    model_file.save_model(path, model, params, {})
     return str(path)
 
 
@@ -84,7 +88,7 @@ def test_folders_of_results_lie_in_the_output_folder_whatever_pictures_are_calle
     paths = [tmp_path / name for name in names]
     for path in paths:
         Image.fromarray(ball()).save(path, "png")
-    read = reconstruct.read_pictures(paths, False, report.Stages(), {})
+    read = reconstruct.read_pictures(paths, False, messages.Stages(), {})
     folders = [name for name, _, _ in read]
     assert folders == ["picture", "picture-2", "report.json-2", "a", "caf\ufffd"]
 
@@ -181,8 +185,8 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(lrm, weights, monkeypatch):
 
 def test_an_empty_surface_is_an_error_and_leaves_nothing(lrm, weights):
     save("a.png", ball())
-    model, params, _ = convert.load_weights(weights)
-    convert.save_model(Path("high.safetensors"), model.clone(surface_level=1e9), params, {})
+    model, params, _ = loading.load_weights(weights)
+    model_file.save_model(Path("high.safetensors"), model.clone(surface_level=1e9), params, {})
     code, _, stderr = lrm(
         "reconstruct",
         "a.png",
@@ -374,10 +378,10 @@ def test_a_source_camera_straight_above_has_an_orbit():
 
 def test_a_field_that_is_not_finite_is_an_error(lrm, weights):
     save("a.png", ball())
-    model, params, _ = convert.load_weights(weights)
+    model, params, _ = loading.load_weights(weights)
     for i in range(3):  # infinities of both signs meet
         params["decoder"][f"kernel_{i}"] *= 1e30
-    convert.save_model(Path("nan.safetensors"), model, params, {})
+    model_file.save_model(Path("nan.safetensors"), model, params, {})
     code, _, stderr = lrm("reconstruct", "a.png", "--weights", "nan.safetensors", "--views", "1")
     assert code == 2 and "not finite" in errors(stderr)[0]
     assert not Path("out").exists()

@@ -11,10 +11,12 @@ import pytest
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
-from lrm_jax import __main__, convert, models, synthesize
+from lrm_jax import __main__, models
+from lrm_jax.commands import synthesize
 from lrm_jax.data import scenes
 from lrm_jax.ops import cameras, conventions
 from lrm_jax.types import Views
+from lrm_jax.weights import model_file
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +53,7 @@ def init(name: str, size: int):
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("weights") / "lvsm.safetensors"
-    convert.save_model(path, *init("lvsm", 16), {})
+    model_file.save_model(path, *init("lvsm", 16), {})
     return str(path)
 
 
@@ -144,7 +146,7 @@ def test_frames_are_what_the_model_draws_with_cameras_normalised_by_the_sources(
     c2w = ring()
     write_transforms("scene", c2w)
     assert lrm("--weights", weights, "--frames", "4") == (0, [])
-    model, params, _ = convert.load_model(weights)
+    model, params, _ = model_file.load_model(weights)
     motion, scale = scenes.world_motion(c2w, 4, "source_views")
     poses = motion @ c2w
     poses[:, :3, 3] *= scale
@@ -273,7 +275,7 @@ def test_equal_poses_are_an_error_on_every_path(lrm, weights):
 
 def test_a_family_of_single_pictures_is_sent_to_reconstruct(lrm, tmp_path):
     path = tmp_path / "triposr.safetensors"
-    convert.save_model(path, *init("triposr", 32), {})
+    model_file.save_model(path, *init("triposr", 32), {})
     write_transforms("scene", ring())
     code, errors = lrm("--weights", str(path))
     assert code == 2 and "triposr reconstructs from one picture: use lrm reconstruct" in errors[0]

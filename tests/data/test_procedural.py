@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lrm_jax.data import assembly, blueprints, pipeline, procedural, samples
+from lrm_jax.data import pipeline, samples
+from lrm_jax.data.procedural import assembly, blueprints, raytrace
+from lrm_jax.data.procedural import source as procedural
 from lrm_jax.ops import cameras as cameras_lib
-from lrm_jax.ops import raytrace
 from lrm_jax.types import InputError
 
 FIELDS = dict(seed=3, num_target=2, source_size=48, target_size=24)

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lrm_jax.data.procedural import raytrace
 from lrm_jax.ops import cameras as cameras_lib
-from lrm_jax.ops import raytrace
 
 ABSENT = (1.0, 0, -1, 0, 9, 0)
 ROUND = (1.0, 0, 9, 0, 9, 0)

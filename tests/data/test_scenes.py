@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lrm_jax import tensor_files
 from lrm_jax.data import pipeline, scene_files, scenes
 from lrm_jax.types import InputError
+from lrm_jax.weights import tensor_files
 
 NUM_FRAMES, WIDTH, HEIGHT = 14, 48, 32
 FOCAL, CENTRE = (40.0, 44.0), (25.0, 15.0)

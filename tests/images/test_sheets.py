@@ -12,19 +12,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lrm_jax import report
+from lrm_jax.images import sheets, video
+from lrm_jax.mesh import viewer
+from lrm_jax.parallel import messages, whole_files
 from lrm_jax.types import InputError
 
 
 def test_write_file_makes_the_folder_and_leaves_only_the_file(tmp_path):
-    report.write_file(tmp_path / "a" / "b.bin", b"one")
-    report.write_file(tmp_path / "a" / "b.bin", b"two")
+    whole_files.write_file(tmp_path / "a" / "b.bin", b"one")
+    whole_files.write_file(tmp_path / "a" / "b.bin", b"two")
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["b.bin"]
     assert (tmp_path / "a" / "b.bin").read_bytes() == b"two"
 
 
 def test_a_full_disk_leaves_neither_new_files_nor_damaged_old_ones(tmp_path, monkeypatch):
-    report.write_file(tmp_path / "b", b"old")
+    whole_files.write_file(tmp_path / "b", b"old")
     calls = []
 
     def fsync(descriptor):
@@ -34,13 +36,13 @@ def test_a_full_disk_leaves_neither_new_files_nor_damaged_old_ones(tmp_path, mon
 
     monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(OSError, match="No space left"):
-        report.write_files(tmp_path, {"a": b"new", "b": b"new"})
+        whole_files.write_files(tmp_path, {"a": b"new", "b": b"new"})
     assert [p.name for p in tmp_path.iterdir()] == ["b"]
     assert (tmp_path / "b").read_bytes() == b"old"
 
 
 def test_stages_are_named_and_timed_even_if_they_fail(capsys):
-    stages = report.Stages()
+    stages = messages.Stages()
     with stages("encode", " 2 pictures"):
         time.sleep(0.02)
     with pytest.raises(ValueError), stages("encode"):
@@ -53,7 +55,7 @@ def test_stages_are_named_and_timed_even_if_they_fail(capsys):
 
 
 def test_progress_is_silent_when_quick(capsys):
-    assert list(report.progress(range(3), 3, "quick")) == [0, 1, 2]
+    assert list(messages.progress(range(3), 3, "quick")) == [0, 1, 2]
     assert capsys.readouterr().err == ""
 
 
@@ -67,7 +69,7 @@ def plane_seen_from_above(size: int = 9):
 
 def test_normals_of_a_plane_point_at_the_camera():
     depth, origins, dirs = plane_seen_from_above()
-    pictures = report.normal_pictures(depth, np.ones_like(depth), origins, dirs)
+    pictures = sheets.normal_pictures(depth, np.ones_like(depth), origins, dirs)
     expected = np.array([-0.2, 0.0, 1.0]) / np.sqrt(1.04)
     expected = np.broadcast_to((expected * 0.5 + 0.5) * 255, pictures.shape)
     np.testing.assert_allclose(pictures, expected, atol=0.51)  # rounding to 8 bits
@@ -78,16 +80,16 @@ def test_unseen_pixels_are_white_and_their_depth_is_not_looked_at():
     alpha = np.ones_like(depth)
     alpha[:, :4], depth[:, :4] = 0.0, np.nan
     for pictures in (
-        report.depth_pictures(depth, alpha),
-        report.normal_pictures(depth, alpha, origins, dirs),
+        sheets.depth_pictures(depth, alpha),
+        sheets.normal_pictures(depth, alpha, origins, dirs),
     ):
         assert (pictures[:, :4] == 255).all() and (pictures[:, 5:] < 255).any(-1).all()
-    assert (report.depth_pictures(depth, alpha * 0) == 255).all()
+    assert (sheets.depth_pictures(depth, alpha * 0) == 255).all()
 
 
 def test_near_is_brighter_than_far():
     depth, _, _ = plane_seen_from_above()
-    grey = report.depth_pictures(depth, np.ones_like(depth))[0, 0, :, 0]
+    grey = sheets.depth_pictures(depth, np.ones_like(depth))[0, 0, :, 0]
     assert (np.diff(grey[1:-1].astype(int)) > 0).all()
 
 
@@ -97,7 +99,7 @@ def test_contact_sheet_holds_every_picture():
     }
     source = np.full((100, 50, 3), 200, np.uint8)
     sheet = np.asarray(
-        Image.open(io.BytesIO(report.contact_sheet(source, rows, ["x"] * 3, "name")))
+        Image.open(io.BytesIO(sheets.contact_sheet(source, rows, ["x"] * 3, "name")))
     )
     for value, count in [(10, 3 * 32 * 40), (90, 3 * 32 * 40), (200, 16 * 32)]:
         assert (sheet == value).all(-1).sum() == pytest.approx(
@@ -109,7 +111,7 @@ def test_contact_sheet_holds_every_picture():
 def test_turntable_plays_with_even_sides(tmp_path, size):
     frames = np.zeros((6, *size, 3), np.uint8)
     frames[3:] = 255
-    (tmp_path / "t.mp4").write_bytes(report.turntable(frames))
+    (tmp_path / "t.mp4").write_bytes(video.turntable(frames))
     reader = imageio_ffmpeg.read_frames(str(tmp_path / "t.mp4"))
     assert next(reader)["size"] == (48, 32 if size[0] == 32 else 34)
     means = [np.frombuffer(frame, np.uint8).mean() for frame in reader]
@@ -122,12 +124,12 @@ def test_a_film_that_ffmpeg_cannot_write_is_an_error(monkeypatch, tmp_path):
     failing.chmod(0o755)
     monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", lambda: str(failing))
     with pytest.raises(InputError, match="No space left on device.*: free some space in"):
-        report.turntable(np.zeros((2, 8, 8, 3), np.uint8))
+        video.turntable(np.zeros((2, 8, 8, 3), np.uint8))
 
 
 def test_viewer_has_the_surface_and_asks_for_nothing_else():
     glb = b"glTF" + bytes(range(200))
-    page = report.viewer_html(glb, "<a & $GLB>", distance=3, fov_y_deg=40.0).decode()
+    page = viewer.viewer_html(glb, "<a & $GLB>", distance=3, fov_y_deg=40.0).decode()
     assert "<title>&lt;a &amp; $GLB&gt;</title>" in page
     assert "distance: 3.0}" in page and "FOV_Y = 40.0 *" in page
     (inside,) = re.findall(r'atob\("([^"]*)"\)', page)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import trimesh
 
-from lrm_jax.ops import isosurface, surface
+from lrm_jax.mesh import formats, lattice, surface
 from lrm_jax.types import InputError
 
 RADIUS = 0.87
@@ -73,7 +73,7 @@ def cells(vertices, faces, resolution):
 
 @pytest.mark.parametrize("resolution", [48, 96])
 def test_sphere_is_closed_with_its_area_and_volume_and_winds_outward(resolution):
-    vertices, faces = surface.extract(jax.jit(sphere), resolution, RADIUS, 0.0)
+    vertices, faces = lattice.extract(jax.jit(sphere), resolution, RADIUS, 0.0)
     shape = trimesh.Trimesh(vertices, faces, process=False)
     assert shape.is_watertight and shape.is_winding_consistent and shape.euler_number == 2
     # Chords lie inside the sphere by cell^2 / (8 r): a relative 4e-3 of the volume at 48 points.
@@ -85,7 +85,7 @@ def test_sphere_is_closed_with_its_area_and_volume_and_winds_outward(resolution)
 
 def test_lattice_ends_on_both_sides_of_the_cube():
     # A plane x = c crosses edges at exactly c wherever the lattice lies; the sheet ends at the lattice's ends.
-    vertices, _ = surface.extract(jax.jit(lambda xyz: 0.123 - xyz[:, 0]), 33, RADIUS, 0.0)
+    vertices, _ = lattice.extract(jax.jit(lambda xyz: 0.123 - xyz[:, 0]), 33, RADIUS, 0.0)
     np.testing.assert_allclose(vertices[:, 0], 0.123, atol=1e-6)  # float32
     np.testing.assert_allclose(vertices[:, 1:].min(0), -RADIUS, rtol=1e-6)  # float32
     np.testing.assert_allclose(vertices[:, 1:].max(0), RADIUS, rtol=1e-6)  # float32
@@ -97,8 +97,8 @@ def test_lattice_ends_on_both_sides_of_the_cube():
 )  # one brick more or less, and partly filled bricks
 @pytest.mark.parametrize("field", [sphere, blob])
 def test_coarse_to_fine_equals_dense_to_the_bit(field, resolution):
-    whole = surface.extract(jax.jit(field), resolution, RADIUS, 0.0, dense=True)
-    part = surface.extract(jax.jit(field), resolution, RADIUS, 0.0)
+    whole = lattice.extract(jax.jit(field), resolution, RADIUS, 0.0, dense=True)
+    part = lattice.extract(jax.jit(field), resolution, RADIUS, 0.0)
     np.testing.assert_array_equal(part[0], whole[0])
     rows = [np.sort(faces, -1)[np.lexsort(np.sort(faces, -1).T)] for faces in (part[1], whole[1])]
     np.testing.assert_array_equal(*rows)
@@ -118,9 +118,9 @@ def test_thin_structures_are_recovered(shape, profile):
         "step": (lambda xyz: jnp.where(distance(xyz) > 0, 1.0, 0.0), 0.5),
     }[profile]
     field, calls = counted(field)
-    whole = cells(*surface.extract(field, resolution, RADIUS, level, dense=True), resolution)
+    whole = cells(*lattice.extract(field, resolution, RADIUS, level, dense=True), resolution)
     calls.clear()
-    sparse = surface.extract(field, resolution, RADIUS, level, chunk=2**13)
+    sparse = lattice.extract(field, resolution, RADIUS, level, chunk=2**13)
     part = cells(*sparse, resolution)
     assert np.isin(part, whole).all()
     assert len(part) >= 0.999 * len(whole)
@@ -139,22 +139,22 @@ def test_a_surface_is_followed_where_the_coarse_lattice_sees_nothing():
         needle = (off < 0.25 * cell) & (jnp.abs(xyz[:, 0]) < 0.6)
         return jnp.where(ball | needle, 1.0, 0.0)
 
-    vertices, _ = surface.extract(jax.jit(field), resolution, RADIUS, 0.5)
+    vertices, _ = lattice.extract(jax.jit(field), resolution, RADIUS, 0.5)
     assert vertices[:, 0].max() > 0.6 - cell
 
 
 def test_evaluations_are_a_small_part_and_all_of_one_shape():
     field, calls = counted(sphere)
-    surface.extract(field, 256, RADIUS, 0.0)
+    lattice.extract(field, 256, RADIUS, 0.0)
     assert set(calls) == {(2**15, 3)}
     assert len(calls) * 2**15 < 256**3 / 8
 
 
 def test_memory_stays_far_below_the_dense_grid():
     field = jax.jit(sphere)
-    surface.extract(field, 65, RADIUS, 0.0)
+    lattice.extract(field, 65, RADIUS, 0.0)
     tracemalloc.start()
-    surface.extract(field, 384, RADIUS, 0.0)
+    lattice.extract(field, 384, RADIUS, 0.0)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 0.7 * 4 * 384**3, f"{peak / 1e6:.0f} MB"
@@ -162,10 +162,10 @@ def test_memory_stays_far_below_the_dense_grid():
 
 @pytest.mark.parametrize("resolution", [17, 40])
 def test_slabs_of_the_dense_grid_merge_to_the_bit(monkeypatch, resolution):
-    whole = surface.extract(jax.jit(blob), resolution, RADIUS, 0.0, dense=True)
+    whole = lattice.extract(jax.jit(blob), resolution, RADIUS, 0.0, dense=True)
     for layers in (1, 3):
-        monkeypatch.setattr(isosurface, "SLAB", layers * resolution**2)
-        parts = surface.extract(jax.jit(blob), resolution, RADIUS, 0.0, dense=True)
+        monkeypatch.setattr(lattice, "SLAB", layers * resolution**2)
+        parts = lattice.extract(jax.jit(blob), resolution, RADIUS, 0.0, dense=True)
         np.testing.assert_array_equal(parts[0], whole[0])
         assert trimesh.Trimesh(*parts, process=False).is_watertight
 
@@ -182,7 +182,7 @@ def test_any_signs_give_a_closed_surface_without_degenerate_faces(resolution):
         index = jnp.round((xyz / RADIUS + 1) / 2 * (resolution - 1)).astype(int)
         return table[index[:, 0], index[:, 1], index[:, 2]]
 
-    vertices, faces = surface.extract(jax.jit(field), resolution, RADIUS, 0.0)
+    vertices, faces = lattice.extract(jax.jit(field), resolution, RADIUS, 0.0)
     shape = trimesh.Trimesh(vertices, faces, process=False)
     assert shape.is_watertight and shape.is_winding_consistent
     assert shape.area_faces.min() > 0
@@ -191,18 +191,18 @@ def test_any_signs_give_a_closed_surface_without_degenerate_faces(resolution):
 @pytest.mark.parametrize("dense", [False, True])
 def test_an_empty_surface_names_the_range_and_the_level(dense):
     with pytest.raises(InputError, match=r"\[-1\.0\d+, 0\.4\d+\].* level 7"):
-        surface.extract(jax.jit(sphere), 80, RADIUS, 7.0, dense=dense)
+        lattice.extract(jax.jit(sphere), 80, RADIUS, 7.0, dense=dense)
 
 
 @pytest.mark.parametrize("resolution", [20, 80])
 def test_nans_in_the_field_are_an_error_that_says_where(resolution):
     with pytest.raises(InputError, match="NaN at .* points, first at"):
-        surface.extract(jax.jit(lambda xyz: jnp.log(sphere(xyz))), resolution, RADIUS, 0.0)
+        lattice.extract(jax.jit(lambda xyz: jnp.log(sphere(xyz))), resolution, RADIUS, 0.0)
 
 
 def test_an_overflowing_density_is_inside():
     overflowing = jax.jit(lambda xyz: jnp.exp(1000 * sphere(xyz)))
-    vertices, faces = surface.extract(overflowing, 80, RADIUS, 1.0)
+    vertices, faces = lattice.extract(overflowing, 80, RADIUS, 1.0)
     assert np.isfinite(vertices).all() and signed_volume(vertices, faces) > 0
 
 
@@ -214,7 +214,7 @@ def test_progress_sees_every_call():
         yield from items
         seen.append((label, len(items) == total))
 
-    surface.extract(jax.jit(sphere), 96, RADIUS, 0.0, progress=progress)
+    lattice.extract(jax.jit(sphere), 96, RADIUS, 0.0, progress=progress)
     assert len(seen) >= 3 and all(complete and label for label, complete in seen)
 
 
@@ -224,7 +224,7 @@ def color(xyz):
 
 @pytest.fixture(scope="module")
 def painted():
-    vertices, faces = surface.extract(jax.jit(blob), 40, RADIUS, 0.0)
+    vertices, faces = lattice.extract(jax.jit(blob), 40, RADIUS, 0.0)
     return surface.paint(vertices, faces, jax.jit(color))
 
 
@@ -250,7 +250,7 @@ def y_up(xyz):
 
 
 def test_glb_reloads_y_up_with_normals_and_linear_colours(painted):
-    data = surface.to_glb(painted)
+    data = formats.to_glb(painted)
     scene = trimesh.load(io.BytesIO(data), file_type="glb", process=False)
     (shape,) = scene.geometry.values()
     np.testing.assert_array_equal(shape.vertices, y_up(painted.vertices).astype(np.float64))
@@ -278,7 +278,7 @@ def glb_arrays(data):
 
 
 def test_glb_colours_are_linear_and_exact(painted):
-    tree, arrays = glb_arrays(surface.to_glb(painted))
+    tree, arrays = glb_arrays(formats.to_glb(painted))
     # Bytes survive the way to linear floats and back.
     np.testing.assert_array_equal(np.rint(to_srgb(arrays["COLOR_0"]) * 255), painted.colors)
     (material,) = tree["materials"]
@@ -290,7 +290,7 @@ def test_glb_colours_are_linear_and_exact(painted):
 
 
 def test_obj_reloads_y_up_with_srgb_colours(painted):
-    files = surface.to_obj(painted, "thing")
+    files = formats.to_obj(painted, "thing")
     assert list(files) == ["thing.obj"]
     shape = trimesh.load(io.BytesIO(files["thing.obj"]), file_type="obj", process=False)
     # Six decimals are written.
@@ -303,7 +303,7 @@ def test_obj_reloads_y_up_with_srgb_colours(painted):
 
 
 def test_ply_reloads_z_up_with_srgb_colours(painted):
-    data = surface.to_ply(painted)
+    data = formats.to_ply(painted)
     shape = trimesh.load(io.BytesIO(data), file_type="ply", process=False)
     np.testing.assert_array_equal(shape.vertices, painted.vertices.astype(np.float64))
     np.testing.assert_array_equal(shape.faces, painted.faces)

@@ -10,7 +10,7 @@ import trimesh
 from PIL import Image
 from scipy import ndimage
 
-from lrm_jax.ops import surface, texture
+from lrm_jax.mesh import formats, lattice, surface, texture
 from lrm_jax.types import InputError
 
 SIZE = 256
@@ -26,7 +26,7 @@ def color(xyz):
 
 @pytest.fixture(scope="module")
 def baked():
-    vertices, faces = surface.extract(jax.jit(field), 40, 0.87, 0.0)
+    vertices, faces = lattice.extract(jax.jit(field), 40, 0.87, 0.0)
     painted = surface.paint(vertices, faces, jax.jit(color), chunk=2**12)
     return texture.bake_texture(painted, jax.jit(color), SIZE, chunk=2**12)
 
@@ -68,7 +68,7 @@ def test_baked_surface_is_the_same_surface(baked):
 
 
 def test_decimation_bounds_the_faces_and_keeps_the_surface(monkeypatch):
-    vertices, faces = surface.extract(jax.jit(field), 40, 0.87, 0.0)
+    vertices, faces = lattice.extract(jax.jit(field), 40, 0.87, 0.0)
     monkeypatch.setattr(texture, "MAX_FACES", 1000)
     assert len(faces) > 3000
     few_vertices, few = texture._decimate(vertices, faces)
@@ -80,7 +80,7 @@ def test_decimation_bounds_the_faces_and_keeps_the_surface(monkeypatch):
 
 
 def test_a_texture_coarser_than_the_faces_still_has_their_colours():
-    vertices, faces = surface.extract(jax.jit(field), 24, 0.87, 0.0)
+    vertices, faces = lattice.extract(jax.jit(field), 24, 0.87, 0.0)
     painted = surface.paint(vertices, faces, jax.jit(color), chunk=2**12)
     baked = texture.bake_texture(painted, jax.jit(color), 32, chunk=2**12)
     xyz, uv = points_on(baked.faces, baked.vertices, baked.uv)
@@ -89,7 +89,7 @@ def test_a_texture_coarser_than_the_faces_still_has_their_colours():
 
 
 def test_textured_glb_reloads_with_its_picture(baked):
-    scene = trimesh.load(io.BytesIO(surface.to_glb(baked)), file_type="glb", process=False)
+    scene = trimesh.load(io.BytesIO(formats.to_glb(baked)), file_type="glb", process=False)
     (shape,) = scene.geometry.values()
     assert len(shape.vertices) == len(baked.vertices) and len(shape.faces) == len(baked.faces)
     material = shape.visual.material
@@ -105,7 +105,7 @@ def test_textured_glb_reloads_with_its_picture(baked):
 
 
 def test_textured_obj_reloads_with_its_picture(baked, tmp_path):
-    files = surface.to_obj(baked, "thing")
+    files = formats.to_obj(baked, "thing")
     assert sorted(files) == ["thing.mtl", "thing.obj", "thing.png"]
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
@@ -118,7 +118,7 @@ def test_textured_obj_reloads_with_its_picture(baked, tmp_path):
 
 
 def test_png_of_obj_is_the_texture(baked):
-    picture = Image.open(io.BytesIO(surface.to_obj(baked)["surface.png"]))
+    picture = Image.open(io.BytesIO(formats.to_obj(baked)["surface.png"]))
     np.testing.assert_array_equal(np.asarray(picture), baked.texture)
 
 

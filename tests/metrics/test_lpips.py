@@ -8,8 +8,11 @@ import scipy.io
 from safetensors.numpy import load_file
 from tolerances import tolerance
 
-from lrm_jax import __main__, convert, lpips, perceptual, tensor_files, vgg
+from lrm_jax import __main__
+from lrm_jax.commands import convert
+from lrm_jax.metrics import lpips, perceptual, vgg
 from lrm_jax.types import InputError
+from lrm_jax.weights import tensor_files
 
 VGG19_CONVS = (2, 2, 4, 4, 4)
 

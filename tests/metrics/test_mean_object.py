@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 from three_balls import SIZE, write_object
 
-from lrm_jax import mean_object
 from lrm_jax.data import held_out
+from lrm_jax.metrics import mean_object
 
 
 def test_the_mean_object_is_that_of_the_others(tmp_path):

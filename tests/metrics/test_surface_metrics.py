@@ -5,7 +5,7 @@ import pytest
 import trimesh
 from scipy.spatial.transform import Rotation
 
-from lrm_jax import surface_metrics
+from lrm_jax.metrics import surface_metrics
 from lrm_jax.types import InputError
 
 

@@ -8,10 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lrm_jax import models, sharding
-from lrm_jax.models import layers
+from lrm_jax import models
+from lrm_jax.kernels import attention_cuda
 from lrm_jax.ops import cameras
+from lrm_jax.parallel import sharding
+from lrm_jax.training import optim
 from lrm_jax.types import Views
+from lrm_jax.weights import references
 
 VARIANTS = [(name, variant) for name in models.FAMILIES for variant in models.family(name).VARIANTS]
 
@@ -176,7 +179,7 @@ def test_the_model_and_its_gradient_lower_for(name, platform, dtype, monkeypatch
         calls.append(q_BLNK.dtype)
         return q_BLNK
 
-    monkeypatch.setattr(layers, "_attention_by_cudnn", cudnn)
+    monkeypatch.setattr(attention_cuda, "attention_by_cudnn", cudnn)
     device_mesh = sharding.abstract_device_mesh((1, 1, 1), platform)
 
     def loss(params, source, rays):
@@ -207,3 +210,19 @@ def test_unknown_names_are_told_with_the_known_ones():
         models.build("triposr", "huge")
     with pytest.raises(ValueError, match="triposr has no field widht"):
         models.build("triposr", "tiny", widht=3)
+
+
+@pytest.mark.parametrize(("name", "variant"), VARIANTS)
+def test_shardings_and_weight_decay_of_every_variant_are_what_they_were(name, variant, same_text):
+    """On 2 x 4 x 2 devices; a parameter a line."""
+    device_mesh = sharding.abstract_device_mesh((2, 4, 2), "cpu")
+    params = references.param_shapes(models.build(name, variant))
+    decayed = dict(optim.named(optim.decay_mask(params)))
+    lines = []
+    for path, leaf in optim.named(params):
+        spec = sharding.spec_for(path, leaf.shape, device_mesh)
+        shape = "x".join(map(str, leaf.shape))
+        lines.append(
+            f"{path} {shape} {','.join(str(axis or '-') for axis in spec)}{' decay' * decayed[path]}\n"
+        )
+    same_text(f"models/variants/{name}-{variant}.txt", "".join(lines))

@@ -15,8 +15,9 @@ import pytest
 from safetensors import safe_open
 from tolerances import tolerance
 
-from lrm_jax.models import lrm, torch_layout, triposr, vit
+from lrm_jax.models import lrm, triposr
 from lrm_jax.models.lrm import LRM
+from lrm_jax.models.parts import torch_layout, vit
 from lrm_jax.models.triposr import TripoSR
 from lrm_jax.ops import cameras
 from lrm_jax.types import Cameras, Rays, Views

@@ -8,15 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lrm_jax import flops, sharding
-from lrm_jax.models import layers, lvsm, triposr
+from lrm_jax.kernels import attention as kernels_attention
+from lrm_jax.kernels import attention_cpu, attention_plain, attention_tpu, tokens
+from lrm_jax.models import lvsm, triposr
+from lrm_jax.models.parts import layers
+from lrm_jax.parallel import batch_axes, sharding
+from lrm_jax.training import flops
 
 
 def in_parts(kernel):
     """As `attention` calls it."""
 
     def attention(q, k, v, num_keys_B):
-        return sharding.split_batch_and_heads(
+        return batch_axes.split_batch_and_heads(
             partial(kernel, interpret=True), (q, k, v), num_keys_B
         )
 
@@ -31,9 +35,9 @@ def random(seed, *shape):
 @pytest.mark.parametrize(
     "attention",
     [
-        layers.attention,
-        partial(layers._attention_by_head, num_keys_B=None, max_scores=70),
-        partial(layers._attention_by_xla, num_keys_B=None, max_scores=25),
+        kernels_attention.attention,
+        partial(attention_cpu.attention_by_head, num_keys_B=None, max_scores=70),
+        partial(attention_plain.attention_by_xla, num_keys_B=None, max_scores=25),
     ],
 )
 def test_attention_by_head_or_in_chunks_equals_jax_s(lengths, attention):
@@ -78,7 +82,7 @@ def test_tokens_in_parts_equal_all_at_once(module, monkeypatch):
         return params, *jax.jit(lambda p: (module.apply(p, *inputs), gradient(p)))(params)
 
     whole = outputs()
-    monkeypatch.setattr(layers, "TOKENS", 4)
+    monkeypatch.setattr(tokens, "TOKENS", 4)
     text = str(jax.make_jaxpr(module.apply)(whole[0], *inputs))
     assert "length=3" in text  # the parts
     parts = outputs()
@@ -103,7 +107,7 @@ def test_the_kernel_for_tpus_equals_jax_s_where_it_pads_and_where_keys_are_paddi
         return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=num_keys)
 
     for num_keys in (None, jnp.array([1, 130, 139, 140])):
-        kernel = in_parts(layers._attention_by_splash)
+        kernel = in_parts(attention_tpu.attention_by_splash)
         with jax.set_mesh(device_mesh):
             found = jax.jit(partial(outputs, kernel))(num_keys)
         wanted = jax.jit(partial(outputs, by_jax))(num_keys)
@@ -116,9 +120,9 @@ def test_the_kernel_is_that_of_the_devices_of_the_mesh_and_runs_on_each_ones_par
     pod = sharding.abstract_device_mesh((4, 2, 2), "tpu", "TPU v4")
     x = jax.ShapeDtypeStruct((16, 256, 4, 64), jnp.bfloat16)
     with jax.sharding.use_abstract_mesh(pod):
-        jaxpr = str(jax.make_jaxpr(layers.attention)(x, x, x))
+        jaxpr = str(jax.make_jaxpr(kernels_attention.attention)(x, x, x))
     assert "pallas_call" in jaxpr and "bf16[2,256,2,64]" in jaxpr
-    assert "pallas_call" not in str(jax.make_jaxpr(layers.attention)(x, x, x))
+    assert "pallas_call" not in str(jax.make_jaxpr(kernels_attention.attention)(x, x, x))
 
 
 @pytest.mark.parametrize("num_keys", [6, 70])
@@ -136,17 +140,17 @@ def test_attention_by_head_of_large_scores_equals_jax_s(num_keys):
         total = lambda *x: jnp.sum(attention(*x) ** 2)  # noqa: E731
         return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))(q, k, v)
 
-    found, wanted = outputs(layers.attention), outputs(jax.nn.dot_product_attention)
+    found, wanted = outputs(kernels_attention.attention), outputs(jax.nn.dot_product_attention)
     for actual, expected in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
         np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
-    assert np.isfinite(layers.attention(1e3 * q, 1e3 * k, v)).all()
+    assert np.isfinite(kernels_attention.attention(1e3 * q, 1e3 * k, v)).all()
 
 
 @pytest.mark.parametrize("scale", [1, 30])
 def test_attention_by_head_leaves_keys_out_that_are_padding(scale):
     q, k, v = scale * random(0, 3, 4, 2, 8), random(1, 3, 70, 2, 8), random(2, 3, 70, 2, 8)
     num_keys = jnp.array([1, 40, 67])
-    found = jax.jit(layers.attention)(q, k, v, num_keys)
+    found = jax.jit(kernels_attention.attention)(q, k, v, num_keys)
     q, k, v = map(np.asarray, (q, k, v))
     for i, count in enumerate(np.asarray(num_keys)):
         wanted = jax.jit(jax.nn.dot_product_attention)(
@@ -159,12 +163,12 @@ def test_exp_of_attention_is_exp_and_so_is_its_gradient():
     x = np.linspace(-87, 88, 100_001, dtype=np.float32)
     exact = np.exp(x.astype(np.float64))
     rounding = 1.3 * 2.0**-24 * np.abs(x) + 3e-7  # of x log2(e), and of the series
-    for values in (layers._exp(x), jax.vmap(jax.grad(layers._exp))(x)):
+    for values in (attention_cpu._exp(x), jax.vmap(jax.grad(attention_cpu._exp))(x)):
         assert (np.abs(np.float64(values) / exact - 1) < rounding).all()
-    assert layers._exp(jnp.float32(0)) == 1
-    lowest = jnp.maximum(jnp.array([-88.0, -1e9, -jnp.inf]), layers._LOWEST)
-    assert (layers._exp(lowest) < 1.2e-38).all()
-    assert jnp.isnan(layers._exp(jnp.float32(jnp.nan)))
+    assert attention_cpu._exp(jnp.float32(0)) == 1
+    lowest = jnp.maximum(jnp.array([-88.0, -1e9, -jnp.inf]), attention_cpu._LOWEST)
+    assert (attention_cpu._exp(lowest) < 1.2e-38).all()
+    assert jnp.isnan(attention_cpu._exp(jnp.float32(jnp.nan)))
 
 
 @pytest.mark.parametrize("sizes", [None, (4, 1, 1), (2, 1, 2)])
@@ -172,7 +176,7 @@ def test_operations_of_a_kernel_are_counted_as_often_as_it_runs(sizes):
     """Two products of L x M x K for each head of each sequence, on whatever devices."""
     B, L, M, N, K = 4, 256, 1024, 2, 8
     q, k, v = random(0, B, L, N, K), random(1, B, M, N, K), random(2, B, M, N, K)
-    attention = partial(in_parts(layers._attention_by_splash), num_keys_B=None)
+    attention = partial(in_parts(attention_tpu.attention_by_splash), num_keys_B=None)
     if sizes is None:
         assert flops.count(attention, q, k, v) == 4 * B * N * L * M * K
         return

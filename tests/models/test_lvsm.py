@@ -11,11 +11,14 @@ import pytest
 from safetensors import safe_open
 from tolerances import tolerance
 
-from lrm_jax import convert, models, references, tensor_files
-from lrm_jax.models import lvsm, torch_layout
+from lrm_jax import models
+from lrm_jax.commands import convert
+from lrm_jax.models import lvsm
 from lrm_jax.models.lvsm import LVSM
+from lrm_jax.models.parts import torch_layout
 from lrm_jax.ops import cameras
 from lrm_jax.types import Cameras, InputError, Views
+from lrm_jax.weights import model_file, references, tensor_files
 
 GOLDENS = ["lvsm_deconly_tiny", "lvsm_encdec_tiny"]
 ARCHITECTURES = {"decoder-only": {}, "encoder-decoder": dict(num_latents=5, encoder_depth=1)}
@@ -133,7 +136,7 @@ def test_published_variant_has_exactly_the_published_names_and_shapes(goldens, v
     assert LVSM(**told, image_size=model.image_size) == model
     path = Path(f"lvsm_scene_res{model.image_size}.pt")
     found, _ = references.recognise(state, references.name_config(path))
-    assert convert.variant_of(found) == variant
+    assert model_file.variant_of(found) == variant
 
 
 def param_shapes(model):

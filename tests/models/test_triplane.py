@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from lrm_jax import flops, sharding
-from lrm_jax.models import triplane
+from lrm_jax.models.parts import triplane
 from lrm_jax.ops import grids
+from lrm_jax.parallel import sharding
+from lrm_jax.training import flops
 from lrm_jax.types import Rays, Rendering
 
 AXES = ((0, 1), (0, 2), (1, 2))

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lrm_jax import checkpoints, optim, sharding
+from lrm_jax.parallel import batch_axes, processes, sharding
+from lrm_jax.training import checkpoints, optim
 
 STEPS = 3
 PLACES = [(8, 1, 1), (2, 2, 2), (1, 2, 4), (1, 1, 8)]  # how many parts of a batch are read apart:
@@ -26,12 +27,12 @@ def whole_batch(step):
 
 def batch_of(step, device_mesh):
     """The same as a global array, of which this process reads its part."""
-    index, count = sharding.process_share(device_mesh)
+    index, count = batch_axes.process_share(device_mesh)
     part = jax.tree.map(
         lambda x: np.split(np.float32(x), count)[index],
         whole_batch(step),
     )
-    return sharding.global_batch(part, device_mesh)
+    return batch_axes.global_batch(part, device_mesh)
 
 
 def initial_params():
@@ -51,7 +52,7 @@ def make_step(optimizer):
         return jnp.mean((y - part["y"]) ** 2)
 
     def step(state, batch):
-        parts = sharding.micro_batches(batch, 2)
+        parts = batch_axes.micro_batches(batch, 2)
         losses, grads = jax.lax.map(
             lambda part: jax.value_and_grad(loss)(state["params"], part), parts
         )
@@ -94,14 +95,14 @@ def train(state, step, device_mesh):
 
 def one_of_two(coordinator, process_id, workdir):
     """What each process does: goes on from the checkpoint of one process, and saves another."""
-    sharding.start(coordinator, 2, process_id)
+    processes.start(coordinator, 2, process_id)
     assert (jax.process_count(), jax.local_device_count(), jax.device_count()) == (2, 4, 8)
-    assert sharding.any_process(process_id == 1) and not sharding.any_process(False)
+    assert processes.any_process(process_id == 1) and not processes.any_process(False)
 
     for sizes, count in zip(PLACES, SHARES, strict=True):
         device_mesh = sharding.make_device_mesh(*sizes)
-        assert sharding.process_share(device_mesh) == (process_id % count, count), sizes
-        whole = sharding.to_host(batch_of(0, device_mesh))
+        assert batch_axes.process_share(device_mesh) == (process_id % count, count), sizes
+        whole = processes.to_host(batch_of(0, device_mesh))
         for name, value in whole_batch(0).items():
             np.testing.assert_array_equal(whole[name], np.float32(value))
 
@@ -114,7 +115,7 @@ def one_of_two(coordinator, process_id, workdir):
         kernel = state["params"]["fc1"]["kernel"]
         assert not kernel.is_fully_addressable and not kernel.is_fully_replicated
         checkpoints.save(manager, STEPS, state, {"next": STEPS})
-        params = sharding.to_host(state["params"])
+        params = processes.to_host(state["params"])
     np.savez(Path(workdir) / f"{process_id}.npz", losses=losses, **params["fc1"])
 
 
@@ -129,7 +130,7 @@ def test_two_processes_agree_with_one_and_each_goes_on_from_the_others_checkpoin
             coordinator = f"localhost:{server.getsockname()[1]}"
         env = os.environ | {
             "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-            "PYTHONPATH": str(Path(__file__).parents[1]),
+            "PYTHONPATH": str(Path(__file__).parents[2]),
             "JAX_PLATFORMS": "cpu",
         }
         processes = [

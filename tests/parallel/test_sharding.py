@@ -6,20 +6,11 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from tiny_models import abstract_params
 
-from lrm_jax import sharding
-from lrm_jax.models import build, layers
-from lrm_jax.types import InputError, Rays, Views
-
-
-def abstract_params(variant):
-    def init():
-        model = build("triposr", variant)
-        views = Views(rgb=jnp.zeros((1, 1, model.image_size, model.image_size, 3)), cameras=None)
-        rays = Rays(origins=jnp.zeros((1, 1, 1, 1, 3)), dirs=jnp.ones((1, 1, 1, 1, 3)))
-        return model.init(jax.random.key(0), views, rays)["params"]
-
-    return jax.eval_shape(init)
+from lrm_jax.kernels import attention as kernels_attention
+from lrm_jax.parallel import batch_axes, processes, sharding
+from lrm_jax.types import InputError
 
 
 @pytest.mark.parametrize(
@@ -75,17 +66,17 @@ def test_a_rule_that_matches_nothing_is_an_error():
 def test_a_global_batch_is_split_over_data_and_fsdp():
     device_mesh = sharding.make_device_mesh(2, 2, 2)
     host = {"x": np.arange(24, dtype=np.float32).reshape(8, 3)}
-    batch = sharding.global_batch(host, device_mesh)
+    batch = batch_axes.global_batch(host, device_mesh)
     assert batch["x"].sharding.shard_shape((8, 3)) == (2, 3)
     np.testing.assert_array_equal(batch["x"], host["x"])
 
 
 def test_constrain_batch_pins_the_leading_axis_only_inside_a_device_mesh():
     x = np.ones((8, 3), np.float32)
-    assert sharding.constrain_batch(x) is x
+    assert batch_axes.constrain_batch(x) is x
     device_mesh = sharding.make_device_mesh(4, 2, 1)
     with jax.set_mesh(device_mesh):
-        constrained, odd = jax.jit(sharding.constrain_batch)((x, np.ones((3, 2), np.float32)))
+        constrained, odd = jax.jit(batch_axes.constrain_batch)((x, np.ones((3, 2), np.float32)))
     assert constrained.sharding.shard_shape(x.shape) == (1, 3)
     assert odd.shape == (3, 2)
 
@@ -96,13 +87,13 @@ def test_micro_batches_are_all_rows_each_split_over_all_devices_and_nothing_is_s
     x = np.arange(16 * 3, dtype=np.float32).reshape(16, 3)
 
     def sums(batch):
-        parts = sharding.micro_batches(batch, count)
+        parts = batch_axes.micro_batches(batch, count)
         assert parts.shape == (count, 16 // count, 3)
         body = lambda total, part: (total + part[: 16 // count], (part * 2).sum(1))  # noqa: E731
         return jax.lax.scan(body, jnp.zeros((16 // count, 3)), parts)[1], parts
 
     with jax.set_mesh(device_mesh):
-        batch = sharding.global_batch(x, device_mesh)
+        batch = batch_axes.global_batch(x, device_mesh)
         compiled = jax.jit(sums).lower(batch).compile()
         _, parts = compiled(batch)
     assert parts.sharding.shard_shape(parts.shape) == (count, 16 // count // 4, 3)
@@ -121,8 +112,8 @@ def test_micro_batches_that_do_not_divide_are_an_error_of_one_line():
         with pytest.raises(
             InputError, match="a batch of 12 does not divide into 2 parts over 4 devices: .* of 8$"
         ):
-            sharding.micro_batches(jnp.zeros((12, 3)), 2)
-    assert sharding.micro_batches(jnp.zeros((12, 3)), 2).shape == (2, 6, 3)
+            batch_axes.micro_batches(jnp.zeros((12, 3)), 2)
+    assert batch_axes.micro_batches(jnp.zeros((12, 3)), 2).shape == (2, 6, 3)
 
 
 SBATCH = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "2"}
@@ -145,7 +136,7 @@ SLURM = SBATCH | {"SLURM_STEP_NODELIST": "node[1-2]"}
     ],
 )
 def test_a_cluster_is_known_by_its_variables(environ, expected):
-    assert sharding.cluster_of(environ) == expected
+    assert processes.cluster_of(environ) == expected
 
 
 @pytest.fixture
@@ -159,20 +150,20 @@ def started(monkeypatch):
 
 
 def test_a_single_process_starts_nothing(started, monkeypatch):
-    sharding.start()
+    processes.start()
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
-    sharding.start(num_processes=1)
+    processes.start(num_processes=1)
     assert started == []
 
 
 def test_a_cluster_is_left_to_jax_and_flags_override_it(started, monkeypatch):
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
-    sharding.start()
+    processes.start()
     with socket.create_server(("localhost", 0)) as server:
         coordinator = f"localhost:{server.getsockname()[1]}"
-        sharding.start(coordinator, 2, 1)
+        processes.start(coordinator, 2, 1)
     (by_cluster, options), (by_flags, no_detection) = started
     assert by_cluster == (None, None, None) and "cluster_detection_method" not in options
     assert by_flags == (coordinator, 2, 1)
@@ -194,9 +185,9 @@ def test_a_cluster_is_left_to_jax_and_flags_override_it(started, monkeypatch):
     ],
 )
 def test_flags_that_cannot_work_are_one_line(started, monkeypatch, flags, message):
-    monkeypatch.setattr(sharding, "TIMEOUT", 0.0)
+    monkeypatch.setattr(processes, "TIMEOUT", 0.0)
     with pytest.raises(InputError, match=message) as error:
-        sharding.start(*flags)
+        processes.start(*flags)
     assert "\n" not in str(error.value)
     assert started == []
 
@@ -205,7 +196,7 @@ def test_a_port_in_use_and_a_cluster_that_does_not_answer_are_one_line(started, 
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
         with pytest.raises(InputError, match=f"localhost:{port}: process 0 cannot listen"):
-            sharding.start(f"localhost:{port}", 2, 0)
+            processes.start(f"localhost:{port}", 2, 0)
 
     def fail(*args, **options):
         raise RuntimeError("Kubernetes API Error: 403\nIt appears that\n  the account")
@@ -217,18 +208,18 @@ def test_a_port_in_use_and_a_cluster_that_does_not_answer_are_one_line(started, 
         InputError,
         match=r"^Slurm: .*\(Kubernetes API Error: 403 It appears that the account\): give",
     ):
-        sharding.start()
+        processes.start()
 
 
 def test_of_a_single_process_all_arrays_go_to_the_host_and_its_flag_decides():
     device_mesh = sharding.make_device_mesh(2, 2, 2)
     x = np.arange(24, dtype=np.float32).reshape(8, 3)
-    whole = sharding.to_host({"split": sharding.global_batch(x, device_mesh), "number": 3.0})
+    whole = processes.to_host({"split": batch_axes.global_batch(x, device_mesh), "number": 3.0})
     assert isinstance(whole["split"], np.ndarray)
     np.testing.assert_array_equal(whole["split"], x)
     assert whole["number"] == 3.0
-    assert sharding.process_share(device_mesh) == (0, 1)
-    assert sharding.any_process(True) and not sharding.any_process(False)
+    assert batch_axes.process_share(device_mesh) == (0, 1)
+    assert processes.any_process(True) and not processes.any_process(False)
 
 
 def test_attention_stays_split_over_scenes_where_queries_come_from_split_parameters():
@@ -238,7 +229,7 @@ def test_attention_stays_split_over_scenes_where_queries_come_from_split_paramet
 
     def attend(queries_LD):
         q_BLNK = jnp.broadcast_to(queries_LD[None], (B, L, N * K)).reshape(B, L, N, K)
-        return layers.attention(q_BLNK, q_BLNK, q_BLNK)
+        return kernels_attention.attention(q_BLNK, q_BLNK, q_BLNK)
 
     with jax.set_mesh(device_mesh):
         queries = jax.ShapeDtypeStruct((L, N * K), jnp.float32, sharding=NamedSharding(device_mesh, P(None, "fsdp")))  # fmt: skip
@@ -250,8 +241,8 @@ def test_attention_stays_split_over_scenes_where_queries_come_from_split_paramet
 def test_local_rows_are_the_first_of_what_is_here_each_once(sizes):
     device_mesh = sharding.make_device_mesh(*sizes)
     x = np.arange(48).reshape(16, 3)
-    split = {"x": sharding.global_batch(x, device_mesh)}
+    split = {"x": batch_axes.global_batch(x, device_mesh)}
     for count in (1, 3, 16):
-        rows = sharding.local_rows(split, count)["x"]
+        rows = batch_axes.local_rows(split, count)["x"]
         assert isinstance(rows, np.ndarray)
         np.testing.assert_array_equal(rows, x[:count])

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 import aot  # noqa: E402
 import bench_train  # noqa: E402

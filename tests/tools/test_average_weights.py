@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 from tiny_models import tiny
 
-from lrm_jax import convert, models
+from lrm_jax import models
+from lrm_jax.weights import loading, model_file
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 from average_weights import main  # noqa: E402
 
 
 def saved(path, seed, **overrides):
     model, params = tiny(seed=seed, **overrides)
-    convert.save_model(path, model, params, {"steps": 10 + seed})
+    model_file.save_model(path, model, params, {"steps": 10 + seed})
     return params
 
 
@@ -31,7 +32,7 @@ def test_the_mean_of_two_is_a_model_file_that_names_both(tmp_path, monkeypatch, 
     dst = tmp_path / "soup.safetensors"
     assert main([str(dst), *paths, "--variant", "tiny-symmetric"]) == 0
     assert capsys.readouterr().out == f"{dst}\n"
-    model, params, info = convert.load_weights(str(dst))
+    model, params, info = loading.load_weights(str(dst))
     assert model.symmetric and info["variant"] == "tiny-symmetric"
     assert info["training"] == {"steps": 21, "averaged": paths}
     jax.tree.map(

@@ -1,4 +1,4 @@
-"""tools/bench.py runs; tests/test_aot.py has its `train`."""
+"""tools/bench.py runs; tests/tools/test_aot.py has its `train`."""
 
 import json
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 import bench  # noqa: E402
 

@@ -12,9 +12,11 @@ import jax
 import numpy as np
 import pytest
 
-from lrm_jax import sharding, train
+from lrm_jax.commands import train
+from lrm_jax.parallel import sharding
+from lrm_jax.training import setup
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 import bench_gpu  # noqa: E402
 import bench_steps  # noqa: E402
@@ -175,7 +177,7 @@ def test_the_update_that_is_timed_is_made():
     )  # fmt: skip
     device_mesh = sharding.make_device_mesh(devices=jax.devices()[:1])
     with jax.set_mesh(device_mesh):
-        run = train.make_run(config, device_mesh)
+        run = setup.make_run(config, device_mesh)
         state = measure.random_state(run.abstract_state)
         batch = bench_steps.noise_batch(config, device_mesh)
         _, scalars = run.step(state, batch, {})

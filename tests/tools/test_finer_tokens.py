@@ -6,11 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lrm_jax import convert, models
+from lrm_jax import models
 from lrm_jax.models import triposr
 from lrm_jax.types import InputError
+from lrm_jax.weights import loading, model_file, references
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 from finer_tokens import (  # noqa: E402
     centres,
     finer_positions,
@@ -30,7 +31,7 @@ def coarse():
     model = models.build("triposr", "tiny")
     return model, jax.tree.map(
         lambda x: np.random.default_rng(0).normal(0, 0.1, x.shape).astype(np.float32),
-        convert.param_shapes(model),
+        references.param_shapes(model),
     )
 
 
@@ -73,10 +74,10 @@ def test_planes_of_equal_tokens_are_those_of_the_middle_of_each(coarse):
 def test_the_file_is_a_model_that_renders(coarse, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(triposr.VARIANTS, "tiny-fine", FINE)
     model, params = coarse
-    convert.save_model(tmp_path / "coarse.safetensors", model, params, {"steps": 3})
+    model_file.save_model(tmp_path / "coarse.safetensors", model, params, {"steps": 3})
     argv = [str(tmp_path / "coarse.safetensors"), str(tmp_path / "fine.safetensors"), "--variant"]
     assert main([*argv, "tiny-fine"]) == 0
-    fine, finer, info = convert.load_weights(str(tmp_path / "fine.safetensors"))
+    fine, finer, info = loading.load_weights(str(tmp_path / "fine.safetensors"))
     assert info["variant"] == "tiny-fine" and info["training"] == {"steps": 3}
     source = fine.prepare([np.full((32, 32, 4), 200, np.uint8)])
     scene = fine.apply({"params": finer}, source, method="encode")

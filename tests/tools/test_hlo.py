@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import hlo  # noqa: E402
 import hlo_text  # noqa: E402
 
-from lrm_jax import sharding  # noqa: E402
+from lrm_jax.parallel import sharding  # noqa: E402
 
 
 def count(function, *arguments, **jit):

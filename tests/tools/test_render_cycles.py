@@ -12,7 +12,7 @@ import pytest
 import trimesh
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import render_objects  # noqa: E402
 from rendering import cycles, embree, objects  # noqa: E402
 from rendering.protocols import PROTOCOLS, Lighting, Settings, choose_cameras  # noqa: E402
@@ -24,7 +24,7 @@ from lrm_jax.types import InputError  # noqa: E402
 SETTINGS = dataclasses.replace(
     PROTOCOLS["openlrm"], views=3, size=64, samples=16, backend="cycles", geometry=True
 )
-GOLDEN = Path(__file__).parent / "goldens" / "blender_depth_normal.exr"
+GOLDEN = Path(__file__).parents[1] / "goldens" / "blender_depth_normal.exr"
 
 
 def stand_in(folder: Path, *, ends: str = "") -> str:

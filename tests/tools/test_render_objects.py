@@ -13,7 +13,7 @@ import pytest
 import trimesh
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import render_objects  # noqa: E402
 from rendering import embree, objects, processes, surfaces  # noqa: E402
 from rendering.protocols import PROTOCOLS, Lighting, Settings, choose_cameras  # noqa: E402

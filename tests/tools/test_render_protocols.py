@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 from rendering.protocols import PROTOCOLS, Settings, choose_cameras, choose_lighting  # noqa: E402
 
 SETTINGS = Settings(views=6, distance=(2.6, 3.4))

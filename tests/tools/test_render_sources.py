@@ -12,7 +12,7 @@ import pytest
 import trimesh
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 from rendering import objects  # noqa: E402
 from rendering.sources import find_objects, opened, referenced_files  # noqa: E402
 from rendering.surfaces import _corners, load_triangles, random_points  # noqa: E402

@@ -11,7 +11,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lrm_jax import checkpoints, sharding
+from lrm_jax.parallel import sharding
+from lrm_jax.training import checkpoints
 from lrm_jax.types import InputError, TrainState
 
 
@@ -164,7 +165,7 @@ def alone(program, *arguments):
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     command = [sys.executable, "-c", program, *map(str, arguments)]
     return subprocess.run(
-        command, env=env, capture_output=True, text=True, cwd=Path(__file__).parents[1]
+        command, env=env, capture_output=True, text=True, cwd=Path(__file__).parents[2]
     )
 
 

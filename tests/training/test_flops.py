@@ -1,4 +1,4 @@
-"""What lrm_jax/flops.py counts in traced functions."""
+"""What lrm_jax/training/flops.py counts in traced functions."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,8 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from lrm_jax import flops, sharding
+from lrm_jax.parallel import sharding
+from lrm_jax.training import flops
 
 B, L, M, N, K = 2, 96, 160, 4, 32
 

@@ -10,11 +10,14 @@ import jax
 import numpy as np
 import pytest
 
-from lrm_jax import convert, sharding, train
+from lrm_jax.commands import convert, train
 from lrm_jax.data import pipeline
+from lrm_jax.parallel import batch_axes, sharding
+from lrm_jax.training import inputs, loop, setup, validation
 from lrm_jax.types import InputError
+from lrm_jax.weights import model_file
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TINY = [
     "--config",
     "configs/nano.py:tiny",
@@ -28,7 +31,7 @@ TIMES = ("samples_per_second", "mfu", "data_wait")
 @pytest.fixture
 def balls_source(monkeypatch):
     monkeypatch.setitem(sys.modules, "lrm_jax.data.balls", balls)
-    monkeypatch.setattr(train, "SOURCES", (*train.SOURCES, "balls"))
+    monkeypatch.setitem(inputs.SOURCES, "balls", "balls")
 
 
 def rows(workdir):
@@ -52,7 +55,7 @@ def test_terminated_and_resumed_equals_uninterrupted_to_the_bit(
 
     with monkeypatch.context() as patched:
         patched.setattr(balls, "sample", after(2, terminate))
-        assert train.main([*TINY, "--workdir", str(tmp_path / "resumed")]) == train.INTERRUPTED
+        assert train.main([*TINY, "--workdir", str(tmp_path / "resumed")]) == loop.INTERRUPTED
     stopped = rows(tmp_path / "resumed")[-1]["step"]
     assert stopped < 4
     assert not (tmp_path / "resumed" / "model.safetensors").exists()
@@ -69,7 +72,7 @@ def test_terminated_and_resumed_equals_uninterrupted_to_the_bit(
     assert straight[-1] == resumed[-1]
     assert set(straight[-1]) == {"step", "val/psnr", "val/iou", "val/source_psnr"}
     models = [
-        convert.load_model(tmp_path / name / "model.safetensors")[1]
+        model_file.load_model(tmp_path / name / "model.safetensors")[1]
         for name in ("straight", "resumed")
     ]
     assert equal_to_the_bit(*models)
@@ -79,7 +82,7 @@ def test_terminated_and_resumed_equals_uninterrupted_to_the_bit(
     assert list((tmp_path / "straight" / "tensorboard").iterdir())
     exported = tmp_path / "exported.safetensors"
     assert convert.main([str(tmp_path / "straight"), str(exported)]) == 0
-    assert equal_to_the_bit(convert.load_model(exported)[1], models[0])
+    assert equal_to_the_bit(model_file.load_model(exported)[1], models[0])
     with pytest.raises(InputError, match="another model"):
         train.main([*TINY, "--workdir", str(tmp_path / "straight"), *NANO])
 
@@ -163,7 +166,7 @@ def poisoned(monkeypatch):
 def test_a_loss_that_is_never_finite_stops_the_run_and_is_not_saved(
     balls_source, poisoned, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(train, "MAX_SKIPPED", 2)
+    monkeypatch.setattr(loop, "MAX_SKIPPED", 2)
     monkeypatch.setattr(balls, "sample", after(2, lambda: poisoned.append(True)))
     with pytest.raises(
         InputError, match="all of the last 2 updates were skipped.*last checkpoint is of step 2"
@@ -215,7 +218,7 @@ def test_a_run_starts_from_given_weights(balls_source, tmp_path):
     # A learning rate of nearly nothing: what comes out is what went in.
     again = [*short, f"--config.train.init_from={weights}", "--config.schedule.learning_rate=1e-12"]
     assert train.main([*again, "--workdir", str(tmp_path / "second")]) == 0
-    one, two = (convert.load_model(tmp_path / name / "model.safetensors")[1] for name in ("first", "second"))  # fmt: skip
+    one, two = (model_file.load_model(tmp_path / name / "model.safetensors")[1] for name in ("first", "second"))  # fmt: skip
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
     with pytest.raises(InputError, match="parameters are not those of config.model, the first"):
@@ -230,7 +233,7 @@ def test_what_an_evaluation_dies_of_does_not_come_again(balls_source, tmp_path, 
         raise RuntimeError("RESOURCE_EXHAUSTED: too large")
 
     with monkeypatch.context() as patched:
-        patched.setattr(train, "evaluate", fail)
+        patched.setattr(loop, "evaluate", fail)
         with pytest.raises(RuntimeError, match="too large"):
             train.main([*arguments, "--config.train.eval_every=2"])
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["2"]
@@ -244,7 +247,7 @@ def tiny_run():
     config = train.parse([*TINY, "--dry_run", "--config.train.eval_scenes=100"]).config
     config.data.target_size = 64
     device_mesh = sharding.make_device_mesh(**config.sharding)
-    run = train.make_run(config, device_mesh)
+    run = setup.make_run(config, device_mesh)
     with jax.set_mesh(device_mesh):
         yield run, device_mesh, config, run.init(None).params
 
@@ -256,14 +259,14 @@ def evaluated(tiny_run, num_val, batch_size=None):
     source = balls.make(
         split="val", seed=0, num_target=2, source_size=32, target_size=config.data.target_size
     )
-    data = train.Data(
+    data = inputs.Data(
         train=None,
         val=lambda size: pipeline.open_batches(source, size, prefetch=0),
         num_val=num_val,
         finish=[lambda batch: batch],
     )
     tracemalloc.start()
-    scores, grid = train.evaluate(run, params, data, device_mesh, config.train)
+    scores, grid = validation.evaluate(run, params, data, device_mesh, config.train)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     return scores, grid, peak
@@ -273,7 +276,7 @@ def test_an_evaluation_is_of_new_views_and_of_each_scene_once(tiny_run):
     run, device_mesh, _, params = tiny_run
     scores, grid, _ = evaluated(tiny_run, 11)
     positions = balls.batch(0, 16, 2, 32, 64, seed=1)
-    of_views, images = run.evaluate(params, sharding.global_batch(positions, device_mesh))
+    of_views, images = run.evaluate(params, batch_axes.global_batch(positions, device_mesh))
     psnr, iou = np.asarray(of_views["psnr"])[:11], np.asarray(of_views["iou"])[:11]
     # The first target view is the source's.
     np.testing.assert_array_equal(of_views["is_source"], [[True, False]] * 16)
@@ -299,10 +302,10 @@ def test_a_dry_run_prints_the_memory_of_both_programs_and_leaves_nothing(
 ):
     monkeypatch.chdir(tmp_path)
     config = [TINY[0], str(ROOT / TINY[1]), *TINY[2:]]
-    monkeypatch.setattr(train, "open_data", None)
+    monkeypatch.setattr(inputs, "open_data", None)
     assert train.main([*config, "--dry_run"]) == 0
-    step, evaluation = capsys.readouterr().out.splitlines()
-    assert step.startswith("step: ") and evaluation.startswith("evaluation: ")
-    for line in (step, evaluation):
+    step, held_out = capsys.readouterr().out.splitlines()
+    assert step.startswith("step: ") and held_out.startswith("evaluation: ")
+    for line in (step, held_out):
         assert float(line.split()[1]) > 0 and "GB on each device" in line
     assert list(tmp_path.iterdir()) == []

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from lrm_jax import losses
+from lrm_jax.training import losses
 from lrm_jax.types import InputError, Rendering
 
 

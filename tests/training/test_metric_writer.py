@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
-from lrm_jax import metric_writer
+from lrm_jax.training import metric_writer
 
 
 def rows(workdir):

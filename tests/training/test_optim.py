@@ -4,9 +4,10 @@ import numpy as np
 import optax
 import pytest
 from flax.traverse_util import flatten_dict
-from test_sharding import abstract_params
+from tiny_models import abstract_params
 
-from lrm_jax import optim, sharding
+from lrm_jax.parallel import sharding
+from lrm_jax.training import optim
 from lrm_jax.types import InputError
 
 SETTINGS = dict(b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.05, clip_norm=1.0)

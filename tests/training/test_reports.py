@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lrm_jax import sharding, train_report
+from lrm_jax.parallel import sharding
+from lrm_jax.training import reports
 from lrm_jax.types import Batch, Cameras, Rendering, Views
 
 
@@ -15,7 +16,7 @@ def test_the_overview_names_every_parameter_with_its_shape_sharding_and_the_sum(
         "blocks": {"fc1": {"kernel": jax.ShapeDtypeStruct((8, 5), jnp.float32, sharding=split)}},
         "scale": jax.ShapeDtypeStruct((3,), jnp.bfloat16),
     }
-    lines = train_report.parameter_overview(params).splitlines()
+    lines = reports.parameter_overview(params).splitlines()
     kernel = next(line for line in lines if "blocks/fc1/kernel" in line)
     assert "(8, 5)" in kernel and "float32" in kernel and "fsdp" in kernel and " 40 " in kernel
     assert lines[-1] == "Total: 43 -- 166 bytes"
@@ -51,20 +52,18 @@ def test_the_overview_names_every_parameter_with_its_shape_sharding_and_the_sum(
     ids=["least", "all", "slow"],
 )
 def test_progress_is_one_line_of_what_the_row_has(row, expected):
-    assert train_report.progress_line(row, steps=100, batch_size=8) == expected
+    assert reports.progress_line(row, steps=100, batch_size=8) == expected
 
 
 def test_the_psnr_of_a_report_is_that_of_the_mean_error():
     rows = [{"train/psnr": x, "train/loss": y, "skipped": 0} for x, y in ((10.0, 1.0), (30.0, 3.0))]
-    means = train_report.mean_of(
-        [*rows, {"train/psnr": np.nan, "train/loss": np.nan, "skipped": 1}]
-    )
+    means = reports.mean_of([*rows, {"train/psnr": np.nan, "train/loss": np.nan, "skipped": 1}])
     np.testing.assert_allclose(means["train/psnr"], -10 * np.log10((0.1 + 0.001) / 2))
     assert means["train/loss"] == 2.0 and means["skipped"] == 1
 
 
 def test_a_line_of_an_evaluation_has_what_was_scored():
-    line = train_report.evaluation_line(5, 10, {"val/psnr": 18.0, "val/source_psnr": 20.0})
+    line = reports.evaluation_line(5, 10, {"val/psnr": 18.0, "val/source_psnr": 20.0})
     assert line == "step 5/10  held-out scenes:  psnr 18.00 dB  given views 20.00 dB"
 
 
@@ -84,8 +83,8 @@ def test_a_grid_shows_the_source_and_target_render_and_depth_of_each_view(side):
     )
     ramp = jnp.broadcast_to(jnp.arange(side, dtype=jnp.float32), shape)
     whole = Rendering(rgb=green, alpha=jnp.ones(shape), depth=ramp)
-    images = jax.tree.map(np.asarray, train_report.grid_images(batch, whole))
-    grid = train_report.image_grid(images)
+    images = jax.tree.map(np.asarray, reports.grid_images(batch, whole))
+    grid = reports.image_grid(images)
     shown = {4: 4, 600: 200}[side]
     assert grid.shape == (2 * shown, 7 * shown, 3) and grid.dtype == np.uint8
     tiles = grid.reshape(2, shown, 7, shown, 3).swapaxes(1, 2)
@@ -94,8 +93,8 @@ def test_a_grid_shows_the_source_and_target_render_and_depth_of_each_view(side):
         assert (tiles[:, 1 + 3 * v] == (255, 0, 0)).all()
         assert (tiles[:, 2 + 3 * v] == (0, 255, 0)).all()
         assert (np.diff(tiles[:, 3 + 3 * v, :, ::2, 0].astype(int)) <= 0).all()
-    without = train_report.grid_images(batch, Rendering(rgb=green))
-    assert train_report.image_grid(jax.tree.map(np.asarray, without)).shape == (
+    without = reports.grid_images(batch, Rendering(rgb=green))
+    assert reports.image_grid(jax.tree.map(np.asarray, without)).shape == (
         2 * shown,
         5 * shown,
         3,

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from balls import ball, batch
 
-from lrm_jax import losses, optim, sharding, step
 from lrm_jax.models import build
-from lrm_jax.ops import cameras
+from lrm_jax.ops import cameras, compositing
+from lrm_jax.parallel import batch_axes, sharding
+from lrm_jax.training import losses, optim, step
 from lrm_jax.types import Cameras, Rendering, Views
 
 SETTINGS = dict(b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.05, clip_norm=1.0)
@@ -60,7 +61,7 @@ def test_one_step_on_two_by_four_devices_equals_one_device_and_the_loss_falls():
             state, update = started(device_mesh, scenes.source)
             kernel = state.params["backbone"]["blocks"]["fc1"]["kernel"]
             assert kernel.addressable_shards[0].data.size * device_mesh.size == kernel.size
-            state, first = update(state, sharding.global_batch(scenes, device_mesh), {})
+            state, first = update(state, batch_axes.global_batch(scenes, device_mesh), {})
             results.append(jax.device_get((first, state.opt_state)))
             params = jax.device_get(state.params)
             results[-1] += (params,)
@@ -180,11 +181,13 @@ def test_windows_on_the_foreground_hold_a_small_object():
 
 
 def test_a_perfect_rendering_has_no_loss_on_any_background():
-    target = step.premultiplied(batch(0, 2, 2, 8, 8).target)
+    target = compositing.premultiplied(batch(0, 2, 2, 8, 8).target)
     background = step.random_backgrounds(jax.random.key(0), (2, 2), ())
-    wanted = step.blend(target, background)
+    wanted = compositing.blend(target, background)
     rendering = Rendering(rgb=target.rgb, alpha=target.alpha)
-    np.testing.assert_allclose(losses.mse(step.blend(rendering, background), wanted), 0, atol=1e-12)
+    np.testing.assert_allclose(
+        losses.mse(compositing.blend(rendering, background), wanted), 0, atol=1e-12
+    )
     corner = jnp.broadcast_to(background[:, :, 0, 0], wanted.rgb[:, :, 0, 0].shape)
     np.testing.assert_allclose(wanted.rgb[:, :, 0, 0], corner, rtol=1e-6)  # no ball in the corner
 
@@ -200,7 +203,7 @@ def test_bytes_and_floats_are_the_same_pictures():
     as_bytes = source.replace(
         rgb=np.uint8(source.rgb * 255 + 0.5), alpha=np.uint8(source.alpha * 255)
     )
-    a, b = (step.on_background(views, 0.5) for views in (source, as_bytes))
+    a, b = (compositing.on_background(views, 0.5) for views in (source, as_bytes))
     assert a.alpha is None and b.alpha is None
     np.testing.assert_array_equal(a.rgb[0, 0, 0, 0], 0.5)  # the corner has no ball
     np.testing.assert_allclose(a.rgb, b.rgb, atol=0.5 / 255 + 1e-6)  # rounding to 8 bits
@@ -212,7 +215,7 @@ def test_all_pictures_of_a_scene_change_colour_alike_and_every_other_scene_stays
     kept = 0
     for i in range(64):
         before, after = (
-            np.concatenate([np.asarray(step.as_float(v.rgb))[i].reshape(-1, 3) for v in (x.source, x.target)])
+            np.concatenate([np.asarray(compositing.as_float(v.rgb))[i].reshape(-1, 3) for v in (x.source, x.target)])
             for x in (scenes, changed)
         )  # fmt: skip
         change, *_ = np.linalg.lstsq(before, after)

@@ -14,9 +14,11 @@ import yaml
 from safetensors import safe_open
 from tiny_models import each_model_is_traced_once, renamed, tiny, tiny_state  # noqa: F401
 
-from lrm_jax import __main__, convert, references, tensor_files
+from lrm_jax import __main__
+from lrm_jax.commands import convert
 from lrm_jax.models import build
 from lrm_jax.types import InputError
+from lrm_jax.weights import loading, model_file, references, tensor_files
 
 pytestmark = pytest.mark.usefixtures("each_model_is_traced_once")
 
@@ -30,8 +32,8 @@ pytestmark = pytest.mark.usefixtures("each_model_is_traced_once")
 def test_model_file_round_trips(tmp_path, dtype, rtol):  # rtol: half a unit in the last place
     model, params = tiny()
     training = {"steps": 12, "data": "é"}
-    convert.save_model(tmp_path / "m.safetensors", model, params, training, dtype=dtype)
-    back, read, summary = convert.load_model(tmp_path / "m.safetensors")
+    model_file.save_model(tmp_path / "m.safetensors", model, params, training, dtype=dtype)
+    back, read, summary = model_file.load_model(tmp_path / "m.safetensors")
     assert back == model and summary == training
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-7 if rtol else 0),
@@ -45,7 +47,7 @@ def test_model_file_round_trips(tmp_path, dtype, rtol):  # rtol: half a unit in 
 
 def test_model_file_says_what_it_is(tmp_path):
     model, params = tiny()
-    convert.save_model(tmp_path / "m.safetensors", model, params, {"steps": 1})
+    model_file.save_model(tmp_path / "m.safetensors", model, params, {"steps": 1})
     with safe_open(tmp_path / "m.safetensors", "np") as file:
         metadata, names = file.metadata(), set(file.keys())
     assert (
@@ -60,8 +62,8 @@ def test_model_file_says_what_it_is(tmp_path):
 
 def test_how_a_model_is_run_is_not_in_its_file(tmp_path):
     model, params = tiny(dtype="bfloat16", ray_chunk=7, remat=False)
-    convert.save_model(tmp_path / "m.safetensors", model, params, {})
-    back, _, _ = convert.load_model(tmp_path / "m.safetensors")
+    model_file.save_model(tmp_path / "m.safetensors", model, params, {})
+    back, _, _ = model_file.load_model(tmp_path / "m.safetensors")
     assert back == build("triposr", "tiny")
 
 
@@ -69,7 +71,7 @@ def rewritten(tmp_path, change):
     """A model file after `change(tensors, metadata)`."""
     path = tmp_path / "m.safetensors"
     model, params = tiny()
-    convert.save_model(path, model, params, {})
+    model_file.save_model(path, model, params, {})
     tensors, metadata = tensor_files.read(path)
     change(tensors, metadata)
     tensor_files.write_safetensors(path, tensors, metadata)
@@ -94,7 +96,7 @@ def rewritten(tmp_path, change):
 def test_changed_model_file_is_refused(tmp_path, change, message):
     path = rewritten(tmp_path, change)
     with pytest.raises(InputError, match=f"^{re.escape(str(path))}: .*{message}"):
-        convert.load_model(path)
+        model_file.load_model(path)
 
 
 def test_numbers_that_are_not_finite_are_refused(tmp_path):
@@ -102,13 +104,13 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path):
     for bad, dtype in [(np.nan, "float32"), (np.inf, "float32"), (1e6, "float16")]:
         params["plane_queries"][0, 0, 0, 0] = bad
         with pytest.raises(InputError, match="plane_queries has numbers that are not finite"):
-            convert.save_model(tmp_path / "m.safetensors", model, params, {}, dtype=dtype)
+            model_file.save_model(tmp_path / "m.safetensors", model, params, {}, dtype=dtype)
     assert not os.listdir(tmp_path)
     path = rewritten(
         tmp_path, lambda t, m: t.update(plane_queries=t["plane_queries"] * np.float32(np.nan))
     )
     with pytest.raises(InputError, match="plane_queries has numbers that are not finite"):
-        convert.load_weights(str(path))
+        loading.load_weights(str(path))
 
 
 # -- where weights come from
@@ -116,11 +118,11 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path):
 
 def test_nothing_is_the_bundled_model(tmp_path, monkeypatch):
     model, params = tiny()
-    monkeypatch.setattr(convert, "BUNDLED", tmp_path / "nano.safetensors")
+    monkeypatch.setattr(loading, "BUNDLED", tmp_path / "nano.safetensors")
     with pytest.raises(InputError, match="no bundled model.*--weights"):
-        convert.load_weights()
-    convert.save_model(tmp_path / "nano.safetensors", model, params, {"steps": 5})
-    back, read, info = convert.load_weights(None)
+        loading.load_weights()
+    model_file.save_model(tmp_path / "nano.safetensors", model, params, {"steps": 5})
+    back, read, info = loading.load_weights(None)
     assert back == model and info["training"] == {"steps": 5} and info["variant"] == "tiny"
     assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(read))
 
@@ -128,7 +130,7 @@ def test_nothing_is_the_bundled_model(tmp_path, monkeypatch):
 def snapshot(folder, family):
     """A folder as huggingface_hub leaves it: links to blobs."""
     state, config = tiny_state(family)
-    model, params = convert.from_reference(state, config)
+    model, params = references.from_reference(state, config)
     blobs = folder / "blobs"
     (folder / "snapshots" / "0").mkdir(parents=True)
     for path in references.write_reference(blobs, model, params):
@@ -139,7 +141,7 @@ def snapshot(folder, family):
 @pytest.mark.parametrize("family", ["triposr", "lrm"])
 def test_snapshot_folder_is_read(tmp_path, family):
     folder = snapshot(tmp_path, family)
-    _, _, info = convert.load_weights(str(folder))
+    _, _, info = loading.load_weights(str(folder))
     assert info["family"] == family and Path(info["path"]).parent == folder
 
 
@@ -152,7 +154,7 @@ def test_hub_names_download_only_what_the_references_use(tmp_path, monkeypatch, 
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    _, _, info = convert.load_weights("hf:somebody/Some-Model_1.1")
+    _, _, info = loading.load_weights("hf:somebody/Some-Model_1.1")
     assert info["family"] == family
     names = ["model.safetensors", "model.ckpt", "model.pth", "config.yaml", "config.json"]
     assert asked == [("somebody/Some-Model_1.1", names)]
@@ -168,7 +170,7 @@ def test_hub_falls_back_to_the_older_file_name(tmp_path, monkeypatch):
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert convert.load_weights("hf:somebody/model")[2]["family"] == "lrm"
+    assert loading.load_weights("hf:somebody/model")[2]["family"] == "lrm"
 
 
 def test_a_file_of_a_hub_repository_can_be_named(tmp_path, monkeypatch):
@@ -179,14 +181,14 @@ def test_a_file_of_a_hub_repository_can_be_named(tmp_path, monkeypatch):
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    model, params = convert.load_model(convert.BUNDLED)[:2]
-    convert.save_model(tmp_path / "scene.safetensors", model, params, {})
-    info = convert.load_weights("hf:a/b/scene.safetensors")[2]
+    model, params = model_file.load_model(loading.BUNDLED)[:2]
+    model_file.save_model(tmp_path / "scene.safetensors", model, params, {})
+    info = loading.load_weights("hf:a/b/scene.safetensors")[2]
     assert info["family"] == "triposr" and asked == [("a/b", "scene.safetensors")]
     with pytest.raises(InputError, match="a/b has no file other.pt"):
-        convert.load_weights("hf:a/b/other.pt")
+        loading.load_weights("hf:a/b/other.pt")
     with pytest.raises(InputError, match="expected hf:ORG/NAME"):
-        convert.load_weights("hf:a/b/../../c")
+        loading.load_weights("hf:a/b/../../c")
 
 
 def test_failed_download_is_one_line_with_a_remedy(monkeypatch):
@@ -197,9 +199,9 @@ def test_failed_download_is_one_line_with_a_remedy(monkeypatch):
     with pytest.raises(
         InputError, match=r"^hf:a/b: cannot be downloaded \(cannot reach the hub\): check.*$"
     ):
-        convert.load_weights("hf:a/b")
+        loading.load_weights("hf:a/b")
     with pytest.raises(InputError, match="expected hf:ORG/NAME"):
-        convert.load_weights("hf:TripoSR")
+        loading.load_weights("hf:TripoSR")
 
 
 def test_repository_without_weights_is_refused(tmp_path, monkeypatch):
@@ -207,22 +209,22 @@ def test_repository_without_weights_is_refused(tmp_path, monkeypatch):
         huggingface_hub, "snapshot_download", lambda repo_id, allow_patterns: str(tmp_path)
     )
     with pytest.raises(InputError, match="has none of model.safetensors"):
-        convert.load_weights("hf:a/b")
+        loading.load_weights("hf:a/b")
 
 
 def test_folder_with_one_odd_name_is_read_and_with_two_or_none_refused(tmp_path):
     with pytest.raises(InputError, match="this has none"):
-        convert.load_weights(str(tmp_path))
+        loading.load_weights(str(tmp_path))
     model, params = tiny()
-    convert.save_model(tmp_path / "mine.safetensors", model, params, {})
-    assert convert.load_weights(str(tmp_path))[0] == model
-    convert.save_model(tmp_path / "yours.safetensors", model, params, {})
+    model_file.save_model(tmp_path / "mine.safetensors", model, params, {})
+    assert loading.load_weights(str(tmp_path))[0] == model
+    model_file.save_model(tmp_path / "yours.safetensors", model, params, {})
     with pytest.raises(InputError, match=r"several \(mine.safetensors, yours.safetensors\)"):
-        convert.load_weights(str(tmp_path))
+        loading.load_weights(str(tmp_path))
 
 
 def test_workdir_gives_the_running_mean_of_its_last_checkpoint(tmp_path):
-    from lrm_jax import checkpoints
+    from lrm_jax.training import checkpoints
     from lrm_jax.types import TrainState
 
     model, params = tiny()
@@ -231,7 +233,7 @@ def test_workdir_gives_the_running_mean_of_its_last_checkpoint(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with checkpoints.open_folder(tmp_path) as manager:
         with pytest.raises(InputError, match="not saved a checkpoint yet"):
-            convert.load_weights(str(tmp_path))
+            loading.load_weights(str(tmp_path))
         state = TrainState(
             step=jnp.int32(7),
             params=params,
@@ -241,12 +243,12 @@ def test_workdir_gives_the_running_mean_of_its_last_checkpoint(tmp_path):
         )
         checkpoints.save(manager, 7, state)
         manager.wait_until_finished()
-    back, read, info = convert.load_weights(str(tmp_path))
+    back, read, info = loading.load_weights(str(tmp_path))
     assert back == model and info["training"] == {"steps": 7, "config": config}
     jax.tree.map(np.testing.assert_array_equal, read, means)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(InputError, match="config.json is not that of a training run"):
-        convert.load_weights(str(tmp_path))
+        loading.load_weights(str(tmp_path))
 
 
 # -- the command
@@ -285,7 +287,7 @@ def test_bad_sources_exit_with_2_and_leave_nothing(tmp_path, capsys):
 def test_bad_destinations_exit_with_2_and_leave_nothing(tmp_path, capsys):
     model, params = tiny()
     source = tmp_path / "m.safetensors"
-    convert.save_model(source, model, params, {})
+    model_file.save_model(source, model, params, {})
     assert "name a folder" in failed(capsys, source, tmp_path / "model.ckpt", "--to", "torch")
     assert "name a folder" in failed(capsys, source, source, "--to", "torch")
     assert "ends in .safetensors" in failed(capsys, source, tmp_path / "model.ckpt")
@@ -306,13 +308,13 @@ def test_config_that_cannot_be_written_leaves_no_weights(tmp_path):
 
 def test_folder_as_destination_gets_a_model_file(tmp_path):
     model, params = tiny()
-    convert.save_model(tmp_path / "m.safetensors", model, params, {"steps": 3})
+    model_file.save_model(tmp_path / "m.safetensors", model, params, {"steps": 3})
     (tmp_path / "out").mkdir()
     assert (
         convert.main([str(tmp_path / "m.safetensors"), str(tmp_path / "out"), "--dtype", "float16"])
         == 0
     )
-    assert convert.load_model(tmp_path / "out" / "model.safetensors")[2] == {"steps": 3}
+    assert model_file.load_model(tmp_path / "out" / "model.safetensors")[2] == {"steps": 3}
 
 
 def test_help_tells_what_can_be_read(capsys):

@@ -12,9 +12,11 @@ import yaml
 from safetensors import safe_open
 from tiny_models import each_model_is_traced_once, renamed, tiny, tiny_state  # noqa: F401
 
-from lrm_jax import convert, references, tensor_files
-from lrm_jax.models import build, vit
+from lrm_jax.commands import convert
+from lrm_jax.models import build
+from lrm_jax.models.parts import vit
 from lrm_jax.types import InputError
+from lrm_jax.weights import loading, model_file, references, tensor_files
 
 pytestmark = pytest.mark.usefixtures("each_model_is_traced_once")
 
@@ -94,7 +96,7 @@ def test_reference_to_model_file_to_reference_is_the_same_to_the_bit(
 @pytest.mark.parametrize("name", GOLDENS)
 def test_config_comes_back(goldens, tmp_path, name):
     state, config = golden(goldens, name)
-    model, params, _ = convert.read_weights(
+    model, params, _ = loading.read_weights(
         str(write_as_reference(tmp_path / "reference", name, state, config))
     )
     written = references.write_reference(tmp_path / "back", model, params)
@@ -109,7 +111,7 @@ def test_torch_loads_the_written_reference(goldens, tmp_path, name):
     torch = pytest.importorskip("torch")
     load_file = pytest.importorskip("safetensors.torch").load_file
     state, config = golden(goldens, name)
-    model, params = convert.from_reference(state, config)
+    model, params = references.from_reference(state, config)
     path = references.write_reference(tmp_path, model, params)[0]
     loaded = (
         load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
@@ -131,7 +133,7 @@ def test_published_manifest_is_consumed_and_produced_exactly(goldens, name, with
     model, checked = references.recognise(
         state, manifest["about"]["config"] if with_config else None
     )
-    assert convert.variant_of(model) == name
+    assert model_file.variant_of(model) == name
     assert set(checked) == set(shapes)
     assert references.torch_shapes(model) == shapes
     assert sum(int(np.prod(shape)) for shape in shapes.values()) == manifest["parameters"]
@@ -139,10 +141,10 @@ def test_published_manifest_is_consumed_and_produced_exactly(goldens, name, with
 
 def test_16_bit_checkpoint_is_widened(goldens):
     state, config = golden(goldens, "openlrm_dino_tiny")
-    _, expected = convert.from_reference(
+    _, expected = references.from_reference(
         {k: v.astype(ml_dtypes.bfloat16).astype(np.float32) for k, v in state.items()}, config
     )
-    _, params = convert.from_reference(
+    _, params = references.from_reference(
         {k: v.astype(ml_dtypes.bfloat16) for k, v in state.items()}, config
     )
     jax.tree.map(np.testing.assert_array_equal, params, expected)
@@ -152,8 +154,8 @@ def test_16_bit_checkpoint_is_widened(goldens):
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
 def test_wrappers_of_names_are_taken_off(prefix):
     state, config = tiny_state()
-    _, expected = convert.from_reference(state, config)
-    _, params = convert.from_reference({prefix + k: v for k, v in state.items()}, config)
+    _, expected = references.from_reference(state, config)
+    _, params = references.from_reference({prefix + k: v for k, v in state.items()}, config)
     jax.tree.map(np.testing.assert_array_equal, params, expected)
 
 
@@ -163,7 +165,7 @@ def test_compiled_submodules_are_unwrapped():
         re.sub(r"^(synthesizer\.decoder)\.", r"\1._orig_mod.", k): v for k, v in state.items()
     }
     assert wrapped.keys() != state.keys()
-    convert.from_reference(wrapped, config)
+    references.from_reference(wrapped, config)
 
 
 @pytest.mark.parametrize("wrapper", ["state_dict", "model"])
@@ -171,7 +173,7 @@ def test_training_checkpoints_are_unwrapped(tmp_path, wrapper):
     state, config = tiny_state()
     tensor_files.write_torch(tmp_path / "last.ckpt", {"step": 3, wrapper: state})
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    model, _, info = convert.load_weights(str(tmp_path / "last.ckpt"))
+    model, _, info = loading.load_weights(str(tmp_path / "last.ckpt"))
     assert info["family"] == "triposr" and model.num_heads == 2
 
 
@@ -221,7 +223,7 @@ def test_encoder_round_trips_to_the_bit(tmp_path, fields):
     model, params, state = encoder(**fields)
     path = references.write_reference(tmp_path / "reference", model, params)[0]
     convert.main([str(path), str(tmp_path / "ours.safetensors")])
-    back, read, info = convert.read_weights(str(tmp_path / "ours.safetensors"))
+    back, read, info = loading.read_weights(str(tmp_path / "ours.safetensors"))
     assert back == model and info["family"] == "vit"
     jax.tree.map(np.testing.assert_array_equal, read, params)
     assert_equal_states(tensors_of(path), state)
@@ -247,13 +249,13 @@ def test_dino_training_checkpoint_gives_its_teacher(tmp_path):
     tensor_files.write_torch(
         tmp_path / "checkpoint.pth", {"student": {}, "teacher": teacher, "epoch": 3}
     )
-    _, read, _ = convert.read_weights(str(tmp_path / "checkpoint.pth"))
+    _, read, _ = loading.read_weights(str(tmp_path / "checkpoint.pth"))
     jax.tree.map(np.testing.assert_array_equal, read, params)
 
 
 def test_hf_names_of_dino_may_have_a_prefix():
     _, params, state = encoder(**DINO_HF)
-    _, read = convert.from_reference({"vit." + k: v for k, v in state.items()})
+    _, read = references.from_reference({"vit." + k: v for k, v in state.items()})
     jax.tree.map(np.testing.assert_array_equal, read, params)
 
 
@@ -280,18 +282,18 @@ def test_transformers_dinov2_equals_torch_hubs():
         else:
             stem = next(k for k in renames if name == k or name.startswith(k + "."))
             hf[renames[stem] + name.removeprefix(stem)] = value
-    _, read = convert.from_reference(hf)
+    _, read = references.from_reference(hf)
     jax.tree.map(np.testing.assert_array_equal, read, params)
     del hf["encoder.layer.1.attention.attention.key.bias"]
     with pytest.raises(InputError, match="blocks.1.attn.qkv.bias"):
-        convert.from_reference(hf)
+        references.from_reference(hf)
 
 
 def test_encoder_alone_is_no_reconstruction_model(tmp_path):
     model, params, _ = encoder(**DINO_HF)
-    convert.save_model(tmp_path / "e.safetensors", model, params, {})
+    model_file.save_model(tmp_path / "e.safetensors", model, params, {})
     with pytest.raises(InputError, match="encoder alone"):
-        convert.load_weights(str(tmp_path / "e.safetensors"))
+        loading.load_weights(str(tmp_path / "e.safetensors"))
 
 
 # -- strictness
@@ -319,7 +321,7 @@ def test_renamed_tensor_is_reported_under_both_names(name):
     with pytest.raises(
         InputError, match=rf"1 missing: {re.escape(name)}; 1 extra: surprise.weight: use"
     ):
-        convert.from_reference(renamed(state, name, "surprise.weight"), config)
+        references.from_reference(renamed(state, name, "surprise.weight"), config)
 
 
 def test_many_wrong_names_are_counted_and_the_first_named():
@@ -328,7 +330,7 @@ def test_many_wrong_names_are_counted_and_the_first_named():
     with pytest.raises(
         InputError, match=rf"{len(names)} missing: {re.escape(names[0])}, .*, \.\.\.: use"
     ):
-        convert.from_reference({k: v for k, v in state.items() if k not in names}, config)
+        references.from_reference({k: v for k, v in state.items() if k not in names}, config)
 
 
 def test_mis_shaped_tensor_is_reported_with_both_shapes():
@@ -337,16 +339,16 @@ def test_mis_shaped_tensor_is_reported_with_both_shapes():
     with pytest.raises(
         InputError, match=r"1 mis-shaped: backbone.proj_in.weight \[32, 31\] not \[32, 32\]"
     ):
-        convert.from_reference(state, config)
+        references.from_reference(state, config)
     state["tokenizer.embeddings"] = np.zeros((3, 32), np.float32)
     with pytest.raises(InputError, match="another rank"):
-        convert.from_reference(state, config)
+        references.from_reference(state, config)
 
 
 def test_tensors_are_judged_before_a_missing_config():
     state, _ = tiny_state()
     with pytest.raises(InputError, match="1 extra: surprise"):
-        convert.from_reference(state | {"surprise": np.ones(1, np.float32)})
+        references.from_reference(state | {"surprise": np.ones(1, np.float32)})
 
 
 def test_what_shapes_do_not_tell_is_named():
@@ -355,7 +357,7 @@ def test_what_shapes_do_not_tell_is_named():
         InputError,
         match=r"neither.*its image_size, num_heads.*num_samples.*put its config.yaml beside",
     ):
-        convert.from_reference(state)
+        references.from_reference(state)
 
 
 def test_config_of_another_model_is_refused():
@@ -369,14 +371,14 @@ def test_config_of_another_model_is_refused():
         (config | {"backbone": config["backbone"] | {"num_attention_heads": "two"}}, "'two'"),
     ]:  # fmt: skip
         with pytest.raises(InputError, match=message):
-            convert.from_reference(state, wrong)
+            references.from_reference(state, wrong)
 
 
 def test_trunc_exp_is_exp_forward():
     state, config = tiny_state()
-    expected, _ = convert.from_reference(state, config)
+    expected, _ = references.from_reference(state, config)
     config["renderer"]["density_activation"] = "trunc_exp"
-    model, _ = convert.from_reference(state, config)
+    model, _ = references.from_reference(state, config)
     assert model == expected
 
 
@@ -384,7 +386,7 @@ def test_another_activation_is_refused():
     state, config = tiny_state()
     config["renderer"]["density_activation"] = "softplus"
     with pytest.raises(InputError, match="renderer.density_activation: softplus"):
-        convert.from_reference(state, config)
+        references.from_reference(state, config)
 
 
 @pytest.mark.parametrize(
@@ -398,18 +400,18 @@ def test_a_file_s_name_tells_the_size_of_lvsm_s_pictures(name, size):
 def test_dinov2_without_registers_resizes_its_positions_as_dino_does():
     for fields in (DINOV2, DINOV2_REG):
         model, _, state = encoder(**fields)
-        assert convert.from_reference(state)[0].resize == fields["resize"] == model.resize
+        assert references.from_reference(state)[0].resize == fields["resize"] == model.resize
 
 
 def test_picture_size_that_no_config_tells_is_said(caplog):
     state, config = tiny_state("lrm")
-    model, _ = convert.from_reference(state, config)
+    model, _ = references.from_reference(state, config)
     assert model.image_size == 32 and "source_size" in caplog.text
 
 
 def test_unknown_family_is_refused():
     with pytest.raises(InputError, match=r"unet.a, unet.b.*no known family: TripoSR"):
-        convert.from_reference({"unet.a": np.ones(1), "unet.b": np.ones(1)})
+        references.from_reference({"unet.a": np.ones(1), "unet.b": np.ones(1)})
 
 
 @pytest.mark.parametrize(
@@ -418,7 +420,7 @@ def test_unknown_family_is_refused():
 def test_file_without_a_state_dict_is_refused(tmp_path, content):
     tensor_files.write_torch(tmp_path / "w.pt", content)
     with pytest.raises(InputError, match=r"w.pt: .*state_dict"):
-        convert.read_weights(str(tmp_path / "w.pt"))
+        loading.read_weights(str(tmp_path / "w.pt"))
 
 
 @pytest.mark.parametrize(("key", "value"), [("cond_image_size", 8), ("num_samples_per_ray", 1)])
@@ -427,4 +429,4 @@ def test_a_config_of_nothing_to_see_is_refused(key, value):
     section = config if key in config else config["renderer"]
     section[key] = value
     with pytest.raises(InputError, match=f"gives {value} for .*, at least"):
-        convert.from_reference(state, config)
+        references.from_reference(state, config)

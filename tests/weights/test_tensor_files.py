@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import scipy.io
 
-from lrm_jax import tensor_files
+from lrm_jax.parallel import whole_files
 from lrm_jax.types import InputError
+from lrm_jax.weights import tensor_files
 
 CONTENT = {
     "weights": {
@@ -326,7 +327,7 @@ def test_missing_file_and_folder_are_one_line(tmp_path):
 def test_failed_write_keeps_the_old_file(tmp_path):
     path = tmp_path / "w.safetensors"
     path.write_bytes(b"old")
-    with pytest.raises(RuntimeError), tensor_files.replacing(path) as temporary:
+    with pytest.raises(RuntimeError), whole_files.replacing(path) as (temporary,):
         temporary.write_bytes(b"half")
         raise RuntimeError
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["w.safetensors"]

@@ -8,7 +8,9 @@ import numpy as np
 from embreex import rtcore_scene
 from embreex.mesh_construction import TriangleMesh
 
+from lrm_jax.images.png import to_uint8
 from lrm_jax.ops import cameras as cameras_lib
+from lrm_jax.ops import srgb
 from lrm_jax.types import Cameras
 from rendering.output import View
 from rendering.protocols import Lighting, Settings
@@ -108,9 +110,7 @@ def _has_detail(color: np.ndarray) -> np.ndarray:
 @functools.cache
 def _srgb_table() -> np.ndarray:
     """uint8 sRGB of linear light in steps of 1/65535: fine enough that the darkest 8-bit steps are right."""
-    linear = np.arange(65536) / 65535
-    srgb = np.where(linear <= 0.0031308, linear * 12.92, 1.055 * linear ** (1 / 2.4) - 0.055)
-    return np.round(srgb * 255).astype(np.uint8)
+    return to_uint8(srgb.from_linear(np.arange(65536) / 65535))
 
 
 def _trace(

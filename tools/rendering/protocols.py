@@ -51,9 +51,8 @@ class Settings:
     seed: int = 0
     height: tuple[float, float] | None = None  # z of the cameras, world units
     front_first: bool = False  # view 0 stands on the -y axis, which glTF's front faces
-    box: float | None = (
-        None  # longest side of the object's box; None: its bounding sphere has radius 1
-    )
+    # longest side of the object's box; None: its bounding sphere has radius 1
+    box: float | None = None
     # Cycles always shades with the file's normals; embree by default with the triangles' own, flat, because the pictures that
     # the bundled model has learnt from are so.
     file_normals: bool = False

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import trimesh
 
+from lrm_jax.ops import srgb
 from lrm_jax.types import InputError
 from rendering.protocols import rng_of
 from rendering.sources import locate
@@ -131,7 +132,7 @@ def _corners(part: trimesh.Trimesh, *, linear: bool, file_normals: bool) -> tupl
     if colors is not None:
         whole = np.iinfo(colors.dtype).max if colors.dtype.kind == "u" else 1
         scaled = colors[..., :3] / whole
-        rgba[..., :3] *= scaled if linear else _srgb_to_linear(scaled)
+        rgba[..., :3] *= scaled if linear else srgb.to_linear(scaled)
     return part.vertices[faces], normals, uv, rgba, texture, cutout
 
 
@@ -144,13 +145,8 @@ def _material(material) -> tuple:
     return material.baseColorTexture, material.baseColorFactor, cutout
 
 
-def _srgb_to_linear(srgb: np.ndarray) -> np.ndarray:
-    """IEC 61966-2-1, both in [0, 1]."""
-    return np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
-
-
 def _linear_rgba(image: np.ndarray) -> np.ndarray:
-    table = _srgb_to_linear(np.arange(256) / 255).astype(np.float32)
+    table = srgb.to_linear(np.arange(256) / 255).astype(np.float32)
     return np.concatenate([table[image[..., :3]], image[..., 3:].astype(np.float32) / 255], axis=-1)
 
 

@@ -5,8 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lrm_jax.data import blueprints
-from lrm_jax.ops import raytrace
+from lrm_jax.data.procedural import blueprints, raytrace, shapes
+from lrm_jax.ops import srgb
 
 _MIRRORS = np.array([[1, 1, 1], [-1, 1, 1], [1, -1, 1], [-1, -1, 1]], np.float32)
 # Which of the four mirrored copies there are, by blueprints.Part.copies.
@@ -37,9 +37,8 @@ class Scene:
 
     geometry: raytrace.Geometry
     paint: Paint
-    outline: (
-        jax.Array
-    )  # [*B K M 3] world points on the solids' surfaces; absent solids have those of present ones
+    # [*B K M 3] world points on the solids' surfaces; absent solids have those of present ones
+    outline: jax.Array
 
 
 def draw_scene(key: jax.Array, num_solids: int, num_holes: int) -> Scene:
@@ -86,7 +85,7 @@ def _place(parts: dict, uniform: jax.Array) -> tuple[jax.Array, dict]:
     rotation = _rotation(jnp.radians(values[:, 9]), jnp.radians(values[:, 10]))
     copies = _pick(parts["copies"], (uniform[:, 13] * 12).astype(jnp.int32))
     shape = _pick(parts["shape"], option)
-    num_shapes = len(blueprints.shape_tables()["taper"])
+    num_shapes = len(shapes.shape_tables()["taper"])
     any_shape = 1 + (uniform[:, 12] * (num_shapes - 1)).astype(jnp.int32)
     shape = jnp.where((uniform[:, 14] < _RANDOM_SHAPE) & (shape > 0), any_shape, shape)
 
@@ -129,7 +128,7 @@ def _place(parts: dict, uniform: jax.Array) -> tuple[jax.Array, dict]:
 
 def _shape(placed: dict, uniform: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """[parts ...] sides, quadric and to_local of ops.raytrace.Solids, of the unmirrored copies."""
-    kinds = {name: jnp.asarray(a)[placed["shape"]] for name, a in blueprints.shape_tables().items()}
+    kinds = {name: jnp.asarray(a)[placed["shape"]] for name, a in shapes.shape_tables().items()}
     low, high = kinds["taper"][:, 0], kinds["taper"][:, 1]
     taper = (low + uniform[:, 16] * (high - low))[:, None]
     sides = kinds["sides"] + taper * kinds["sides_taper"]
@@ -193,7 +192,7 @@ def _draw_paint(own: jax.Array, parts: dict, placed: dict, uniform: jax.Array) -
         (second == families)[:, None], shade, palette[jnp.minimum(second, families - 1)]
     )
     colours = jnp.clip(jnp.stack([colour, other], axis=1), 0.01, 1)
-    linear = jnp.where(colours <= 0.04045, colours / 12.92, ((colours + 0.055) / 1.055) ** 2.4)
+    linear = srgb.to_linear(colours)
     frequency = 2.0 + 3.5 * uniform[:, 21:22]  # periods in a length of 1: about half an object
     half = jnp.take_along_axis(placed["half"], placed["axis"], axis=1)
     return Paint(

@@ -9,46 +9,10 @@ import dataclasses
 
 import numpy as np
 
+from lrm_jax.data.procedural.shapes import SHAPES
+
 MAX_PARTS = 12
 _OPTIONS = 12  # lists of 1, 2, 3, 4, 6 options are repeated to this length
-
-# -- shapes: (cos, sin, hx, kx, hs, ks) and (e, a, p, q) of ops.raytrace.Solids, at taper 0, and what the taper adds to them.
-_WIDE = (1.0, 0, 9, 0, 9, 0)
-_APOTHEM = 3**0.5 / 2
-_FLAT, _ROUND = (0.0, 0, 1, 0), (1.0, 0, 1, 0)
-_SLANT = (0.0, 0, -0.5, 0.5, -0.5, 0.5)  # all sides lean inwards
-_GABLE = (0.0, 0, 0, 0, -0.5, 0.5)  # only those of +y and -y
-_HEX_SLANT = (0.0, 0, -_APOTHEM / 2, _APOTHEM / 2, -_APOTHEM / 2, _APOTHEM / 2)
-_CONE = (0.0, 0, -0.5, 0.5)
-_SQUARE = (0.0, 1, 1, 0, 1, 0)
-_HEX = (0.5, _APOTHEM, _APOTHEM, 0, _APOTHEM, 0)
-_NO = ((0.0,) * 6, (0.0,) * 4)
-# name: sides, quadric, what a taper of 1 adds to them, range of the taper, whether it stands on its top
-_SHAPES = {
-    "none": ((1.0, 0, -1, 0, 9, 0), _FLAT, *_NO, (0, 0), False),
-    "box": (_SQUARE, _FLAT, *_NO, (0, 0), False),
-    "slab": (_SQUARE, _FLAT, _SLANT, _NO[1], (0.03, 0.15), False),  # a box with a little slope
-    "block": (_SQUARE, _FLAT, _SLANT, _NO[1], (0.2, 0.6), False),
-    "trough": (_SQUARE, _FLAT, _SLANT, _NO[1], (0.15, 0.5), True),
-    "pyramid": (_SQUARE, _FLAT, _SLANT, _NO[1], (1, 1), False),
-    "gable": (_SQUARE, _FLAT, _GABLE, _NO[1], (1, 1), False),
-    "hip": (_SQUARE, _FLAT, tuple(np.add(_GABLE, _SLANT) * 0.6), _NO[1], (0.7, 0.83), False),
-    "hexagon": (_HEX, _FLAT, *_NO, (0, 0), False),
-    "hexblock": (_HEX, _FLAT, _HEX_SLANT, _NO[1], (0.15, 0.6), False),
-    "hexcup": (_HEX, _FLAT, _HEX_SLANT, _NO[1], (0.15, 0.5), True),
-    "spire": (_HEX, _FLAT, _HEX_SLANT, _NO[1], (1, 1), False),
-    "cylinder": (_WIDE, _ROUND, *_NO, (0, 0), False),
-    "frustum": (_WIDE, _ROUND, _NO[0], _CONE, (0.15, 0.6), False),
-    "cup": (_WIDE, _ROUND, _NO[0], _CONE, (0.15, 0.5), True),
-    "cone": (_WIDE, _ROUND, _NO[0], _CONE, (1, 1), False),
-    "ball": (_WIDE, (1.0, 1, 1, 0), *_NO, (0, 0), False),
-    "dome": (_WIDE, (1.0, 1 / 3, 0.75**0.5, 0.5 / 3**0.5), *_NO, (0, 0), False),
-    "bowl": (_WIDE, (1.0, 1 / 3, 0.75**0.5, 0.5 / 3**0.5), *_NO, (0, 0), True),
-    "barrel": (_WIDE, _ROUND, _NO[0], (0.0, 1, 0, 0), (0.2, 0.6), False),
-    "die": (_SQUARE, (1.0, 1, 1.6, 0), _NO[0], (0.0, 0, -1, 0), (0.1, 0.35), False),
-}  # fmt: skip
-
-# -- paint
 FAMILIES = {
     "wood": ("8a5a3b", "a8693d", "6e4229", "b98a5a", "8f4a3f"),
     "stone": ("7d858c", "9aa0a3", "62686f", "a39a8c", "c2bfb6"),
@@ -151,8 +115,6 @@ _ASSEMBLY = [
     Part(_THING, ((0.3, 1.2), (0.3, 1.2), (0.3, 1.5)), 4, (1, 0, 0), (-0.9, 0, 0), relative="xyz", chance=0.5, paint=_ANY, pattern=_LOOKS),
     Part("box cylinder", ((0.015, 0.04), (0.015, 0.04), (0.2, 0.5)), 1, (0, 0, 1), (0, 0, -0.95), chance=0.3, paint="metal wood"),
 ]  # fmt: skip
-
-# -- the kinds. (number of tickets in the draw, parts)
 KINDS: dict[str, tuple[int, list[Part]]] = {
     "assembly": (6, _ASSEMBLY),
     "table": (2, [
@@ -475,7 +437,7 @@ def _packed(part: Part, position: int) -> dict[str, np.ndarray]:
         axis=np.int32("xyz".index(part.axis)),
         chance=np.float32(part.chance),
         is_hole=np.bool_(part.hole),
-        shape=np.array(_options(part.shape, _SHAPES), np.int32),
+        shape=np.array(_options(part.shape, SHAPES), np.int32),
         copies=np.array(_options(part.copies, _COPIES), np.int32),
         paint=np.array(_options(part.paint, shades), np.int32),
         other=np.array(_options(part.other, [*shades, "="]), np.int32),
@@ -499,13 +461,6 @@ def tables() -> dict[str, np.ndarray]:
         key: np.array([[part[key] for part in parts] for parts in kinds]) for key in kinds[0][0]
     }
     return packed | {"tickets": np.array([tickets for tickets, _ in KINDS.values()], np.float32)}
-
-
-def shape_tables() -> dict[str, np.ndarray]:
-    """The shapes as arrays [shapes ...]: sides, quadric, what a taper of 1 adds to them, the taper's range, is_upended."""
-    names = ("sides", "quadric", "sides_taper", "quadric_taper", "taper", "is_upended")
-    columns = zip(*_SHAPES.values(), strict=True)
-    return {name: np.array(column, np.float32) for name, column in zip(names, columns, strict=True)}
 
 
 def colours() -> np.ndarray:

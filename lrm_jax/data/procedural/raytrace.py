@@ -50,9 +50,8 @@ class Hits:
 
     inverse_depth: jax.Array  # [*R] 1 / depth along the optical axis; 0: nothing is met
     solid: jax.Array  # [*R] int32, number of the solid; 0 where nothing is met
-    hole: (
-        jax.Array
-    )  # [*R] int32, number of the hole whose wall it is, or -1: the solid's own outside
+    # [*R] int32, number of the hole whose wall it is, or -1: the solid's own outside
+    hole: jax.Array
 
 
 @flax.struct.dataclass

@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lrm_jax.data import Source, assembly, blueprints
+from lrm_jax.data import Source
+from lrm_jax.data.procedural import assembly, blueprints, raytrace
 from lrm_jax.data.samples import make_recipe
 from lrm_jax.ops import cameras as cameras_lib
-from lrm_jax.ops import raytrace
+from lrm_jax.ops import srgb
 from lrm_jax.types import Batch, Cameras, InputError, Views
 
 SPLITS = ("train", "val")
@@ -197,16 +198,13 @@ def _moved_poses(cameras: Cameras, given: Cameras, normalize: str | None, assume
     """The poses [V 4 4] in the world that `samples.world_motion` leads to; the first cameras are the sources, uncropped."""
     if normalize is None:
         return cameras.c2w
-    if normalize == "source":
-        return cameras_lib.normalize_to_source(cameras).c2w
     c2w = given.c2w[0]
     with jax.default_matmul_precision("highest"):
         if normalize == "picture":
             motion = cameras_lib.picture_motion(c2w, given.fxfycxcy[0], *assumed_camera)
         else:
-            azimuth = jnp.arctan2(c2w[1, 3], c2w[0, 3])
-            cos, sin = jnp.cos(azimuth), jnp.sin(azimuth)
-            motion = jnp.eye(4).at[:2, :2].set(jnp.array([[cos, sin], [-sin, cos]]))
+            motions = {"source": cameras_lib.source_motion, "azimuth": cameras_lib.azimuth_motion}
+            motion = motions[normalize](c2w)
         return cameras_lib.moved(motion, cameras.c2w)
 
 
@@ -262,9 +260,8 @@ def _picture(scene: assembly.Scene, camera: Cameras, size: int) -> tuple[jax.Arr
     rgb, alpha = jax.lax.map(average, (hits, light, share))
     rgb, alpha = rgb.reshape(size, size, 3), alpha.reshape(size, size)
     straight = jnp.clip(rgb / jnp.maximum(alpha, 1e-6)[..., None], 0, 1)
-    curve = 1.055 * jnp.maximum(straight, 1e-6) ** (1 / 2.4) - 0.055
-    srgb = jnp.where(straight <= 0.0031308, straight * 12.92, curve)
-    return tuple(jnp.round(a * 255).astype(jnp.uint8) for a in (srgb, alpha))
+    colour = srgb.from_linear(straight)
+    return tuple(jnp.round(a * 255).astype(jnp.uint8) for a in (colour, alpha))
 
 
 def _light(hits: raytrace.Hits, normal: jax.Array) -> jax.Array:

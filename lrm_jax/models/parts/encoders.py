@@ -8,7 +8,7 @@ import re
 
 import numpy as np
 
-from lrm_jax.models import torch_layout, vit
+from lrm_jax.models.parts import torch_layout, vit
 
 MODEL = vit.ViT
 VARIANTS = vit.VARIANTS

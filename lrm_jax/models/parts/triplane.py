@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from lrm_jax import sharding
-from lrm_jax.models import torch_layout
-from lrm_jax.models.layers import torch_linear_init
+from lrm_jax.models.parts import torch_layout
+from lrm_jax.models.parts.layers import torch_linear_init
 from lrm_jax.ops import grids
+from lrm_jax.parallel import batch_axes, sharding
 from lrm_jax.types import Rays, Rendering
 
 
@@ -131,7 +131,7 @@ def render(
     scenes = (triplane_BPhwC, rays, keys)
     if sharding.platform() != "cpu":
         return jax.vmap(lambda scene: one_scene(layers, *scene))(scenes)
-    return sharding.split_batch(
+    return batch_axes.split_batch(
         lambda layers, scenes: jax.lax.map(lambda scene: one_scene(layers, *scene), scenes),
         layers,
         scenes,

@@ -8,8 +8,8 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from lrm_jax.models import torch_layout
-from lrm_jax.models.layers import MLP, Attention, layer_norm, sincos_code, sincos_grid, stack
+from lrm_jax.models.parts import torch_layout
+from lrm_jax.models.parts.layers import MLP, Attention, layer_norm, sincos_code, sincos_grid, stack
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

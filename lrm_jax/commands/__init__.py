@@ -1,0 +1,1 @@
+"""The commands: arguments, messages and exit codes. `lrm_jax/__main__.py` calls them."""

@@ -1,0 +1,1 @@
+"""What `lrm evaluate` does: objects, scenes, their scores, and the page that shows them."""

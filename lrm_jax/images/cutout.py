@@ -1,0 +1,44 @@
+"""Cut-outs: backgrounds removed where they are of one colour, and put behind an object."""
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from scipy import ndimage
+
+
+def key_out_background(
+    rgba: UInt8[np.ndarray, "H W 4"], tolerance: int = 16
+) -> UInt8[np.ndarray, "H W 4"] | None:
+    """Makes a background of one colour transparent: what has the border's colour and is connected to the border.
+
+    Args:
+      tolerance: levels of 255 by which a background pixel may differ, in any channel.
+
+    Returns:
+      None where more than 2% of the border differ from its median colour: then the background is not of one colour.
+    """
+    rgb = rgba[..., :3].astype(np.int16)
+    border = np.concatenate([rgb[0], rgb[-1], rgb[:, 0], rgb[:, -1]])
+    colour = np.median(border, axis=0)
+    background = (np.abs(rgb - colour) <= tolerance).all(-1)
+    on_border = np.zeros_like(background)
+    on_border[[0, -1]] = on_border[:, [0, -1]] = True
+    if background[on_border].mean() < 0.98:
+        return None
+    regions, _ = ndimage.label(background)
+    background &= np.isin(regions, regions[on_border])
+    return np.concatenate([rgba[..., :3], np.where(background, 0, 255)[..., None]], -1).astype(
+        np.uint8
+    )
+
+
+def blend(rgba: UInt8[np.ndarray, "H W 4"], background: float) -> Float[np.ndarray, "H W 3"]:
+    """The picture on a background of one grey level in [0, 1], as float32 in [0, 1]: what OpenLRM resizes."""
+    straight = rgba.astype(np.float32) / 255
+    alpha = straight[..., 3:]
+    return straight[..., :3] * alpha + (1 - alpha) * np.float32(background)
+
+
+def composite(rgba: UInt8[np.ndarray, "H W 4"], background: float) -> UInt8[np.ndarray, "H W 3"]:
+    """`blend` cut down to 8 bits, as TripoSR has it (https://github.com/VAST-AI-Research/TripoSR/blob/d26e331/run.py#L139-L151)."""
+    # Parity: truncated, not rounded.
+    return (blend(rgba, background) * 255).astype(np.uint8)

@@ -1,0 +1,60 @@
+"""Crops that put an object in the middle of a square."""
+
+import numpy as np
+from jaxtyping import UInt8
+
+from lrm_jax.images.load import MAX_PIXELS
+from lrm_jax.types import InputError
+
+
+def check_square(size: int) -> None:
+    """Raises InputError for a square picture of too many pixels, which a long and narrow file becomes."""
+    if size**2 > 2 * MAX_PIXELS:
+        raise InputError(
+            f"the picture is too long: its square has {size} pixels a side: scale it down, 1024 are plenty"
+        )
+
+
+def recenter_foreground(
+    rgba: UInt8[np.ndarray, "H W 4"], ratio: float
+) -> UInt8[np.ndarray, "S S 4"]:
+    """The square of `foreground_square`."""
+    return foreground_square(rgba, ratio)[0]
+
+
+def foreground_square(
+    rgba: UInt8[np.ndarray, "H W 4"], ratio: float
+) -> tuple[UInt8[np.ndarray, "S S 4"], tuple[int, int]]:
+    """Crops to the foreground (alpha > 0) and pads it with transparency to a square that it fills to `ratio`.
+
+    TripoSR's preparation (https://github.com/VAST-AI-Research/TripoSR/blob/d26e331/tsr/utils.py#L58-L81).
+
+    Args:
+      ratio: the longer side of the foreground over the side of the square, in (0, 1].
+
+    Returns:
+      The square, and the (row, column) in the picture of its upper left corner, which may lie outside.
+
+    Raises:
+      InputError: no pixel has alpha > 0, but in the last row and column of the foreground.
+    """
+    rows, columns = np.nonzero(rgba[..., 3])
+    if rows.size == 0:
+        raise InputError(
+            "the picture is transparent everywhere: give one whose alpha channel shows the object"
+        )
+    # Parity: the reference's slice ends before the last row and column.
+    bottom, right = max(rows.max(), rows.min() + 1), max(columns.max(), columns.min() + 1)
+    foreground = rgba[rows.min() : bottom, columns.min() : right]
+    if not foreground[..., 3].any():
+        raise InputError("the picture's foreground is two pixels: give a larger picture")
+    height, width = foreground.shape[:2]
+    longer = max(height, width)
+    size = max(int(longer / ratio), longer)
+    check_square(size)
+    # Parity: padded twice, to a square and then to the ratio, each time rounding down at the top and the left.
+    margin = (size - longer) // 2
+    top, left = margin + (longer - height) // 2, margin + (longer - width) // 2
+    square = np.zeros((size, size, 4), np.uint8)
+    square[top : top + height, left : left + width] = foreground
+    return square, (int(rows.min()) - top, int(columns.min()) - left)

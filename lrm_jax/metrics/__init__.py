@@ -1,0 +1,1 @@
+"""What compares: perceptual distances with their networks, distances of surfaces, the mean object as a baseline."""

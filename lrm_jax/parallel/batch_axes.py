@@ -1,0 +1,157 @@
+"""How a batch lies on the device mesh: which part each process reads, and which each device works on."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import (
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+)
+
+from lrm_jax.parallel.sharding import AXES, BATCH_AXES
+from lrm_jax.types import InputError
+
+
+def num_batch_shards(device_mesh: Mesh) -> int:
+    """In how many parts a batch is split."""
+    return device_mesh.shape["data"] * device_mesh.shape["fsdp"]
+
+
+def constrain_batch(tree: Any) -> Any:
+    """Pins the leading axis of every array to the batch axes of the device mesh in use; the other axes are the compiler's.
+
+    Identity outside `jax.set_mesh`, and for arrays whose leading axis the batch axes do not divide.
+    """
+    device_mesh = jax.sharding.get_abstract_mesh()
+    if device_mesh.empty:
+        return tree
+    shards = num_batch_shards(device_mesh)
+
+    def one(x):
+        if x.shape[0] % shards:
+            return x
+        free = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
+        return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES, *free))
+
+    return jax.tree.map(one, tree)
+
+
+def split_batch_and_heads(function, heads: tuple, rows: jax.Array | None) -> jax.Array:
+    """`function(*heads, rows)` -> [B L N K], run by each device of the mesh in use for its part of the batch and of the heads.
+
+    An axis that the device mesh does not divide stays whole, and its work is repeated.
+
+    Args:
+      heads: arrays [B L N K].
+      rows: [B ...].
+    """
+    device_mesh = jax.sharding.get_abstract_mesh()
+    if device_mesh.empty:
+        return function(*heads, rows)
+    B, _, N, _ = heads[0].shape
+    batch = None if B % num_batch_shards(device_mesh) else BATCH_AXES
+    split = PartitionSpec(batch, None, None if N % device_mesh.shape["tensor"] else "tensor")
+    specs = (*(split for _ in heads), PartitionSpec(batch))
+    return jax.shard_map(function, in_specs=specs, out_specs=split, check_vma=False)(*heads, rows)
+
+
+def split_batch(function, shared: Any, batch: Any) -> Any:
+    """`function(shared, batch)` -> a tree of arrays [B ...], run by each device of the mesh in use for its part of a batch [B ...].
+
+    All axes split it, `tensor` too. A batch that the devices do not divide stays whole, and its work is repeated.
+    """
+    device_mesh = jax.sharding.get_abstract_mesh()
+    if device_mesh.empty:
+        return function(shared, batch)
+    B = jax.tree.leaves(batch)[0].shape[0]
+    split = PartitionSpec(None if B % device_mesh.size else AXES)
+    specs = (PartitionSpec(), split)
+    return jax.shard_map(function, in_specs=specs, out_specs=split, check_vma=False)(shared, batch)
+
+
+def process_share(device_mesh: Mesh) -> tuple[int, int]:
+    """Which part of every batch this process reads: (index, count), and `global_batch` puts the parts together.
+
+    Not `process_index` and `process_count`: processes that only the `tensor` axis tells apart read the same part.
+
+    Raises:
+      InputError: the axes cut the processes so that their parts overlap.
+    """
+    shards = NamedSharding(device_mesh, PartitionSpec(BATCH_AXES))
+    parts = {}  # process: the shards of the batch that are on its devices
+    for device, (rows,) in shards.devices_indices_map((num_batch_shards(device_mesh),)).items():
+        parts.setdefault(device.process_index, set()).add(rows.start or 0)
+    distinct = sorted({tuple(sorted(part)) for part in parts.values()})
+    sizes = [len(part) for part in distinct]
+    if sum(sizes) != num_batch_shards(device_mesh) or len(set(sizes)) > 1:
+        raise InputError(
+            f"sharding {dict(device_mesh.shape)} cuts across the {len(parts)} processes: make sharding.tensor a divisor, "
+            "or a multiple, of the devices of one"
+        )
+    return distinct.index(tuple(sorted(parts[jax.process_index()]))), len(distinct)
+
+
+def global_batch(tree: Any, device_mesh: Mesh) -> Any:
+    """Global arrays, split along the leading axis, from this process's part of the batch (NumPy arrays; `process_share`)."""
+    sharding = NamedSharding(device_mesh, PartitionSpec(BATCH_AXES))
+    shares = process_share(device_mesh)[1]
+
+    def one(x):
+        shape = (len(x) * shares, *x.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, x, shape)
+
+    return jax.tree.map(one, tree)
+
+
+def local_rows(tree: Any, count: int) -> Any:
+    """The first `count` rows, as NumPy arrays, of what this process holds of arrays that are split along the leading axis."""
+
+    def one(x):
+        shards = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+        rows, missing = [], count
+        for _, part in sorted(shards.items(), key=lambda item: item[0]):
+            rows.append(np.asarray(part[:missing]))
+            missing -= len(rows[-1])
+            if missing == 0:
+                break
+        return np.concatenate(rows)
+
+    return jax.tree.map(one, tree)
+
+
+def by_device(tree: Any, device_mesh: Mesh) -> dict[jax.Device, Any]:
+    """What each device of the mesh, all of this process, holds of a tree of arrays: its rows, or its copy."""
+
+    def on(device):
+        return jax.tree.map(
+            lambda x: next(s.data for s in x.addressable_shards if s.device == device), tree
+        )
+
+    return {device: on(device) for device in device_mesh.devices.flat}
+
+
+def micro_batches(tree: Any, count: int) -> Any:
+    """Cuts a batch [B ...] into `count` parts [count B/count ...] for `lax.scan`, each of them split over all devices.
+
+    Part i takes the rows i, i + count, ...: every device keeps the rows that it has, and nothing is sent.
+
+    Raises:
+      InputError: the batch does not divide.
+    """
+    device_mesh = jax.sharding.get_abstract_mesh()
+    shards = 1 if device_mesh.empty else num_batch_shards(device_mesh)
+
+    def one(x):
+        if x.shape[0] % (count * shards):
+            raise InputError(
+                f"a batch of {x.shape[0]} does not divide into {count} parts over {shards} devices: "
+                f"make it a multiple of {count * shards}"
+            )
+        parts = x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
+        if device_mesh.empty:
+            return parts
+        return jax.lax.with_sharding_constraint(parts, PartitionSpec(None, BATCH_AXES))
+
+    return jax.tree.map(one, tree)

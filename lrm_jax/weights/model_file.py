@@ -1,0 +1,117 @@
+"""Our model file: a safetensors file of parameters by their dotted path, and in its metadata the family, its fields and a summary
+of the training.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from lrm_jax import models
+from lrm_jax.types import InputError
+from lrm_jax.weights import references, tensor_files
+from lrm_jax.weights.references import (
+    RUN_FIELDS,
+    family,
+)
+
+FORMAT = {"format": "lrm_jax", "version": "1"}
+
+
+def is_finite(array):
+    # NaN is the maximum of whatever it is among; np.isfinite of the whole would make a temporary array.
+    with np.errstate(invalid="ignore"):
+        return np.isfinite(array.max(initial=0)) and np.isfinite(array.min(initial=0))
+
+
+def save_model(
+    path: str | Path, model: nn.Module, params: Mapping, training: Mapping, dtype: str = "float32"
+) -> None:
+    """Writes our model file, whole or not at all.
+
+    Args:
+      training: what people should know of where the parameters come from; JSON values.
+      dtype: how numbers are stored: "float32", or rounded to "float16" or "bfloat16".
+
+    Raises:
+      InputError: `path` cannot be written, or a parameter is not finite in `dtype`.
+    """
+    stored = {}
+    for name, value in flatten_dict(dict(params), sep=".").items():
+        with np.errstate(over="ignore"):  # reported below
+            stored[name] = np.asarray(value).astype(jnp.dtype(dtype), copy=False)
+        if not is_finite(stored[name]):
+            raise InputError(
+                f"{path}: {name} has numbers that are not finite in {dtype}: store it as float32, or train again"
+            )
+    fields = json.dumps(fields_of(model), default=dict)
+    about = {"family": models.name_of(model), "variant": variant_of(model), "fields": fields}
+    tensor_files.write_safetensors(
+        Path(path), stored, FORMAT | about | {"training": json.dumps(training)}
+    )
+
+
+def load_model(path: str | Path) -> tuple[nn.Module, dict, dict]:
+    """Reads a file of `save_model`: the module, float32 NumPy parameters, the training summary.
+
+    Raises:
+      InputError: not such a file, of a later version, or with other tensors than its fields tell.
+    """
+    content, metadata = tensor_files.read(path)
+    try:
+        return from_model_file(content, metadata)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def from_model_file(tensors, metadata):
+    if metadata.get("format") != FORMAT["format"]:
+        raise InputError("not a model file of lrm_jax: make one with `lrm convert`")
+    if metadata.get("version") != FORMAT["version"]:
+        raise InputError(f"a model file of version {metadata.get('version')}: update lrm_jax")
+    try:
+        fields = {k: _hashable(v) for k, v in json.loads(metadata["fields"]).items()}
+        model = family(metadata["family"]).MODEL(**fields)
+        training = json.loads(metadata["training"])
+        wanted = {
+            k: x.shape for k, x in flatten_dict(references.param_shapes(model), sep=".").items()
+        }
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise InputError(
+            f"its description is damaged or of a later lrm_jax ({str(error).splitlines()[0]}): update lrm_jax, or convert it again"
+        ) from error
+    tensor_files.check_names(
+        {name: x.shape for name, x in tensors.items()},
+        wanted,
+        f"{metadata['family']} with its fields",
+    )
+    params = {name: np.asarray(value, np.float32) for name, value in tensors.items()}
+    return model, unflatten_dict(params, sep="."), training
+
+
+def variant_of(model: nn.Module) -> str:
+    """The name of the variant that `model` is, or "custom"."""
+    module = family(models.name_of(model))
+    for name, fields in module.VARIANTS.items():
+        if fields_of(module.MODEL(**fields)) == fields_of(model):
+            return name
+    return "custom"
+
+
+def fields_of(model: nn.Module) -> dict:
+    """The fields that make a model what it is, without those of how it is run."""
+    names = [
+        k for k in type(model).__dataclass_fields__ if k not in ("parent", "name", *RUN_FIELDS)
+    ]
+    return {k: dict(v) if isinstance(v := getattr(model, k), Mapping) else v for k in names}
+
+
+def _hashable(value):
+    """JSON has no tuples, and a module's fields no lists."""
+    if isinstance(value, dict):
+        return {k: _hashable(v) for k, v in value.items()}
+    return tuple(_hashable(v) for v in value) if isinstance(value, list) else value
