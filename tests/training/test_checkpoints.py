@@ -171,7 +171,7 @@ def alone(program, *arguments):
 
 READ_ALONE = """
 import sys, jax, numpy as np
-from lrm_jax import checkpoints
+from lrm_jax.training import checkpoints
 assert jax.device_count() == 1
 shapes = {"ema_params": {"w": jax.ShapeDtypeStruct((8, 2), np.float32)}}
 with checkpoints.open_folder(sys.argv[1], read_only=True) as manager:
@@ -193,7 +193,7 @@ def test_what_eight_devices_saved_is_read_on_one(tmp_path):
 
 SAVE_ON_A_FULL_DISK = """
 import logging, resource, sys, numpy as np
-from lrm_jax import checkpoints
+from lrm_jax.training import checkpoints
 from lrm_jax.types import InputError
 logging.basicConfig(format="lrm: %(message)s", level=logging.WARNING)
 small, big = ({"w": np.random.default_rng(0).random(n)} for n in (10, 1 << 18))

@@ -336,7 +336,7 @@ def test_failed_write_keeps_the_old_file(tmp_path):
 FULL_DISK = """
 import pathlib, resource, signal, sys
 import numpy as np
-from lrm_jax import tensor_files
+from lrm_jax.weights import tensor_files
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
 for write in (lambda *a: tensor_files.write_safetensors(*a, {}), tensor_files.write_torch):
