@@ -56,6 +56,10 @@ def test_a_program_that_this_jax_cannot_read_is_one_line(monkeypatch, capsys):
         raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure\nmore")
 
     monkeypatch.setattr(jax.stages.Compiled, "as_text", as_text)
+    # Of a program that is compiled at once.
+    small = jax.jit(jax.numpy.sin).trace(jax.ShapeDtypeStruct((8,), "float32"))
+    monkeypatch.setattr(aot.setup, "trace_programs", lambda config, device_mesh: {"step": small})
+    monkeypatch.setattr(aot, "needed_by_step", lambda config, device_mesh: 1.0)
     assert aot.main(["--topology", "cpu", "--config", f"{ROOT}/configs/nano.py:tiny"]) == 2
     printed = capsys.readouterr()
     assert "temporaries" in printed.out
@@ -96,7 +100,8 @@ def test_aot_compiles_for_a_gpu_with_cudnns_attention_and_scatters_in_float32():
 
 def test_bench_train_prints_the_rates_of_a_step(capsys, tmp_path):
     arguments = ["--steps", "1", "--json", str(tmp_path / "rates.json")]
-    arguments += ["--config", f"{ROOT}/configs/nano.py:tiny", "--config.data.name=procedural"]
+    config = f"{ROOT}/configs/lvsm_objects.py:tiny"  # which compiles faster than a renderer
+    arguments += ["--config", config, "--config.data.name=procedural"]
     assert bench_train.main(arguments) == 0
     printed = capsys.readouterr().out
     for word in ("samples/s", "mfu", "planned for one device", "loader"):
