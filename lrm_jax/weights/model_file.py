@@ -22,7 +22,8 @@ from lrm_jax.weights.references import (
 FORMAT = {"format": "lrm_jax", "version": "1"}
 
 
-def is_finite(array):
+def is_finite(array: np.ndarray) -> bool:
+    """Whether all numbers of an array are, without a second array of its size."""
     # NaN is the maximum of whatever it is among; np.isfinite of the whole would make a temporary array.
     with np.errstate(invalid="ignore"):
         return np.isfinite(array.max(initial=0)) and np.isfinite(array.min(initial=0))
@@ -68,7 +69,8 @@ def load_model(path: str | Path) -> tuple[nn.Module, dict, dict]:
         raise InputError(f"{path}: {error}") from error
 
 
-def from_model_file(tensors, metadata):
+def from_model_file(tensors: Mapping, metadata: Mapping) -> tuple[nn.Module, dict, dict]:
+    """What `load_model` returns, from the content of a file that is read already; the same errors, without its name."""
     if metadata.get("format") != FORMAT["format"]:
         raise InputError("not a model file of lrm_jax: make one with `lrm convert`")
     if metadata.get("version") != FORMAT["version"]:
