@@ -22,8 +22,8 @@ def base() -> ConfigDict:
         target_size=512,
         source_elevation=(5.0, 35.0),  # degrees: sources are drawn from the views within
         foreground_ratio=0.85,  # sources are cropped to the object, which fills this share of the side; None: they are not
-        normalize="azimuth",  # the world is turned so that the first source is at azimuth 0 (TripoSR); "source": LRM, OpenLRM; "picture": nano
-        assumed_camera=config_dict.placeholder(tuple),  # (distance, field of view): of "picture"
+        normalize="azimuth",  # the world is turned so that the first source is at azimuth 0 (TripoSR); "source": LRM, OpenLRM; "image": nano
+        assumed_camera=config_dict.placeholder(tuple),  # (distance, field of view): of "image"
         mirror=False,  # every other object
     )
     config.losses = dict(mse=1.0, mask=0.05)  # losses.terms: weights by name

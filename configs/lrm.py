@@ -1,4 +1,4 @@
-"""LRM at the paper's size (https://arxiv.org/abs/2311.04400, section 4.2 and appendix): one picture and its camera to a triplane.
+"""LRM at the paper's size (https://arxiv.org/abs/2311.04400, section 4.2 and appendix): one image and its camera to a triplane.
 
     lrm train --config configs/lrm.py --workdir runs/lrm --config.data.root=data/objaverse
     python tools/aot.py --topology v4:4x4x4 --config configs/lrm.py     # what a chip of a pod holds, does and sends

@@ -4,7 +4,7 @@
     lrm train --config configs/lvsm_objects.py:decoder-only-512 --workdir runs/lvsm-512 --config.data.root=data/objaverse \\
         --config.train.init_from=runs/lvsm
 
-Names: decoder-only-256 (the default), encoder-decoder-256, and -512 of both, which go on from a 256 px run: nothing but the picture
+Names: decoder-only-256 (the default), encoder-decoder-256, and -512 of both, which go on from a 256 px run: nothing but the image
 size changes. Neither code, data nor weights of this part were released. From the paper: 4 source and 8 target views, the perceptual
 loss at 1.0, 256 px and then 512. Not published, or not checked, and chosen here: the sources are four of the target views; poses are
 turned so that the first source is at azimuth 0; steps, rate and batch of the 512 px runs; all else as for scenes.
@@ -16,7 +16,7 @@ the data of the bundled model: of four batches three of rendered objects and one
 `:nano` is for comparison with a TripoSR of 4.6 M parameters, which README names: as many samples of the same data, 3.5 M parameters, one source view, 128 px, two CPU
 cores; run it with the variables that configs/nano.py names.
 
-Expected: `:nano` reaches 15.7 dB on side views of held-out objects (that TripoSR 15.4, the mean picture 13.1), as soft shapes, in
+Expected: `:nano` reaches 15.7 dB on side views of held-out objects (that TripoSR 15.4, the mean image 13.1), as soft shapes, in
 an hour of two busy cores. The others are not yet trained, and the time of `:small` is not yet measured.
 `--config configs/lvsm_objects.py:tiny` is a few steps of a tiny model, for trying things out.
 """

@@ -4,7 +4,7 @@
     lrm train --config configs/lvsm_scenes.py:decoder-only-512 --workdir runs/lvsm-scenes-512 --config.data.root=data/re10k \\
         --config.train.init_from=runs/lvsm-scenes
 
-Names: decoder-only-256 (the default), encoder-decoder-256, and -512 of both, which go on from a 256 px run: nothing but the picture
+Names: decoder-only-256 (the default), encoder-decoder-256, and -512 of both, which go on from a 256 px run: nothing but the image
 size changes. The data is in pixelSplat's or LVSM's layout, or folders with transforms.json or COLMAP's cameras (lrm_jax/data/scenes.py).
 From the code: 2 source and 6 target views, steps, batch (64 GPUs with 8 scenes each), optimiser, warm-up of 3000 steps (the paper
 says 2500), losses, the update guard at 5. Chosen here, not compared with the paper: steps, rate and batch of the 512 px runs.
@@ -29,7 +29,7 @@ SIZES = (
 
 
 def start(size: str) -> tuple[ConfigDict, int]:
-    """What scenes and objects (configs/lvsm_objects.py) share, and the side of the pictures that the variant is trained at."""
+    """What scenes and objects (configs/lvsm_objects.py) share, and the side of the images that the variant is trained at."""
     check_size(size, SIZES)
     config = base()
     variant = "decoder-only-256" if size in ("", "small", "tiny") else size
@@ -52,7 +52,7 @@ def get_config(size: str = ""):
             batch_size=512,
             num_workers=16,
             prefetch=2,
-            source_background=1.0,  # no effect: the pictures are opaque
+            source_background=1.0,  # no effect: the images are opaque
             root="data/re10k",
             seed=0,
             num_source=2,

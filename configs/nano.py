@@ -14,7 +14,7 @@ with AVX-512):
     python tools/finer_tokens.py runs/nano runs/start.safetensors --variant nano-fine
     ... lrm train --config configs/nano.py:fine --workdir runs/fine --config.train.init_from=runs/start.safetensors
 
-`tools/average_weights.py` then takes the mean of several such runs, as a model that sees the mirrored picture too. With
+`tools/average_weights.py` then takes the mean of several such runs, as a model that sees the mirrored image too. With
 `--config.data.mix="(1,1)"`, half of the batches procedural, `:fine` did better on a pack of other things.
 
 Expected: the 32,000 samples take 90 minutes of two cores, and the 59,200 of `:fine` took two hours of two faster
@@ -32,7 +32,7 @@ def get_config(size: str = ""):
     config.model.variant = "nano"
     config.data.update(
         root="data/kaykit", batch_size=16, mix=(7, 1), num_target=3, source_size=128, target_size=96, mirror=True,
-        normalize="picture", assumed_camera=(3.0, 40.0),  # the variant's
+        normalize="image", assumed_camera=(3.0, 40.0),  # the variant's
     )  # fmt: skip
     config.losses.update(mask=0.2)
     config.optim.update(muon=r"(blocks/.*|proj_in|proj_out)/kernel$")

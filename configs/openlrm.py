@@ -3,7 +3,7 @@
     lrm train --config configs/openlrm.py:small --workdir runs/openlrm-small --config.data.root=data/objaverse
 
 Sizes: small, base, large. Only the small one's training file is published, as a sample (8 GPUs with 16 objects each, 60 epochs, "replace
-this"); base and large take their picture sizes from the model card, and the smallest render size in the same proportion. Where
+this"); base and large take their image sizes from the model card, and the smallest render size in the same proportion. Where
 OpenLRM differs from LRM: DINOv2, 48 to 64 samples and as many by importance, LPIPS at 1.0, TV of the planes, random backgrounds.
 
 Expected: not yet trained, and OpenLRM publishes no table of quality. Its releases of 1.0 took 1.5 days (small, 32 A100 of 80 GB), 2
@@ -12,8 +12,8 @@ days (base, 32) and 5 days (large, 64). `--config configs/openlrm.py:tiny` is a 
 
 from configs.common import base, check_size, shrink
 
-# Side of the source picture; smallest and largest side of the rendered view; side of the window.
-PICTURES = {"small": (224, (64, 192), 64), "base": (336, (96, 288), 96), "large": (448, (128, 384), 128)}  # fmt: skip
+# Side of the source image; smallest and largest side of the rendered view; side of the window.
+IMAGES = {"small": (224, (64, 192), 64), "base": (336, (96, 288), 96), "large": (448, (128, 384), 128)}  # fmt: skip
 OBJECTS = 730_000  # of Objaverse, as LRM counts them
 EPOCHS = 60
 
@@ -25,7 +25,7 @@ def get_config(size: str = "small"):
     check_size(size, SIZES)
     config = base()
     name = "small" if size == "tiny" else size
-    source_size, render_size, patch = PICTURES[name]
+    source_size, render_size, patch = IMAGES[name]
     config.model = dict(name="lrm", variant=f"openlrm-{name}-1.1", dtype="bfloat16", ray_chunk=1024)
     config.data.update(
         name="records",

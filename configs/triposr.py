@@ -1,4 +1,4 @@
-"""TripoSR (https://arxiv.org/abs/2403.02151, table 1 and section 2.3): one picture to a triplane, without its camera.
+"""TripoSR (https://arxiv.org/abs/2403.02151, table 1 and section 2.3): one image to a triplane, without its camera.
 
     lrm train --config configs/triposr.py --workdir runs/triposr --config.data.root=data/objaverse
 

@@ -13,8 +13,8 @@ import lrm_jax
 from lrm_jax.types import InputError
 
 COMMANDS = {
-    "reconstruct": "pictures to surfaces, films and viewer pages",
-    "synthesize": "posed pictures of a scene to new views along a camera path",
+    "reconstruct": "images to surfaces, videos and viewer pages",
+    "synthesize": "posed images of a scene to new views along a camera path",
     "convert": "checkpoints between PyTorch's layouts and ours",
     "train": "train a model from a config",
     "evaluate": "compare a model with objects that are known from all sides",

@@ -38,11 +38,11 @@ class Rays:
 
 @flax.struct.dataclass
 class Views:
-    """Pictures and where they were taken from."""
+    """Images and where they were taken from."""
 
     rgb: jax.Array  # [B V H W 3] sRGB in [0, 1]; straight (not premultiplied) where alpha is given
     cameras: Cameras  # [B V]
-    # [B V H W] in [0, 1]; None: the picture has its background already
+    # [B V H W] in [0, 1]; None: the image has its background already
     alpha: jax.Array | None = None
 
 

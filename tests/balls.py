@@ -19,7 +19,7 @@ def ball(rays, centre, radius):
 
 
 def sample(position, seed, num_views, source_size, target_size):
-    """The scene of a position, without the B axis; float pictures."""
+    """The scene of a position, without the B axis; float images."""
     rng = np.random.default_rng((seed, position))
     centre = rng.uniform(-0.2, 0.2, 3).astype(np.float32)
     radius = np.float32(rng.uniform(0.3, 0.5))

@@ -32,20 +32,20 @@ def test_the_bundled_model_is_small_and_says_how_it_was_made(bundled):
 )
 def test_the_example_is_reconstructed_with_its_silhouette(bundled, path):
     model, params, _ = bundled
-    picture = load.load_image(path)
-    source = model.prepare([picture])
+    image = load.load_image(path)
+    source = model.prepare([image])
     scene = jax.jit(lambda p, s: model.apply({"params": p}, s, method="encode"))(params, source)
     view = cameras.orbit(1, model.source_distance, model.source_elevation, model.source_fov)
     rays = jax.tree.map(lambda x: x[None], cameras.pixel_rays(view, 64, 64))
     rendering = jax.jit(lambda p, s, r: model.apply({"params": p}, s, r, method="render"))(
         params, scene, rays
     )
-    # Both recentred: the picture's camera is not known exactly, and the model does not know its distance.
+    # Both recentred: the image's camera is not known exactly, and the model does not know its distance.
     seen = np.asarray(jnp.round(rendering.alpha[0, 0] * 255)).astype(np.uint8)
     seen = recentre.recenter_foreground(
         np.stack([seen] * 3 + [np.where(seen > 127, 255, 0)], -1).astype(np.uint8), 0.85
     )
-    wanted = recentre.recenter_foreground(picture, 0.85)
+    wanted = recentre.recenter_foreground(image, 0.85)
     small = [
         np.asarray(resize.resize_bilinear(jnp.asarray(x[..., 3:4].repeat(3, -1) / 255.0), 48))[
             ..., 0

@@ -71,7 +71,7 @@ def test_a_config_is_what_it_was(case, same_text):
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if "tiny" not in case])
-def test_the_pictures_of_a_config_are_those_of_its_model(case):
+def test_the_images_of_a_config_are_those_of_its_model(case):
     config = load(case)
     model = setup.build_model(**config.model)
     assert config.data.source_size == getattr(model, "image_size", config.data.source_size)

@@ -1,4 +1,4 @@
-"""An object in closed form, three balls, as a folder of pictures for tests of evaluation."""
+"""An object in closed form, three balls, as a folder of images for tests of evaluation."""
 
 import functools
 from pathlib import Path
@@ -32,7 +32,7 @@ def draw(rays: Rays, balls, radii) -> Rendering:
 
 
 @functools.cache
-def picture(azimuth: float, elevation: float) -> np.ndarray:
+def image(azimuth: float, elevation: float) -> np.ndarray:
     seen = draw(cameras.pixel_rays(camera(azimuth, elevation), SIZE, SIZE), BALLS, RADII)
     rgba = np.concatenate([seen.rgb, seen.alpha[..., None]], -1)
     return np.rint(rgba * 255).astype(np.uint8)
@@ -50,7 +50,7 @@ def write_object(folder: Path, num_views: int = 5, points: bool = True, step: fl
         (folder / name).mkdir(parents=True)
     for i, view in enumerate(views):
         one = camera(*view)
-        Image.fromarray(picture(*view)).save(folder / "rgba" / f"{i:03d}.png")
+        Image.fromarray(image(*view)).save(folder / "rgba" / f"{i:03d}.png")
         blender = np.asarray(cameras.opencv_to_opengl(jnp.asarray(one.c2w)))[:3]
         np.save(folder / "pose" / f"{i:03d}.npy", blender)
     focal = one.fxfycxcy[0] * SIZE

@@ -78,8 +78,8 @@ def main(argv: list[str]) -> int:
         print_collectives(costs)
         if devices[0].platform == "gpu":
             print_calls(costs)
-        share = flops.count_jaxpr(traced.jaxpr.jaxpr) / len(devices)
-        print_work(costs, share, needed.get(name), chip)
+        own_flops = flops.count_jaxpr(traced.jaxpr.jaxpr) / len(devices)
+        print_work(costs, own_flops, needed.get(name), chip)
         if chip is not None and name in needed:
             print_roofline(costs, chip, needed[name], config.data.batch_size)
     return 0 if fits else 1
@@ -186,13 +186,13 @@ def print_calls(costs: hlo.Costs) -> None:
     print()
 
 
-def print_work(costs: hlo.Costs, share: float, needed: float | None, chip: chips.Chip | None) -> None:  # fmt: skip
+def print_work(costs: hlo.Costs, own_flops: float, needed: float | None, chip: chips.Chip | None) -> None:  # fmt: skip
     """Matrix products as compiled, lookups and memory traffic."""
     print(f"  {'work':26s} {'TFLOP':>10s}")
     if needed is not None:
         print(f"    {'forward x 3':24s} {needed / 1e12:10.2f}   this chip's share of the model's products, none done twice")  # fmt: skip
-    print(f"    {'as traced':24s} {share / 1e12:10.2f}   with what it computes twice, and the losses' networks")  # fmt: skip
-    print(f"    {'as compiled':24s} {costs.flops / 1e12:10.2f}   {costs.flops / share:.2f} of the share: above 1 is work that chips repeat")  # fmt: skip
+    print(f"    {'as traced':24s} {own_flops / 1e12:10.2f}   with what it computes twice, and the losses' networks")  # fmt: skip
+    print(f"    {'as compiled':24s} {costs.flops / 1e12:10.2f}   {costs.flops / own_flops:.2f} of the share: above 1 is work that chips repeat")  # fmt: skip
     if chip is not None:
         rows, columns, depth = chip.tile
         print(f"    {'in whole tiles':24s} {tiled(costs, chip) / 1e12:10.2f}   of {rows} rows x {columns} columns x {depth}")  # fmt: skip

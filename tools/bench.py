@@ -198,10 +198,10 @@ def measure_views(name: str, stages: list[str], repeats: int, dtype: str):
         else:
             scene = jax.jit(encode)(params, views(int(count)))
             function, *arguments = frames, params, scene, rays(num_frames)
-        share = num_frames if kind == "frame" else 1
-        work = flops.count(function, *arguments) / share
+        frames_a_call = num_frames if kind == "frame" else 1
+        work = flops.count(function, *arguments) / frames_a_call
         seconds, rate = median_time(compiled(function, arguments), repeats, products)
-        yield row(name, stage, seconds / share, work, rate)
+        yield row(name, stage, seconds / frames_a_call, work, rate)
 
 
 def row(name: str, stage: str, seconds: float, work: float, rate: float) -> dict:

@@ -171,7 +171,7 @@ def frame(variant: str, num_views: int, num_frames: int) -> dict:
     params = _params(model, source, rays)
     scene = jax.eval_shape(partial(_apply, model, "encode"), params, source)
     scene = jax.tree.map(measure.normal, scene)
-    return timed(partial(_apply, model, "render"), params, scene, rays, share=num_frames)
+    return timed(partial(_apply, model, "render"), params, scene, rays, num_frames=num_frames)
 
 
 def _apply(model, method, params, *arguments):
@@ -246,8 +246,8 @@ def noise_batch(config, device_mesh) -> Batch:
 # -- timing
 
 
-def timed(function, *arguments, share: int = 1) -> dict:
-    """Compiles `function`, runs it a few times, and returns a `share`-th of its time and operations."""
+def timed(function, *arguments, num_frames: int = 1) -> dict:
+    """Compiles `function`, runs it a few times, and returns a `num_frames`-th of its time and operations."""
     jitted = sharding.jit(function)
     work = flops.count(jitted, *arguments)
     start = time.perf_counter()
@@ -257,8 +257,8 @@ def timed(function, *arguments, share: int = 1) -> dict:
     seconds = median_seconds(lambda: jax.block_until_ready(compiled(*arguments)))
     planned = compiled.memory_analysis()
     return result(
-        seconds / share,
-        work / share,
+        seconds / num_frames,
+        work / num_frames,
         planned_gb=(planned.argument_size_in_bytes + planned.temp_size_in_bytes) / 1e9,
         first_seconds=first,
     )

@@ -68,7 +68,7 @@ def finished(function):
 
 
 def blocks(model):
-    """A function that runs all blocks of the model on one picture, and the operations of its products."""
+    """A function that runs all blocks of the model on one image, and the operations of its products."""
     encoder = model.encoder
     E, D = encoder["width"], model.width
     M = (model.image_size // encoder["patch"]) ** 2 + 1
@@ -85,7 +85,7 @@ def blocks(model):
         )
         for _ in range(model.depth)
     ]  # fmt: skip
-    picture_TE, queries_LD, camera = random(T, E), random(L, D), random(1, model.camera_width)
+    image_TE, queries_LD, camera = random(T, E), random(L, D), random(1, model.camera_width)
 
     def norm(x, modulation=None):
         x = F.layer_norm(
@@ -100,7 +100,7 @@ def blocks(model):
         return F.linear(F.gelu(F.linear(x, p["fc1"])), p["fc2"])
 
     def run():
-        x = picture_TE
+        x = image_TE
         for p in layers:
             q, k, v = F.linear(norm(x), p["qkv"]).chunk(3, dim=-1)
             x = x + F.linear(attention(q, k, v, encoder["num_heads"]), p["out"])

@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
         config, *_ = train.parse([*rest, "--workdir", "unused"])
         device_mesh = sharding.make_device_mesh(**config.sharding)
         setup.check_batch_size(config, device_mesh)
-        data = inputs.open_data(*batch_axes.process_share(device_mesh), **config.data)
+        data = inputs.open_data(*batch_axes.process_slice(device_mesh), **config.data)
         with contextlib.closing(data.train) as batches:
             loader = pipeline.rate(batches, config.data.batch_size, num_batches=args.steps)
             which, elements = next(batches)

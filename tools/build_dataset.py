@@ -2,9 +2,9 @@
 
 FOLDER has OpenLRM's layout (`tools/render_objects.py` writes it). OUT is then read with `--config.data.name=records
 --config.data.root=OUT`: by any number of processes, from any disk, decoding only what a batch needs. Worth it from some ten
-thousand objects or for pictures too large for a decoded cache; for small data `--config.data.name=objects` reads FOLDER itself.
+thousand objects or for images too large for a decoded cache; for small data `--config.data.name=objects` reads FOLDER itself.
 
-Every picture is decoded once, to know that it is whole. Objects that cannot be used are left out and named on stderr. The
+Every image is decoded once, to know that it is whole. Objects that cannot be used are left out and named on stderr. The
 data set appears in OUT when it is complete. Which objects are held out for "val" (8 %, variants of an object on one side) is
 decided by their names at reading, as for FOLDER. Exit code 0: built; 1: built, and objects were left out; 2: nothing built.
 """

@@ -5,7 +5,7 @@
 
 Nothing is learnt here, but what was learnt is kept as far as it fits:
 
-* the ViT's patches of p pixels become patches of p / k: their kernel is that for a picture enlarged k times, each pixel repeated
+* the ViT's patches of p pixels become patches of p / k: their kernel is that for an image enlarged k times, each pixel repeated
   (https://arxiv.org/abs/2212.08013, section 3.3, of this enlargement);
 * its grid of positions and the planes' queries are interpolated linearly between the centres of the tokens;
 * a plane's token stands for a smaller square: the upsampler's kernel is the middle of what one token told, interpolated.
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def refine(params: dict, coarse, fine) -> dict:
-    """Parameters with which `fine` makes of a picture about what `coarse` makes of it with `params`.
+    """Parameters with which `fine` makes of an image about what `coarse` makes of it with `params`.
 
     Raises:
       InputError: `coarse` is no TripoSR, or the two differ in more than their tokens.
@@ -69,14 +69,14 @@ def refine(params: dict, coarse, fine) -> dict:
     flat[positions] = finer_positions(flat[positions], fine.encoder["grid"])
     queries = centres(fine.plane_tokens, coarse.plane_tokens)
     flat["plane_queries"] = resampled(flat["plane_queries"], queries)
-    share = coarse.plane_tokens / fine.plane_tokens
-    cells = centres(fine.upsample, share * coarse.upsample) + (1 - share) * coarse.upsample / 2
+    ratio = coarse.plane_tokens / fine.plane_tokens
+    cells = centres(fine.upsample, ratio * coarse.upsample) + (1 - ratio) * coarse.upsample / 2
     flat["upsampler/kernel"] = resampled(flat["upsampler/kernel"], cells)
     return unflatten_dict(flat, sep="/")
 
 
 def smaller_patches(kernel: np.ndarray, patch: int) -> np.ndarray:
-    """The kernel [patch patch 3 D] that makes of a picture what `kernel` [p p 3 D] makes of it enlarged p / patch times."""
+    """The kernel [patch patch 3 D] that makes of an image what `kernel` [p p 3 D] makes of it enlarged p / patch times."""
     factor, rest = divmod(len(kernel), patch)
     if rest:
         raise InputError(f"patches of {patch} pixels do not divide those of {len(kernel)}")

@@ -263,12 +263,12 @@ class Program:
         kind = i.opcode.removesuffix("-start")
         members = group(i.attributes)
         n = max(2, len(members))
-        given = sum(array_bytes(body[name].shape) for name in i.operands)
+        operand_bytes = sum(array_bytes(body[name].shape) for name in i.operands)
         if kind == "all-reduce" and _is_sliced(i, body):
             kind = "reduce-scatter"
-        gathered = given * n if kind == "all-gather" else given
-        share = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}.get(kind, (n - 1) / n)
-        sent = gathered * share
+        gathered = operand_bytes * n if kind == "all-gather" else operand_bytes
+        factor = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}.get(kind, (n - 1) / n)
+        sent = gathered * factor
         total.collectives[kind] = Traffic(1.0, gathered, sent, 1.0, sent)
         of_hosts = collections.Counter(self.hosts[x] for x in members) if self.hosts else {}
         total.links[min(of_hosts.values()) if len(of_hosts) > 1 else 0] += sent

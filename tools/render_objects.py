@@ -1,4 +1,4 @@
-"""Renders 3D files into training pictures: `render_objects.py IN OUT --views 32 --size 256`.
+"""Renders 3D files into training images: `render_objects.py IN OUT --views 32 --size 256`.
 
 IN is a .glb, .gltf, .obj or .ply file, a .zip of them, or a folder of such files. Each object becomes a folder in OpenLRM's
 layout (https://github.com/3DTopia/OpenLRM/blob/3108b69/openlrm/datasets/objaverse.py#L53-L70), which `lrm_jax.data.objects` reads:
@@ -85,8 +85,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Setting
     add("source", type=Path, metavar="IN", help="a 3D file, a .zip, or a folder")
     add("out", type=Path, metavar="OUT", help="output folder; what is there already is kept")
     add("--protocol", choices=PROTOCOLS, default="default", help="whose cameras, box and light")
-    add("--views", type=int, help="pictures of each object (default protocol: 32)")
-    add("--size", type=int, help="side of a picture in pixels (256)")
+    add("--views", type=int, help="images of each object (default protocol: 32)")
+    add("--size", type=int, help="side of an image in pixels (256)")
     pair = {"type": float, "nargs": 2, "metavar": ("LO", "HI")}
     add("--distance", **pair, help="of the cameras from the origin (3 3; the object's radius is 1)")
     add("--elevation", **pair, help="degrees, of the odd views (-30 75)")
@@ -109,9 +109,9 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Setting
         parser.error(f"--elevation: the cameras of --protocol {args.protocol} have heights instead")
     if args.samples is not None and args.backend != "cycles":
         parser.error("--samples: only for --backend cycles")
-    given = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(Settings)}
-    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
-    settings = dataclasses.replace(protocol, **{k: v for k, v in given.items() if v is not None})
+    chosen = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(Settings)}
+    chosen = {name: tuple(v) if isinstance(v, list) else v for name, v in chosen.items()}
+    settings = dataclasses.replace(protocol, **{k: v for k, v in chosen.items() if v is not None})
     if problem := _problem(args, settings):
         parser.error(problem)
     return args, settings

@@ -6,8 +6,8 @@
 
 One view of each object is given to the model, or to a family that takes posed views (LVSM) as many as it was trained with.
 Other views are compared with what it renders (PSNR, SSIM, LPIPS, foreground IoU), the surface that it finds with the true one
-(Chamfer distance, F-scores), and both with the mean object, a guess that looks at no picture. With --index, views of scenes
-are compared: given and asked for are those that pixelSplat's index names, of all scenes, and the guess is the nearest given picture.
+(Chamfer distance, F-scores), and both with the mean object, a guess that looks at no image. With --index, views of scenes
+are compared: given and asked for are those that pixelSplat's index names, of all scenes, and the guess is the nearest given image.
 Prints a table; leaves `evaluation.json` and `evaluation.html`. An object that cannot be read is named and
 left out of the means; one of which the model makes no surface is named, and has F-scores of 0.
 """
@@ -37,11 +37,12 @@ def main(argv: list[str]) -> int:
     network = None if args.lpips is None else lpips.load(args.lpips)
     with stages("load", f" {args.weights or 'the bundled model'}"):
         model, params, info = loading.load_weights(args.weights)
-    given = model, params, network, info
     if args.index:
-        results, skipped, words = scenes.evaluate(*given, args, stages)
+        results, skipped, words = scenes.evaluate(model, params, network, info, args, stages)
     else:
-        results, skipped, words = objects.evaluate(*given, folders, args, stages)
+        results, skipped, words = objects.evaluate(
+            model, params, network, info, folders, args, stages
+        )
     tell(skipped)
     count = len(results.keys() | skipped.keys())
     if not results:
@@ -104,7 +105,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add(
         "--size",
         type=int,
-        help="side of the compared pictures (default: 128; with --index, that of the model's)",
+        help="side of the compared images (default: 128; with --index, that of the model's)",
     )
     add(
         "--resolution",
@@ -123,10 +124,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     add(
         "--scale",
-        choices=("data", "picture"),
+        choices=("data", "image"),
         help="data: objects have the size in the model's world that they have in the data's, as where it was trained by `lrm train`; "
-        "picture: the size that they seem to have from the source camera that the model assumes (default: data for models that "
-        "were trained so, picture for the references' checkpoints and for models trained with data.normalize=picture)",
+        "image: the size that they seem to have from the source camera that the model assumes (default: data for models that "
+        "were trained so, image for the references' checkpoints and for models trained with data.normalize=image)",
     )
     args = parser.parse_args(argv)
     for name in ("split", "views", "sources", "resolution", "scale", "baseline_data"):

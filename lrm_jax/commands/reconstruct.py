@@ -1,13 +1,13 @@
-"""`lrm reconstruct`: pictures in, coloured surfaces, contact sheets, viewer pages and turntables out.
+"""`lrm reconstruct`: images in, coloured surfaces, contact sheets, viewer pages and turntables out.
 
     lrm reconstruct                                     the bundled examples with the bundled model
     lrm reconstruct chair.png photos/ --out out --video --weights hf:stabilityai/TripoSR
 
-Leaves `out/<picture>/surface.glb` (and the other formats), `contact_sheet.png`, `viewer.html`, `turntable.mp4`, and
-`out/report.json`. All files of a picture are written, or none.
+Leaves `out/<image>/surface.glb` (and the other formats), `contact_sheet.png`, `viewer.html`, `turntable.mp4`, and
+`out/report.json`. All files of an image are written, or none.
 
 Frame of the surface files: the world turned about its vertical so that the source camera stands at -y, looks along +y, and
-has z up. In the y-up axes of `.glb` and `.obj` that is at +z: viewers open on the side that the picture shows.
+has z up. In the y-up axes of `.glb` and `.obj` that is at +z: viewers open on the side that the image shows.
 """
 
 import argparse
@@ -42,23 +42,23 @@ _log = logging.getLogger(__name__)
 
 
 def main(argv: list[str]) -> int:
-    """Runs `lrm reconstruct`. Returns the exit code: 0, or 2 where some pictures failed; the others are done then."""
+    """Runs `lrm reconstruct`. Returns the exit code: 0, or 2 where some images failed; the others are done then."""
     args = parse(argv)
     stages, failures, done = messages.Stages(), {}, {}
     whole_files.check_writable(args.out)
-    paths = find_pictures(args.images)
+    paths = find_images(args.images)
     args.batch = min(args.batch, len(paths))
-    pictures = read_pictures(paths, args.remove_background, stages, failures)
+    images = read_images(paths, args.remove_background, stages, failures)
     # A mistyped name is told at once, not after the model has been loaded.
-    first = list(itertools.islice(pictures, 1))
+    first = list(itertools.islice(images, 1))
     if not first:
         return 2
-    pictures = itertools.chain(first, pictures)
+    images = itertools.chain(first, images)
 
     with stages("load", f" {args.weights or 'the bundled model'}"):
         model, params, info = loading.load_weights(args.weights)
         apply = compiled(model, params)
-    while group := list(itertools.islice(pictures, args.batch)):
+    while group := list(itertools.islice(images, args.batch)):
         for (name, path, _), files in reconstruct(model, apply, group, args, stages, failures):
             with stages("write", f" {args.out / name}"):
                 whole_files.write_files(args.out / name, files)
@@ -66,7 +66,7 @@ def main(argv: list[str]) -> int:
     if not done:
         return 2
     summary = {
-        "pictures": done,
+        "images": done,
         "failures": failures,
         "seconds": {**stages.seconds, "total": stages.elapsed()},
         "model": {**info, "parameters": sum(x.size for x in jax.tree.leaves(params))},
@@ -87,7 +87,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "images",
         nargs="*",
         metavar="IMAGE",
-        help="pictures or folders of them; without any, the bundled examples",
+        help="images or folders of them; without any, the bundled examples",
     )
     add("--out", type=Path, default=Path("out"), help="folder for the results (default: out)")
     add(
@@ -108,7 +108,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--batch",
         type=int,
         default=1,
-        help="pictures that go through the model together (default: 1)",
+        help="images that go through the model together (default: 1)",
     )
     add("--dense", action="store_true", help="evaluate the whole grid, not only around the surface")
     add(
@@ -126,11 +126,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def find_pictures(names: list[str]) -> list[Path]:
-    """The files that were named, and the pictures in the folders that were named; the bundled examples if nothing was.
+def find_images(names: list[str]) -> list[Path]:
+    """The files that were named, and the images in the folders that were named; the bundled examples if nothing was.
 
     Raises:
-      InputError: a folder without pictures.
+      InputError: a folder without images.
     """
     paths = []
     for path in map(Path, names or [EXAMPLES]):
@@ -138,7 +138,7 @@ def find_pictures(names: list[str]) -> list[Path]:
             found = sorted(x for x in path.iterdir() if x.suffix.lower() in SUFFIXES)
             if not found:
                 raise InputError(
-                    f"{path} has no pictures: name a folder with {', '.join(sorted(SUFFIXES))} files"
+                    f"{path} has no images: name a folder with {', '.join(sorted(SUFFIXES))} files"
                 )
             paths += found
         else:
@@ -146,10 +146,10 @@ def find_pictures(names: list[str]) -> list[Path]:
     return paths
 
 
-def read_pictures(
+def read_images(
     paths: list[Path], remove_background: bool, stages: messages.Stages, failures: dict
 ) -> Iterator[tuple[str, Path, np.ndarray]]:
-    """Yields (folder name, path, uint8 [H W 4]) of all good pictures; tells of the bad ones, and puts them in `failures`."""
+    """Yields (folder name, path, uint8 [H W 4]) of all good images; tells of the bad ones, and puts them in `failures`."""
     taken = {"report.json"}
     for path in paths:
         try:
@@ -158,7 +158,7 @@ def read_pictures(
         except InputError as error:
             fail(failures, path, error)
             continue
-        stem = whole_files.printable(path.stem).strip(".") or "picture"
+        stem = whole_files.printable(path.stem).strip(".") or "image"
         names = itertools.chain([stem], (f"{stem}-{i}" for i in itertools.count(2)))
         name = next(name for name in names if name not in taken)
         taken.add(name)
@@ -166,14 +166,14 @@ def read_pictures(
 
 
 def fail(failures: dict, path: Path, error: InputError) -> None:
-    """One line for a picture that is given up."""
+    """One line for an image that is given up."""
     message = str(error) if str(path) in str(error) else f"{path}: {error}"
     failures[str(path)] = message
     print(f"lrm: error: {message}", file=sys.stderr, flush=True)
 
 
 def cut_out(rgba: np.ndarray, path: Path, remove_background: bool) -> np.ndarray:
-    """The picture with its background transparent: by its own alpha channel, by rembg, or by its one colour.
+    """The image with its background transparent: by its own alpha channel, by rembg, or by its one colour.
 
     Raises:
       InputError: nothing, or nobody, tells what the object is.
@@ -193,7 +193,7 @@ def cut_out(rgba: np.ndarray, path: Path, remove_background: bool) -> np.ndarray
             )
             rgba = keyed
     if not rgba[..., 3].any():
-        raise InputError(f"{path} shows no object, all is background: give a picture with one")
+        raise InputError(f"{path} shows no object, all is background: give an image with one")
     return rgba
 
 
@@ -226,11 +226,11 @@ def compiled(model, params) -> dict[str, Callable]:
     """The model's encode, render and query as jitted functions; each is compiled for one shape.
 
     Raises:
-      InputError: a family that has no surface, or does not take single pictures.
+      InputError: a family that has no surface, or does not take single images.
     """
     if not (hasattr(model, "prepare") and hasattr(model, "query")):
         raise InputError(
-            f"{type(model).__name__} does not make surfaces from single pictures: give weights of another family"
+            f"{type(model).__name__} does not make surfaces from single images: give weights of another family"
         )
     variables = {"params": params}
 
@@ -255,17 +255,17 @@ def compiled(model, params) -> dict[str, Callable]:
 def reconstruct(
     model, apply, group: list[tuple[str, Path, np.ndarray]], args, stages, failures
 ) -> Iterator[tuple[tuple, dict[str, bytes]]]:
-    """Reconstructs up to `args.batch` pictures at once and yields each with its files."""
+    """Reconstructs up to `args.batch` images at once and yields each with its files."""
     prepared = []
-    for picture in group:
+    for image in group:
         try:
-            prepared.append((picture, model.prepare([picture[2]])))
+            prepared.append((image, model.prepare([image[2]])))
         except InputError as error:
-            fail(failures, picture[1], error)
+            fail(failures, image[1], error)
     if not prepared:
         return
     group, views = zip(*prepared, strict=True)
-    # Padded, so that a last group of fewer pictures is not compiled anew.
+    # Padded, so that a last group of fewer images is not compiled anew.
     padded = views + views[-1:] * (args.batch - len(views))
     with stages("encode", f" {', '.join(name for name, _, _ in group)} (the first time, compiled)"):
         source = jax.tree.map(lambda *x: np.concatenate(x), *padded)
@@ -275,19 +275,19 @@ def reconstruct(
     step = -(-FRAMES // args.views) if args.video else 1
     with stages("render", f" {step * args.views} views (the first one compiled)"):
         frames = render_orbit(apply["render"], scene, orbit, args.views, step, len(padded))
-    for i, picture in enumerate(group):
+    for i, image in enumerate(group):
         one = jax.tree.map(lambda x, i=i: x[i : i + 1], scene)
         try:
-            with stages("surface", f" of {picture[0]}, {args.resolution}^3"):
+            with stages("surface", f" of {image[0]}, {args.resolution}^3"):
                 triangles = surface_of(model, apply["query"], one, args)
             triangles = turned(triangles, -90 - orbit.azimuth_deg)
             with stages("files"):
                 own = {key: values[i] for key, values in frames.items()}
-                files = files_of(picture, triangles, own, orbit, args)
+                files = files_of(image, triangles, own, orbit, args)
         except InputError as error:
-            fail(failures, picture[1], error)
+            fail(failures, image[1], error)
             continue
-        yield picture, files
+        yield image, files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -373,10 +373,10 @@ def turned(triangles: surface.Surface, degrees: float) -> surface.Surface:
 
 
 def files_of(
-    picture: tuple, triangles: surface.Surface, frames: dict, orbit: Orbit, args
+    image: tuple, triangles: surface.Surface, frames: dict, orbit: Orbit, args
 ) -> dict[str, bytes]:
-    """All files of one picture: name -> content."""
-    name, _, rgba = picture
+    """All files of one image: name -> content."""
+    name, _, rgba = image
     glb = formats.to_glb(triangles)
     files = {}
     if "glb" in args.formats:
@@ -389,8 +389,8 @@ def files_of(
     step = len(frames["frames"]) // args.views
     rows = {
         "view": frames["frames"][::step],
-        "depth (near is bright)": sheets.depth_pictures(depth, alpha),
-        "normal (xyz as rgb)": sheets.normal_pictures(
+        "depth (near is bright)": sheets.depth_images(depth, alpha),
+        "normal (xyz as rgb)": sheets.normal_images(
             depth, alpha, frames["origins"], frames["dirs"]
         ),
     }

@@ -1,9 +1,9 @@
-"""`lrm synthesize`: posed pictures of a scene in, new views along a camera path out.
+"""`lrm synthesize`: posed images of a scene in, new views along a camera path out.
 
     lrm synthesize --source garden --weights scene_decoder_only_256.pt --out out
     lrm synthesize --source garden --weights runs/lvsm --views 0,3,7 --path spiral --frames 120
 
-The source folder has `transforms.json` (NeRF, instant-ngp, nerfstudio: OpenGL's axes) or COLMAP's `sparse/0` and `images/`. Pictures
+The source folder has `transforms.json` (NeRF, instant-ngp, nerfstudio: OpenGL's axes) or COLMAP's `sparse/0` and `images/`. Images
 are resized and cropped to the middle square of the model's size. Paths:
 
     orbit        a full turn around the point that the cameras look at, at their mean height and distance
@@ -11,7 +11,7 @@ are resized and cropped to the middle square of the model's size. Paths:
     interpolate  through the source cameras in their order: a Catmull-Rom spline, rotations by slerp
     FILE         the poses of a transforms.json, in the world of the source's
 
-Frames of orbit, spiral and FILE have the mean intrinsics of the source pictures. Leaves `out/frames/0000.png` ..., `synthesis.mp4`,
+Frames of orbit, spiral and FILE have the mean intrinsics of the source images. Leaves `out/frames/0000.png` ..., `synthesis.mp4`,
 `contact_sheet.png`, `report.json`, and `path.json`: the frames' poses as a transforms.json, in the source's own world.
 
 The model's world is the one that it was trained in. Scenes (and the references' checkpoints): the mean source camera at the origin, the
@@ -32,7 +32,7 @@ import numpy as np
 
 from lrm_jax.commands import arguments
 from lrm_jax.commands.versions import versions
-from lrm_jax.data import samples, scene_files, scenes
+from lrm_jax.data import elements, scene_files, scenes
 from lrm_jax.images import png, sheets, video
 from lrm_jax.images.png import to_uint8
 from lrm_jax.ops import cameras as ops_cameras
@@ -64,11 +64,11 @@ def main(argv: list[str]) -> int:
         model, params, info = loading.load_weights(args.weights)
     if hasattr(model, "prepare"):
         raise InputError(
-            f"{args.weights}: {info['family']} reconstructs from one picture: use lrm reconstruct, or give weights of LVSM"
+            f"{args.weights}: {info['family']} reconstructs from one image: use lrm reconstruct, or give weights of LVSM"
         )
-    motion, scale, world = world_of(scene, info["training"])
-    source, pictures = source_views(scene, model.image_size, motion, scale)
-    with stages("encode", f" {len(pictures)} views (compiled first)"):
+    motion, scale, description = model_motion(scene, info["training"])
+    source, images = source_views(scene, model.image_size, motion, scale)
+    with stages("encode", f" {len(images)} views (compiled first)"):
         encode = sharding.jit(functools.partial(model.apply, method="encode"))
         encoded = jax.block_until_ready(encode({"params": params}, source))
     intrinsics = intrinsics_along(position, source.cameras.fxfycxcy[0], len(poses))
@@ -76,16 +76,16 @@ def main(argv: list[str]) -> int:
     with stages("render", f" {len(poses)} frames (compiled first)"):
         frames = render(model, params, encoded, path, args.batch)
     summary = {
-        "source": {"path": str(args.source), "views": scene.views, "pictures": scene.names},
+        "source": {"path": str(args.source), "views": scene.views, "images": scene.names},
         "path": args.path,
         "frames": len(frames),
-        "world": world,
+        "world": description,
         "model": {**info, "parameters": sum(x.size for x in jax.tree.leaves(params))},
         "arguments": vars(args),
         "versions": versions(),
     }
     with stages("write", f" {args.out}"):
-        write(args, scene, pictures, frames, poses)
+        write(args, scene, images, frames, poses)
     summary["seconds"] = {**stages.seconds, "total": stages.elapsed()}
     text = json.dumps(summary, indent=2, default=str)
     whole_files.write_file(args.out / "report.json", text.encode())
@@ -106,7 +106,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         type=Path,
         required=True,
         metavar="DIR",
-        help="folder of posed pictures: transforms.json, or COLMAP's sparse/0 and images/",
+        help="folder of posed images: transforms.json, or COLMAP's sparse/0 and images/",
     )
     add(
         "--weights",
@@ -116,12 +116,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--out", type=Path, default=Path("out"), help="folder for the results (default: out)")
     add(
         "--views",
-        help="pictures that are given to the model: how many, evenly spread, or which ones, as 0,3,7: they are sorted by name "
+        help="images that are given to the model: how many, evenly spread, or which ones, as 0,3,7: they are sorted by name "
         f"(default: all, at most {MAX_VIEWS})",
     )
     add("--path", default="interpolate", metavar="|".join((*PATHS, "FILE")), help="where the camera goes (default: interpolate)")  # fmt: skip
     add("--frames", type=int, default=60, help="frames of the path; not of a FILE (default: 60)")
-    add("--fps", type=float, default=24.0, help="frames of the film in a second (default: 24)")
+    add("--fps", type=float, default=24.0, help="frames of the video in a second (default: 24)")
     add("--batch", type=int, default=4, help="frames that are rendered together (default: 4)")
     add(
         "--convention",
@@ -143,9 +143,9 @@ class Scene:
 
     views: list[int]  # V, their numbers in the folder
     names: list[str]
-    pictures: list[np.ndarray]  # V of uint8 [H W 3]
+    images: list[np.ndarray]  # V of uint8 [H W 3]
     c2w: np.ndarray  # [V 4 4] float64, OpenCV axes, in the folder's world
-    fxfycxcy: np.ndarray  # [V 4] of the whole pictures
+    fxfycxcy: np.ndarray  # [V 4] of the whole images
 
 
 def read_scene(folder: Path, views: str | None, convention: str | None) -> Scene:
@@ -153,7 +153,7 @@ def read_scene(folder: Path, views: str | None, convention: str | None) -> Scene
 
     Raises:
       InputError: with the folder's name: no cameras, bad ones or in another convention, no such view, a missing or damaged
-        picture.
+        image.
     """
     try:
         frames = scene_files.read_folder(folder)
@@ -163,12 +163,12 @@ def read_scene(folder: Path, views: str | None, convention: str | None) -> Scene
         check_rigid(frames.c2w)
         c2w = in_convention(frames.c2w, stated, convention)
         chosen = choose(views, len(c2w))
-        pictures = [scene_files.read_picture(frames, view) for view in chosen]
+        images = [scene_files.read_image(frames, view) for view in chosen]
     except InputError as error:
         message = str(error)
         raise InputError(message if str(folder) in message else f"{folder}: {message}") from None
-    names = [Path(frames.pictures[view]).name for view in chosen]
-    return Scene(chosen, names, pictures, c2w[chosen], frames.fxfycxcy[chosen])
+    names = [Path(frames.images[view]).name for view in chosen]
+    return Scene(chosen, names, images, c2w[chosen], frames.fxfycxcy[chosen])
 
 
 def check_rigid(matrices: np.ndarray) -> None:
@@ -275,7 +275,7 @@ def read_path(path: Path, convention: str | None) -> np.ndarray:
 # -- through the model
 
 
-def world_of(scene: Scene, training: dict) -> tuple[np.ndarray, float, str]:
+def model_motion(scene: Scene, training: dict) -> tuple[np.ndarray, float, str]:
     """(rigid motion [4 4] from the scene's world to the model's, factor of positions after it, what it is in words).
 
     Raises:
@@ -285,7 +285,7 @@ def world_of(scene: Scene, training: dict) -> tuple[np.ndarray, float, str]:
     if normalize not in ("all_views", "source_views"):
         words = f"the poses' own, turned as in training (data.normalize={normalize})"
         return (
-            samples.world_motion(scene.c2w[0], scene.fxfycxcy[0], normalize).astype(float),
+            elements.world_motion(scene.c2w[0], scene.fxfycxcy[0], normalize).astype(float),
             1.0,
             words,
         )
@@ -300,23 +300,23 @@ def world_of(scene: Scene, training: dict) -> tuple[np.ndarray, float, str]:
 
 def to_model(c2w: np.ndarray, motion: np.ndarray, scale: float) -> np.ndarray:
     """Poses [N 4 4] of the scene's world in the model's, float32."""
-    moved = motion @ c2w
-    moved[:, :3, 3] *= scale
-    return moved.astype(np.float32)
+    model_c2w = motion @ c2w
+    model_c2w[:, :3, 3] *= scale
+    return model_c2w.astype(np.float32)
 
 
 def source_views(
     scene: Scene, size: int, motion: np.ndarray, scale: float
 ) -> tuple[Views, np.ndarray]:
-    """What the model is given, [1 V size size 3], and its pictures uint8 [V size size 3]."""
-    cropped, boxes = zip(*(scenes.crop(picture, size) for picture in scene.pictures), strict=True)
+    """What the model is given, [1 V size size 3], and its images uint8 [V size size 3]."""
+    cropped, boxes = zip(*(scenes.crop(image, size) for image in scene.images), strict=True)
     cameras = Cameras(
         c2w=to_model(scene.c2w, motion, scale),
-        fxfycxcy=samples.crop_intrinsics(scene.fxfycxcy, np.stack(boxes)),
+        fxfycxcy=elements.crop_intrinsics(scene.fxfycxcy, np.stack(boxes)),
     )
-    pictures = np.stack(cropped)
-    rgb = pictures.astype(np.float32) / 255
-    return jax.tree.map(lambda x: x[None], Views(rgb=rgb, cameras=cameras)), pictures
+    images = np.stack(cropped)
+    rgb = images.astype(np.float32) / 255
+    return jax.tree.map(lambda x: x[None], Views(rgb=rgb, cameras=cameras)), images
 
 
 def intrinsics_along(
@@ -363,18 +363,18 @@ def render(model, params, encoded, path: Cameras, batch: int) -> np.ndarray:
 def write(
     args: argparse.Namespace,
     scene: Scene,
-    pictures: np.ndarray,
+    images: np.ndarray,
     frames: np.ndarray,
     poses: np.ndarray,
 ) -> None:
     """All files but the report."""
-    shown = np.linspace(0, len(frames) - 1, len(pictures)).round().astype(int)
-    rows = {"given": pictures, "drawn": frames[shown]}
+    shown = np.linspace(0, len(frames) - 1, len(images)).round().astype(int)
+    rows = {"given": images, "drawn": frames[shown]}
     columns = [f"view {v}, frame {f}" for v, f in zip(scene.views, shown, strict=True)]
     title = args.source.resolve().name
     matrices = conventions.write(poses, TRANSFORMS).tolist()
     files = {
-        "contact_sheet.png": sheets.contact_sheet(pictures[0], rows, columns, title),
+        "contact_sheet.png": sheets.contact_sheet(images[0], rows, columns, title),
         "synthesis.mp4": video.turntable(frames, args.fps),
         "path.json": json.dumps({"frames": [{"transform_matrix": x} for x in matrices]}).encode(),
     }  # fmt: skip

@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
         return dry_run(config, device_mesh)
     networks = losses.load_networks(config.losses, config.networks)
     peak_rate = flops.peak_rate()  # before the loader's threads and the first program are at work
-    data = open_data(*batch_axes.process_share(device_mesh), **config.data)
+    data = open_data(*batch_axes.process_slice(device_mesh), **config.data)
     run = make_run(config, device_mesh)
     # Before anything is left in the workdir.
     params = initial_params(run, config.train.init_from) if checkpoints.is_empty(workdir) else None

@@ -24,9 +24,9 @@ MAX_DISTORTION = 0.02
 
 @dataclasses.dataclass(frozen=True)
 class Reconstruction:
-    """The posed pictures, sorted by name."""
+    """The posed images, sorted by name."""
 
-    names: tuple[str, ...]  # V files, relative to the folder of pictures
+    names: tuple[str, ...]  # V files, relative to the folder of images
     c2w: np.ndarray  # [V 4 4] float64, OpenCV axes, in the reconstruction's own world and unit
     fxfycxcy: np.ndarray  # [V 4] float64, fractions of width, height, width, height
     sizes: np.ndarray  # [V 2] (width, height) in pixels
@@ -35,10 +35,10 @@ class Reconstruction:
 def read(folder: Path) -> Reconstruction:
     """Reads `cameras` and `images`, `.bin` or `.txt`.
 
-    Lens distortion of less than MAX_DISTORTION is left in the pictures.
+    Lens distortion of less than MAX_DISTORTION is left in the images.
 
     Raises:
-      InputError: a file is missing, cut short or not finite, there is no picture, or a lens is too far from a pinhole.
+      InputError: a file is missing, cut short or not finite, there is no image, or a lens is too far from a pinhole.
     """
     suffix = ".bin" if (folder / "cameras.bin").exists() else ".txt"
     parse_cameras = _binary_cameras if suffix == ".bin" else _text_cameras
@@ -51,7 +51,7 @@ def read(folder: Path) -> Reconstruction:
     }
     images = sorted(_parse(folder / f"images{suffix}", parse_images))
     if not images:
-        raise InputError(f"{folder.name}/images{suffix} has no picture")
+        raise InputError(f"{folder.name}/images{suffix} has no image")
     for name, camera, _, _ in images:
         if camera not in cameras:
             raise InputError(f"{name} was taken with camera {camera}, which cameras{suffix} lacks")
@@ -88,7 +88,7 @@ def _binary_cameras(path: Path) -> list[tuple]:
 
 
 def _binary_images(path: Path) -> list[tuple]:
-    """(name, camera, quaternion, translation) of each picture."""
+    """(name, camera, quaternion, translation) of each image."""
     data, images = path.read_bytes(), []
     (count,), at = struct.unpack_from("<Q", data), 8
     for _ in range(count):
@@ -135,10 +135,10 @@ def pinhole(model: int, width: int, height: int, params: tuple[float, ...]) -> n
     if any(lens):
         corners = np.array([[x, y] for x in (0, width) for y in (0, height)])
         x, y = ((corners - [cx, cy]) / [fx, fy]).T
-        moved = _displacement(name, lens, x, y) * [fx, fy]
-        if np.abs(moved).max() > MAX_DISTORTION * max(width, height):
+        displacement = _displacement(name, lens, x, y) * [fx, fy]
+        if np.abs(displacement).max() > MAX_DISTORTION * max(width, height):
             raise InputError(
-                f"a {name} lens moves the corners by {np.abs(moved).max():.0f} pixels: run colmap image_undistorter first"
+                f"a {name} lens moves the corners by {np.abs(displacement).max():.0f} pixels: run colmap image_undistorter first"
             )
     return np.array([fx / width, fy / height, cx / width, cy / height])
 

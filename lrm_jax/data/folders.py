@@ -21,10 +21,10 @@ from lrm_jax.types import InputError
 class Cameras:
     """The views of one object."""
 
-    pictures: tuple[Path, ...]  # V files
+    images: tuple[Path, ...]  # V files
     c2w: np.ndarray  # [V 4 4] float64, OpenCV axes
     fxfycxcy: np.ndarray  # [V 4] float64
-    size: tuple[int, int]  # (width, height) of the pictures
+    size: tuple[int, int]  # (width, height) of the images
 
 
 def find(root: Path) -> list[str]:
@@ -64,28 +64,28 @@ def read_cameras(folder: Path) -> Cameras:
     Raises:
       InputError: a file is missing, damaged, of another shape, or not finite; named without the object.
     """
-    pictures = tuple(sorted(folder.glob("rgba/*.png")))
-    if not pictures:
+    images = tuple(sorted(folder.glob("rgba/*.png")))
+    if not images:
         raise InputError("no rgba/*.png")
     posed = {path.stem for path in folder.glob("pose/*.npy")}
-    if lost := posed - {path.stem for path in pictures}:
+    if lost := posed - {path.stem for path in images}:
         raise InputError(f"rgba/{min(lost)}.png is missing")
     focal, centre, size = intrinsics = _load_array(folder / "intrinsics.npy", (3, 2))
     if (intrinsics[[0, 2]] <= 0).any():
         raise InputError("intrinsics.npy: a focal length or a size is not positive")
-    poses = np.stack([_load_array(folder / "pose" / f"{p.stem}.npy", (3, 4)) for p in pictures])
+    poses = np.stack([_load_array(folder / "pose" / f"{p.stem}.npy", (3, 4)) for p in images])
     c2w = np.concatenate([poses, np.tile([[[0, 0, 0, 1.0]]], (len(poses), 1, 1))], axis=1)
     fxfycxcy = np.tile(np.concatenate([focal / size, centre / size]), (len(poses), 1))
-    return Cameras(pictures, opengl_to_opencv(c2w), fxfycxcy, (int(size[0]), int(size[1])))
+    return Cameras(images, opengl_to_opencv(c2w), fxfycxcy, (int(size[0]), int(size[1])))
 
 
-def read_picture(cameras: Cameras, view: int) -> np.ndarray:
+def read_image(cameras: Cameras, view: int) -> np.ndarray:
     """[H W 4] uint8, sRGB with straight alpha.
 
     Raises:
       InputError: the file cannot be read, or has not the size that intrinsics.npy says.
     """
-    path = cameras.pictures[view]
+    path = cameras.images[view]
     rgba = load_image(path)
     if rgba.shape[1::-1] != cameras.size:
         raise InputError(

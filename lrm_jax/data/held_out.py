@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from lrm_jax.data import folders, samples, splits
+from lrm_jax.data import elements, folders, splits
 from lrm_jax.types import Cameras, InputError
 
 SOURCE_ELEVATION = (5.0, 35.0)  # degrees, both included: as photographs are taken
@@ -23,7 +23,7 @@ class HeldOut:
     """One object. Cameras are NumPy, OpenCV axes, in the world of the data."""
 
     folder: Path  # absolute
-    sources: np.ndarray  # uint8 [N H H 4] straight alpha, the whole pictures
+    sources: np.ndarray  # uint8 [N H H 4] straight alpha, the whole images
     source_cameras: Cameras  # [N]
     targets: np.ndarray  # uint8 [V S S 4] straight alpha
     target_cameras: Cameras  # [V]
@@ -36,7 +36,7 @@ class HeldOut:
 
     @property
     def source(self) -> np.ndarray:
-        """The first source [H H 4], the only one of families that take single pictures."""
+        """The first source [H H 4], the only one of families that take single images."""
         return self.sources[0]
 
     @property
@@ -62,7 +62,7 @@ def read(folder: Path, num_targets: int, size: int, num_sources: int = 1) -> Hel
 
     Args:
       num_targets: V.
-      size: S, the side to which the target pictures are scaled.
+      size: S, the side to which the target images are scaled.
       num_sources: N.
 
     Raises:
@@ -70,8 +70,8 @@ def read(folder: Path, num_targets: int, size: int, num_sources: int = 1) -> Hel
     """
     cameras = folders.read_cameras(folder)
     if cameras.size[0] != cameras.size[1]:
-        raise InputError(f"its pictures are {cameras.size[0]}x{cameras.size[1]}, not square")
-    in_band = np.flatnonzero(samples.in_band(cameras.c2w, SOURCE_ELEVATION))
+        raise InputError(f"its images are {cameras.size[0]}x{cameras.size[1]}, not square")
+    in_band = np.flatnonzero(elements.in_band(cameras.c2w, SOURCE_ELEVATION))
     if len(in_band) < num_sources:
         low, high = SOURCE_ELEVATION
         raise InputError(
@@ -79,7 +79,7 @@ def read(folder: Path, num_targets: int, size: int, num_sources: int = 1) -> Hel
         )
     digest = hashlib.sha256(folder.name.encode()).digest()
     first, rng = int.from_bytes(digest[:8]) % len(in_band), np.random.default_rng(list(digest))
-    sources, count = _spread(np.roll(in_band, -first), num_sources), len(cameras.pictures)
+    sources, count = _spread(np.roll(in_band, -first), num_sources), len(cameras.images)
     if count < num_sources + num_targets:
         raise InputError(
             f"{count} views are too few for {num_sources} as source and {num_targets} as targets: lower --views"
@@ -89,9 +89,9 @@ def read(folder: Path, num_targets: int, size: int, num_sources: int = 1) -> Hel
     points, no_points = _points(folder / "points.npy")
     return HeldOut(
         folder=folder.absolute(),
-        sources=np.stack([folders.read_picture(cameras, i) for i in sources]),
+        sources=np.stack([folders.read_image(cameras, i) for i in sources]),
         source_cameras=_at(cameras, sources),
-        targets=np.stack([samples.shrink(folders.read_picture(cameras, i), size) for i in chosen]),
+        targets=np.stack([elements.shrink(folders.read_image(cameras, i), size) for i in chosen]),
         target_cameras=_at(cameras, chosen),
         points=points,
         no_points=no_points,
@@ -109,7 +109,7 @@ def _at(cameras: folders.Cameras, views) -> Cameras:
 
 
 def _points(path: Path) -> tuple[np.ndarray | None, str]:
-    """The points, or why there are none: pictures can be compared without."""
+    """The points, or why there are none: images can be compared without."""
     try:
         points = np.asarray(np.load(path), np.float64)
     except FileNotFoundError:

@@ -9,7 +9,7 @@ request: the names of the mask files; that no photograph has an EXIF orientation
 
 LRM and OpenLRM train on it (LRM, https://arxiv.org/abs/2311.04400, section 4.1), but neither has published how: the world
 here is what the cameras and the masks tell. The object's centre is the point that the rays through the middles of the
-masks come closest to, its outline is in the unit sphere, up is what is up in all the pictures. Every picture becomes
+masks come closest to, its outline is in the unit sphere, up is what is up in all the images. Every image becomes
 the square one of a camera at the same place that looks at the object's centre and stands upright, as in rendered data: a homography
 of the photograph. What lies outside the photograph is transparent.
 """
@@ -21,13 +21,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lrm_jax.data import Source, colmap, pipeline, samples, splits
+from lrm_jax.data import Source, colmap, elements, pipeline, splits
 from lrm_jax.images.load import load_image
 from lrm_jax.ops import paths
 from lrm_jax.types import Batch, InputError
 
 NUM_OUTLINES = 8  # masks that the object's place and size are taken from
-MARGIN = 1.1  # side of the pictures over the diameter of the sphere in them
+MARGIN = 1.1  # side of the images over the diameter of the sphere in them
 
 
 def make(
@@ -46,14 +46,14 @@ def make(
       split: "train", "val" or "all", told apart as `objects` does.
       seed: of the order of the objects and the choice of views.
       masks: the folder with the masks of the classes; None: root/masks.
-      source_elevation: as all `fields`, see `samples.Recipe`; people hold cameras where they like.
+      source_elevation: as all `fields`, see `elements.Recipe`; people hold cameras where they like.
 
     Raises:
       InputError: no such folder, or no object in it or in this split. An object that cannot be used is noticed when it is
         read.
     """
     root = Path(root)
-    recipe = samples.make_recipe(split, source_elevation=source_elevation, **fields)
+    recipe = elements.make_recipe(split, source_elevation=source_elevation, **fields)
     uids = _find(root)
     names = tuple(uids[i] for i in splits.select(uids, split, str(root)))
     load = functools.partial(
@@ -87,13 +87,13 @@ def _find(root: Path) -> list[str]:
 class _Object:
     """The views of one object, in a world where it is around the origin, within the unit sphere, z up."""
 
-    pictures: tuple[Path, ...]
+    images: tuple[Path, ...]
     masks: tuple[Path, ...]
     sizes: np.ndarray  # [V 2] (width, height) of the photographs, pixels
     c2w: np.ndarray  # [V 4 4] float64, OpenCV axes, of the cameras that look at the origin
     fxfycxcy: np.ndarray  # [V 4], theirs
-    sides: np.ndarray  # [V] of their pictures, pixels
-    homographies: np.ndarray  # [V 3 3], from pixels of their pictures to those of the photographs
+    sides: np.ndarray  # [V] of their images, pixels
+    homographies: np.ndarray  # [V 3 3], from pixels of their images to those of the photographs
 
 
 def _load(
@@ -103,13 +103,13 @@ def _load(
     root: Path,
     masks: Path,
     names: tuple[str, ...],
-    recipe: samples.Recipe,
+    recipe: elements.Recipe,
     seed: int,
 ) -> Batch:
     try:
         item = _read_object(root / names[index], masks / names[index])
         read = functools.partial(_read_crop, item)
-        return samples.sample(read, item.c2w, item.fxfycxcy, recipe, seed, position)
+        return elements.make(read, item.c2w, item.fxfycxcy, recipe, seed, position)
     except InputError as error:
         raise InputError(f"{root}: {names[index]}: {error}") from None
 
@@ -117,23 +117,23 @@ def _load(
 @functools.lru_cache(maxsize=10_000)  # masks are slow to decode, and an object comes again
 def _read_object(folder: Path, masks: Path) -> _Object:
     cameras = colmap.read(folder / "sparse" / "0")
-    pictures = tuple(folder / "images" / name for name in cameras.names)
-    for path in pictures:
+    images = tuple(folder / "images" / name for name in cameras.names)
+    for path in images:
         if not path.is_file():
             raise InputError(f"images/{path.name} is missing")
-    mask_files = tuple(_mask_of(masks, path) for path in pictures)
-    some = np.unique(np.linspace(0, len(pictures) - 1, NUM_OUTLINES).astype(int))
+    mask_files = tuple(_mask_of(masks, path) for path in images)
+    some = np.unique(np.linspace(0, len(images) - 1, NUM_OUTLINES).astype(int))
     outlines = [_outline(mask_files[v], cameras.fxfycxcy[v]) for v in some]
     c2w = _normalize(cameras.c2w, some, outlines)
     focal = cameras.fxfycxcy * np.tile(cameras.sizes, 2)
-    return _Object(pictures, mask_files, cameras.sizes, *_look_at_origin(c2w, focal))
+    return _Object(images, mask_files, cameras.sizes, *_look_at_origin(c2w, focal))
 
 
-def _mask_of(masks: Path, picture: Path) -> Path:
-    for path in (masks / f"{picture.name}.png", masks / f"{picture.stem}.png"):
+def _mask_of(masks: Path, image: Path) -> Path:
+    for path in (masks / f"{image.name}.png", masks / f"{image.stem}.png"):
         if path.is_file():
             return path
-    raise InputError(f"{picture.name} has no mask in {masks}")
+    raise InputError(f"{image.name} has no mask in {masks}")
 
 
 def _outline(mask: Path, fxfycxcy: np.ndarray) -> np.ndarray:
@@ -217,22 +217,22 @@ def _look_at_origin(
 
 def _read_crop(item: _Object, view: int) -> np.ndarray:
     """[S S 4] uint8: the object, cut out by its mask, as the camera sees it that looks at the origin."""
-    rgba, (width, height) = load_image(item.pictures[view]), item.sizes[view]
+    rgba, (width, height) = load_image(item.images[view]), item.sizes[view]
     if rgba.shape[:2] != (height, width):
         raise InputError(
-            f"images/{item.pictures[view].name} is {rgba.shape[1]}x{rgba.shape[0]}, "
+            f"images/{item.images[view].name} is {rgba.shape[1]}x{rgba.shape[0]}, "
             f"its camera says {width}x{height}"
         )
     mask = Image.fromarray(_read_mask(item.masks[view]))
     rgba[..., 3] = np.asarray(mask.resize((width, height), Image.Resampling.BILINEAR))
     # Pillow maps pixel centres, at +0.5 as ours, and interpolates premultiplied colour.
-    picture = Image.fromarray(rgba).transform(
+    image = Image.fromarray(rgba).transform(
         (int(item.sides[view]),) * 2,
         Image.Transform.PERSPECTIVE,
         item.homographies[view].ravel()[:8].tolist(),
         Image.Resampling.BILINEAR,
     )
-    return np.asarray(picture)
+    return np.asarray(image)
 
 
 def _read_mask(path: Path) -> np.ndarray:

@@ -1,7 +1,7 @@
-"""Single objects from folders of pictures with known cameras: OpenLRM's layout (see `folders`).
+"""Single objects from folders of images with known cameras: OpenLRM's layout (see `folders`).
 
-The first start decodes every picture once, at the sizes that training wants, into `root/.cache-<key>` (see `store`).
-With `cache=False` a sample decodes its own pictures: for large ones, whose cache would be too.
+The first start decodes every image once, at the sizes that training wants, into `root/.cache-<key>` (see `store`).
+With `cache=False` a sample decodes its own images: for large ones, whose cache would be too.
 """
 
 import functools
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lrm_jax.data import Source, folders, pipeline, samples, splits
+from lrm_jax.data import Source, elements, folders, pipeline, splits
 from lrm_jax.data.store import Settings, Store, get_store
 from lrm_jax.types import Batch, InputError
 
@@ -30,14 +30,14 @@ def make(
       split: "train" or "val": the objects whose group's name hashes into the last 8 %, so that variants of an object are on one
         side; "all": both.
       seed: of the order of the objects and the choice of views.
-      cache: decode all pictures at the first start. Then objects that cannot be used are skipped, reported on stderr;
+      cache: decode all images at the first start. Then objects that cannot be used are skipped, reported on stderr;
         otherwise each is noticed when it is first read.
-      fields: of `samples.Recipe`.
+      fields: of `elements.Recipe`.
 
     Raises:
       InputError: no such folder, nothing usable in it, or no object in this split.
     """
-    root, recipe = Path(root), samples.make_recipe(split, **fields)
+    root, recipe = Path(root), elements.make_recipe(split, **fields)
     uids = folders.find(root)
     if cache:
         store = get_store(root, uids, Settings(recipe.source_size, recipe.target_size, recipe.source_elevation, recipe.foreground_ratio))  # fmt: skip
@@ -51,13 +51,13 @@ def make(
     return Source(pipeline.order(len(names), split, seed).map_with_index(load), names=names)
 
 
-def _usable(store: Store, recipe: samples.Recipe, root: Path) -> np.ndarray:
+def _usable(store: Store, recipe: elements.Recipe, root: Path) -> np.ndarray:
     """Indices of the objects that can be used; reports the others."""
     usable, skipped = [], dict(store.skipped)
     for index, uid in enumerate(store.uids):
         if uid not in skipped:
             rows = store.source_row[store.start[index] : store.start[index + 1]]
-            if cause := samples.lacking(int((rows >= 0).sum()), len(rows), recipe):
+            if cause := elements.lacking(int((rows >= 0).sum()), len(rows), recipe):
                 skipped[uid] = cause
             else:
                 usable.append(index)
@@ -75,20 +75,20 @@ def _usable(store: Store, recipe: samples.Recipe, root: Path) -> np.ndarray:
 class _Cached:
     """(position, index of an object) -> sample, from a store."""
 
-    def __init__(self, store: Store, indices: np.ndarray, recipe: samples.Recipe, seed: int):
+    def __init__(self, store: Store, indices: np.ndarray, recipe: elements.Recipe, seed: int):
         self.store, self.indices, self.recipe, self.seed = store, indices, recipe, seed
 
     def __call__(self, position: int, index: int) -> Batch:
         store, index = self.store, self.indices[index]
         first, end = store.start[index], store.start[index + 1]
         rows = store.source_row[first:end]
-        sources, targets, mirrored = samples.draw(rows >= 0, self.recipe, self.seed, position)
+        sources, targets, mirrored = elements.draw(rows >= 0, self.recipe, self.seed, position)
         rows, views = rows[sources], first + targets
-        return samples.assemble(
-            samples.Pictures(
+        return elements.assemble(
+            elements.Images(
                 store.source_rgb[rows], store.source_alpha[rows], store.source_fxfycxcy[rows]
             ),
-            samples.Pictures(
+            elements.Images(
                 store.target_rgb[views], store.target_alpha[views], store.fxfycxcy[views]
             ),
             store.c2w[views],
@@ -103,13 +103,13 @@ def _read(
     *,
     root: Path,
     names: tuple[str, ...],
-    recipe: samples.Recipe,
+    recipe: elements.Recipe,
     seed: int,
 ) -> Batch:
     """The sample of one object, from its files."""
     try:
         cameras = folders.read_cameras(root / names[index])
-        read = functools.partial(folders.read_picture, cameras)
-        return samples.sample(read, cameras.c2w, cameras.fxfycxcy, recipe, seed, position)
+        read = functools.partial(folders.read_image, cameras)
+        return elements.make(read, cameras.c2w, cameras.fxfycxcy, recipe, seed, position)
     except InputError as error:
         raise InputError(f"{root}: {names[index]}: {error}") from None

@@ -1,4 +1,4 @@
-"""From sources to batches: this process's share of every global batch, prefetched, resumable to the bit.
+"""From sources to batches: this process's part of every global batch, prefetched, resumable to the bit.
 
 The batch of step n is made of the positions n B ... (n + 1) B - 1 of its source, and process p of P holds the p-th of P
 equal runs of them: the global batch has the same elements for every number of processes. (In the same order, too, where the
@@ -41,7 +41,7 @@ def open_batches(
       sources: one, or (source, weight) pairs: of `sum(weights)` batches in a row, `weight` are of that source, evenly
         spread. A batch is never mixed: what a source finishes on the device differs.
       batch_size: B of the global batch.
-      process_index, process_count: whose share.
+      process_index, process_count: whose part.
       num_workers: processes that make the batches; 0: threads of this one.
       prefetch: batches that are made ahead, of each worker; 0 without workers: none, in the caller's thread.
 
@@ -60,15 +60,15 @@ def open_batches(
     weights = [weight for _, weight in pairs]
     if not weights or any(weight != int(weight) or weight < 1 for weight in weights):
         raise InputError(f"data: weights {weights} of the sources: must be whole numbers from 1")
-    num_steps = -(-len(pairs[0][0].samples) // batch_size) if len(pairs) == 1 else sys.maxsize
-    share = _Share(
+    num_steps = -(-len(pairs[0][0].elements) // batch_size) if len(pairs) == 1 else sys.maxsize
+    part = _Part(
         tuple(source for source, _ in pairs),
         _schedule(weights),
         batch_size,
         process_index * (batch_size // process_count),
         batch_size // process_count,
     )
-    return Batches(grain.MapDataset.range(num_steps).map(share), num_workers, prefetch)
+    return Batches(grain.MapDataset.range(num_steps).map(part), num_workers, prefetch)
 
 
 def order(count: int, split: str, seed: int) -> grain.MapDataset:
@@ -175,13 +175,13 @@ def _leave_signals_to_the_parent(index: int, count: int) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Share:
-    """Makes this process's share of the batch of a step: (index of the source, stacked elements, causes of bad records)."""
+class _Part:
+    """Makes this process's part of the batch of a step: (index of the source, stacked elements, causes of bad records)."""
 
     sources: tuple[Source, ...]
     schedule: tuple[int, ...]
     batch_size: int
-    offset: int  # of the share in the global batch
+    offset: int  # of the part in the global batch
     size: int
 
     def __call__(self, step: int) -> tuple[int, Any, list[str]]:
@@ -196,12 +196,12 @@ class _Share:
 
 def _usable(source: Source, position: int, bad: list[str]) -> Any:
     """The element at a position, or where it is bad the first usable one after; notes the causes in `bad`."""
-    length, causes = len(source.samples), []
+    length, causes = len(source.elements), []
     # Among twice as many positions as there are objects is a whole epoch.
     tries = min(length, MAX_TRIES, 2 * len(source.names or range(MAX_TRIES)))
     for attempt in range(tries):
         try:
-            element = source.samples[(position + attempt) % length]
+            element = source.elements[(position + attempt) % length]
         except InputError as error:
             causes.append(str(error))
         else:

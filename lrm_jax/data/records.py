@@ -1,4 +1,4 @@
-"""Single objects from ArrayRecord shards, which `tools/build_dataset.py` writes: for data sets of many or large pictures.
+"""Single objects from ArrayRecord shards, which `tools/build_dataset.py` writes: for data sets of many or large images.
 
 A record is one object with all its views, so that a sample is one read wherever the shards are: PNG files as they were,
 of which only the drawn views are decoded, and cameras in our convention. A tensorflow-datasets data set, written and read without TensorFlow:
@@ -21,7 +21,7 @@ import tensorflow_datasets as tfds
 import tqdm
 from PIL import Image
 
-from lrm_jax.data import Source, folders, pipeline, samples, splits
+from lrm_jax.data import Source, elements, folders, pipeline, splits
 from lrm_jax.types import Batch, InputError
 
 SPLIT = "objects"  # one: which objects are held out is decided at reading, as for folders
@@ -34,12 +34,12 @@ def make(root: str | Path, *, split: str, seed: int, **fields) -> Source:
       root: the folder that `tools/build_dataset.py` wrote.
       split: "train", "val" or "all", told apart as `objects` does.
       seed: of the order of the objects and the choice of views.
-      fields: of `samples.Recipe`.
+      fields: of `elements.Recipe`.
 
     Raises:
       InputError: no data set there, or none of its objects in this split.
     """
-    root, recipe = Path(root), samples.make_recipe(split, **fields)
+    root, recipe = Path(root), elements.make_recipe(split, **fields)
     uids = _open(root).info.metadata["names"]
     numbers = splits.select(uids, split, str(root))
     names = tuple(uids[i] for i in numbers)
@@ -58,10 +58,10 @@ class LrmObjects(tfds.core.GeneratorBasedBuilder):
         super().__init__(**kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
-        picture = tfds.features.Image(shape=(None, None, 4), encoding_format="png")
+        image = tfds.features.Image(shape=(None, None, 4), encoding_format="png")
         features = {
             "uid": tfds.features.Text(),
-            "rgba": tfds.features.Sequence(picture),  # straight alpha
+            "rgba": tfds.features.Sequence(image),  # straight alpha
             "c2w": tfds.features.Tensor(shape=(None, 4, 4), dtype=np.float32),  # OpenCV axes
             "fxfycxcy": tfds.features.Tensor(shape=(None, 4), dtype=np.float32),  # fractions
         }
@@ -125,23 +125,23 @@ def _folder(root: Path) -> Path:
 
 
 def _try_read(folder: Path) -> dict[str, Any] | InputError:
-    """The record of an object, or why there is none. Every picture is decoded, so that a damaged one is found now."""
+    """The record of an object, or why there is none. Every image is decoded, so that a damaged one is found now."""
     try:
         cameras = folders.read_cameras(folder)
-        pictures = [_encoded(cameras, view) for view in range(len(cameras.pictures))]
+        images = [_encoded(cameras, view) for view in range(len(cameras.images))]
     except InputError as error:
         return error
     return {
         "uid": folder.name,
-        "rgba": [io.BytesIO(picture) for picture in pictures],
+        "rgba": [io.BytesIO(image) for image in images],
         "c2w": cameras.c2w.astype(np.float32),
         "fxfycxcy": cameras.fxfycxcy.astype(np.float32),
     }
 
 
 def _encoded(cameras: folders.Cameras, view: int) -> bytes:
-    """A picture as an 8-bit RGBA PNG: the file itself where it is one."""
-    rgba, path = folders.read_picture(cameras, view), cameras.pictures[view]
+    """An image as an 8-bit RGBA PNG: the file itself where it is one."""
+    rgba, path = folders.read_image(cameras, view), cameras.images[view]
     with Image.open(path) as image:
         if (image.format, image.mode) == ("PNG", "RGBA"):
             return path.read_bytes()
@@ -151,7 +151,7 @@ def _encoded(cameras: folders.Cameras, view: int) -> bytes:
 
 
 class _Encoded(tfds.decode.SkipDecoding):
-    """Leaves pictures as bytes, also in a sequence, which tfds' own leaves out."""
+    """Leaves images as bytes, also in a sequence, which tfds' own leaves out."""
 
     def decode_batch_example_np(self, examples):
         return examples
@@ -182,13 +182,13 @@ class _Load:
     root: Path
     numbers: tuple[int, ...]  # of the records
     names: tuple[str, ...]
-    recipe: samples.Recipe
+    recipe: elements.Recipe
     seed: int
 
     def __call__(self, position: int, index: int) -> Batch:
         try:
             record = _read(self.root, self.numbers[index])
-            return samples.sample(
+            return elements.make(
                 functools.partial(_decode, record["rgba"]),
                 record["c2w"],
                 record["fxfycxcy"],
@@ -211,9 +211,9 @@ def _read(root: Path, number: int) -> dict[str, Any]:
     return record
 
 
-def _decode(pictures: Any, view: int) -> np.ndarray:
+def _decode(images: Any, view: int) -> np.ndarray:
     try:
-        with Image.open(io.BytesIO(pictures[view])) as image:
+        with Image.open(io.BytesIO(images[view])) as image:
             return np.array(image.convert("RGBA"))
     except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, ValueError ...
         raise InputError(f"view {view} cannot be decoded ({type(error).__name__})") from None

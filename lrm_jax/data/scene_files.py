@@ -1,4 +1,4 @@
-"""Where the frames and cameras of a scene are: four layouts of posed pictures, read scene by scene.
+"""Where the frames and cameras of a scene are: four layouts of posed images, read scene by scene.
 
     root/index.json, 000000.torch ...        pixelSplat's RealEstate10K: {key: chunk}; a chunk is a list of {"key", "cameras"
                                              [V 18], "images": V JPEG files as uint8 tensors}; a row of cameras is
@@ -11,7 +11,7 @@
 
 The first two stand in `root/train` and `root/test`, which then are the splits, or in `root`; a scene of the other two may be `root`
 itself. Written from the descriptions at https://github.com/dcharatan/pixelsplat and https://github.com/Haian-Jin/LVSM (README), not
-from their data, which cannot be fetched here. Not verified for LVSM's: the name of the pictures' field, so both are taken; the
+from their data, which cannot be fetched here. Not verified for LVSM's: the name of the images' field, so both are taken; the
 unit of `fxfycxcy`, so pixels and fractions are told apart; what the paths are relative to, so that only their last three parts count.
 """
 
@@ -36,15 +36,15 @@ from lrm_jax.weights import tensor_files
 STAGES = {"train": ("train",), "val": ("test",), "all": ("train", "test")}
 TRANSFORMS = ("transforms.json", "transforms_train.json")
 SPARSE = ("sparse/0", "sparse", "colmap/sparse/0")
-# What a mismatch of the sides' ratio may be: rounding of sizes, not a picture that lies on its side.
+# What a mismatch of the sides' ratio may be: rounding of sizes, not an image that lies on its side.
 ASPECT_TOLERANCE = 0.03
 
 
 @dataclasses.dataclass(frozen=True)
 class Frames:
-    """The posed pictures of one scene, in their order."""
+    """The posed images of one scene, in their order."""
 
-    pictures: tuple[Path | np.ndarray, ...]  # V files, or their bytes
+    images: tuple[Path | np.ndarray, ...]  # V files, or their bytes
     c2w: np.ndarray  # [V 4 4] float64, OpenCV axes, in the scene's own world and unit
     fxfycxcy: np.ndarray  # [V 4] float64, fractions of width, height, width, height
     aspect: np.ndarray | None = None  # [V] width / height that the cameras are for; None: unknown
@@ -131,22 +131,22 @@ def read_folder(folder: Path) -> Frames:
     return _checked(_read_folder(folder, folder.name))
 
 
-def read_picture(frames: Frames, view: int) -> np.ndarray:
+def read_image(frames: Frames, view: int) -> np.ndarray:
     """[H W 3] uint8 sRGB; what is transparent is white, as NeRF (https://arxiv.org/abs/2003.08934) has it.
 
     Raises:
-      InputError: the picture is missing, damaged or lies on its side.
+      InputError: the image is missing, damaged or lies on its side.
     """
-    picture = frames.pictures[view]
-    if isinstance(picture, Path):
-        rgba = load_image(picture)
+    image = frames.images[view]
+    if isinstance(image, Path):
+        rgba = load_image(image)
         # Rounded, and not changed where opaque.
         rgb = (blend(rgba, 1.0) * 255 + 0.5).astype(np.uint8) if has_alpha(rgba) else rgba[..., :3]
-        name = picture.name
+        name = image.name
     else:
         name = f"frame {view}"
         try:
-            rgb = np.asarray(Image.open(io.BytesIO(picture.tobytes())).convert("RGB"))
+            rgb = np.asarray(Image.open(io.BytesIO(image.tobytes())).convert("RGB"))
         except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error ...
             raise InputError(f"{name} cannot be decoded ({type(error).__name__})") from None
     if frames.aspect is not None:
@@ -182,14 +182,14 @@ def _read_chunk(path: Path, name: str) -> Frames:
     if scene is None:
         raise InputError(f"{path.name} lacks it, though index.json says otherwise")
     try:
-        cameras, pictures = np.asarray(scene["cameras"], float), tuple(scene["images"])
+        cameras, images = np.asarray(scene["cameras"], float), tuple(scene["images"])
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path.name}: no cameras or images ({error})") from None
-    if cameras.shape != (len(pictures), 18):
-        raise InputError(f"{path.name}: cameras {list(cameras.shape)} of {len(pictures)} images")
+    if cameras.shape != (len(images), 18):
+        raise InputError(f"{path.name}: cameras {list(cameras.shape)} of {len(images)} images")
     w2c = np.tile(np.eye(4), (len(cameras), 1, 1))
     w2c[:, :3] = cameras[:, 6:].reshape(-1, 3, 4)
-    return Frames(pictures, _inverse(w2c), cameras[:, :4])
+    return Frames(images, _inverse(w2c), cameras[:, :4])
 
 
 def _read_frames_json(path: Path, name: str) -> Frames:
@@ -204,14 +204,14 @@ def _read_frames_json(path: Path, name: str) -> Frames:
         raise InputError(f"{path.name} cannot be read ({type(error).__name__}: {error})") from None
     if not files or w2c.shape[1:] != (4, 4) or fxfycxcy.shape[1:] != (4,):
         raise InputError(f"{path.name}: w2c {list(w2c.shape)}, fxfycxcy {list(fxfycxcy.shape)}")
-    pictures = [stage.joinpath(*file.parts[-3:]) for file in files]
-    pictures = tuple(
-        here if here.is_file() else stage / file for here, file in zip(pictures, files, strict=True)
+    images = [stage.joinpath(*file.parts[-3:]) for file in files]
+    images = tuple(
+        here if here.is_file() else stage / file for here, file in zip(images, files, strict=True)
     )
     # A principal point within a pixel of the corner is none: these are fractions.
     if fxfycxcy[:, 2:].max() > 1:
-        fxfycxcy /= np.tile(_size(pictures[0]), 2)
-    return Frames(pictures, _inverse(w2c), fxfycxcy)
+        fxfycxcy /= np.tile(_size(images[0]), 2)
+    return Frames(images, _inverse(w2c), fxfycxcy)
 
 
 def _read_folder(folder: Path, name: str) -> Frames:
@@ -223,9 +223,9 @@ def _read_folder(folder: Path, name: str) -> Frames:
         raise InputError(f"{folder}: neither {' nor '.join((*TRANSFORMS, *SPARSE))} in it")
     read = colmap.read(sparse)
     order = sorted(range(len(read.names)), key=lambda view: _natural(read.names[view]))
-    pictures = tuple(folder / "images" / read.names[view] for view in order)
+    images = tuple(folder / "images" / read.names[view] for view in order)
     aspect = read.sizes[order, 0] / read.sizes[order, 1]
-    return Frames(pictures, read.c2w[order], read.fxfycxcy[order], aspect)
+    return Frames(images, read.c2w[order], read.fxfycxcy[order], aspect)
 
 
 def _sparse(folder: Path) -> Path | None:
@@ -242,9 +242,9 @@ def _read_transforms(path: Path) -> Frames:
     try:
         frames = [{**content, **frame} for frame in content["frames"]]
         frames.sort(key=lambda frame: _natural(frame["file_path"]))
-        pictures = tuple(_with_suffix(path.parent / frame["file_path"]) for frame in frames)
+        images = tuple(_with_suffix(path.parent / frame["file_path"]) for frame in frames)
         c2w = np.array([frame["transform_matrix"] for frame in frames], float)
-        cameras = [_pinhole(frame, file) for frame, file in zip(frames, pictures, strict=True)]
+        cameras = [_pinhole(frame, file) for frame, file in zip(frames, images, strict=True)]
     except InputError:
         raise
     except (KeyError, TypeError, ValueError) as error:
@@ -252,10 +252,10 @@ def _read_transforms(path: Path) -> Frames:
     if not frames or c2w.shape[1:] != (4, 4):
         raise InputError(f"{path.name}: transform_matrix {list(c2w.shape)} of {len(frames)} frames")
     fxfycxcy, aspect = zip(*cameras, strict=True)
-    return Frames(pictures, opengl_to_opencv(c2w), np.array(fxfycxcy), np.array(aspect))
+    return Frames(images, opengl_to_opencv(c2w), np.array(fxfycxcy), np.array(aspect))
 
 
-def _pinhole(frame: dict, picture: Path) -> tuple[np.ndarray, float]:
+def _pinhole(frame: dict, image: Path) -> tuple[np.ndarray, float]:
     """(fx, fy, cx, cy) as fractions, and width / height, of a frame with the fields that all frames share."""
     if (model := frame.get("camera_model", "OPENCV")) not in (
         "OPENCV",
@@ -263,8 +263,8 @@ def _pinhole(frame: dict, picture: Path) -> tuple[np.ndarray, float]:
         "SIMPLE_PINHOLE",
         "PERSPECTIVE",
     ):
-        raise InputError(f"a {model} camera is not a pinhole: undistort the pictures first")
-    w, h = (frame["w"], frame["h"]) if "w" in frame and "h" in frame else _size(picture)
+        raise InputError(f"a {model} camera is not a pinhole: undistort the images first")
+    w, h = (frame["w"], frame["h"]) if "w" in frame and "h" in frame else _size(image)
     if "fl_x" in frame:
         fx = frame["fl_x"]
     else:
@@ -273,7 +273,7 @@ def _pinhole(frame: dict, picture: Path) -> tuple[np.ndarray, float]:
     lens = [frame.get(name, 0.0) for name in ("k1", "k2", "p1", "p2", "k3", "k4")]
     if any(lens[4:]):
         raise InputError(
-            f"a lens with k3={lens[4]}, k4={lens[5]} is not a pinhole: undistort the pictures first"
+            f"a lens with k3={lens[4]}, k4={lens[5]} is not a pinhole: undistort the images first"
         )
     return colmap.pinhole(4, w, h, (*focal, *lens[:4])), w / h  # 4: OPENCV
 
@@ -288,13 +288,13 @@ def _natural(name: str) -> list:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
-def _size(picture: Path) -> tuple[int, int]:
+def _size(image: Path) -> tuple[int, int]:
     """(width, height), without decoding."""
     try:
-        with Image.open(picture) as image:
-            return image.size
+        with Image.open(image) as opened:
+            return opened.size
     except OSError as error:
-        raise InputError(f"{picture.name} cannot be read ({type(error).__name__})") from None
+        raise InputError(f"{image.name} cannot be read ({type(error).__name__})") from None
 
 
 def _load_json(path: Path, name: str) -> dict:
@@ -330,6 +330,6 @@ def _checked(frames: Frames) -> Frames:
     if (wrong := (fxfycxcy <= 0).any(1) | (fxfycxcy[:, 2:] >= 1).any(1)).any():
         raise InputError(
             f"frame {wrong.argmax()} has focal lengths and centre {fxfycxcy[wrong.argmax()].round(4).tolist()} "
-            "as fractions of its sides: the centre must be in the picture"
+            "as fractions of its sides: the centre must be in the image"
         )
     return frames

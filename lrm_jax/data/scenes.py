@@ -1,6 +1,6 @@
 """Whole scenes from posed frames of videos and photographs: RealEstate10K, and any folder with cameras (see `scene_files`).
 
-How LVSM chooses views, crops pictures and normalises poses (https://arxiv.org/abs/2410.17242;
+How LVSM chooses views, crops images and normalises poses (https://arxiv.org/abs/2410.17242;
 https://github.com/Haian-Jin/LVSM/blob/2fea924/data/dataset_scene.py#L54-L180), and the evaluation of pixelSplat's index file.
 """
 
@@ -15,12 +15,12 @@ import grain
 import numpy as np
 from PIL import Image
 
-from lrm_jax.data import Source, pipeline, samples, scene_files
+from lrm_jax.data import Source, elements, pipeline, scene_files
 from lrm_jax.types import Batch, Cameras, InputError, Views
 
 NORMALIZATIONS = ("all_views", "source_views", None)
 MARGIN = 1.35  # the largest coordinate of a camera is 1 / MARGIN
-WIDTH_STEP = 8  # LVSM's patch: what the width of a resized picture is rounded to
+WIDTH_STEP = 8  # LVSM's patch: what the width of a resized image is rounded to
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ def make(
 
     A sample is of a random window of the video. Its two ends are the sources (further ones are drawn from between), and as
     many frames are drawn from between as there are targets; the targets are drawn from all of these frames, the sources
-    included. The pictures are opaque.
+    included. The images are opaque.
 
     Args:
       root: the folder, in one of the layouts of `scene_files`.
@@ -60,7 +60,7 @@ def make(
       seed: of the order of the scenes and the choice of views.
       num_source: views that are given. One: an end of the window.
       num_target: as in all sources there are num_source + num_target target views: LVSM's 6 for 2 sources are num_target = 4.
-      source_size, target_size: side of the square pictures, pixels; the same.
+      source_size, target_size: side of the square images, pixels; the same.
       normalize: see `world_motion`.
       min_gap, max_gap: frames from one end of a window to the other, both cut to what the video has.
 
@@ -74,7 +74,7 @@ def make(
         )
     if source_size != target_size:
         raise InputError(
-            f"data.source_size={source_size}, data.target_size={target_size}: a scene's pictures have one size"
+            f"data.source_size={source_size}, data.target_size={target_size}: a scene's images have one size"
         )
     check_normalize(normalize, num_source)
     root = Path(root)
@@ -131,7 +131,7 @@ def evaluation_views(
     Args:
       root: scenes in one of the layouts of `scene_files`; both of its splits are looked through.
       index_path: {scene: {"context": [i, j], "target": [a, b, c]} or null}, JSON.
-      size: side of the square pictures, pixels.
+      size: side of the square images, pixels.
       normalize: see `world_motion`; LVSM's published numbers and weights are of "all_views".
 
     Raises:
@@ -258,14 +258,14 @@ def assemble(
     size: int,
     normalize: str | None,
 ) -> Batch:
-    """A sample without the B axis, opaque uint8 pictures [V size size 3].
+    """A sample without the B axis, opaque uint8 images [V size size 3].
 
     Args:
       views: frames that are looked at; the first `num_source` are the sources.
       targets: which of `views` are the target views.
 
     Raises:
-      InputError: a picture cannot be read, or the cameras cannot be normalised.
+      InputError: an image cannot be read, or the cameras cannot be normalised.
     """
     views = np.asarray(views)
     motion, scale = world_motion(frames.c2w[views], num_source, normalize)
@@ -273,13 +273,13 @@ def assemble(
     c2w[:, :3, 3] *= scale
     sources, targets = np.arange(num_source), np.asarray(targets)
     crops = {
-        view: crop(scene_files.read_picture(frames, view), size)
+        view: crop(scene_files.read_image(frames, view), size)
         for view in {*views[sources].tolist(), *views[targets].tolist()}
     }
 
     def chosen(which: np.ndarray) -> Views:
         rgb, boxes = zip(*(crops[view] for view in views[which].tolist()), strict=True)
-        fxfycxcy = samples.crop_intrinsics(frames.fxfycxcy[views[which]], np.stack(boxes))
+        fxfycxcy = elements.crop_intrinsics(frames.fxfycxcy[views[which]], np.stack(boxes))
         cameras = Cameras(c2w=c2w[which].astype(np.float32), fxfycxcy=fxfycxcy)
         return Views(rgb=np.stack(rgb), cameras=cameras)
 
@@ -287,7 +287,7 @@ def assemble(
 
 
 def crop(rgb: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The middle of a picture [H W 3], [size size 3], and its (top, left, height, width) as fractions of the whole.
+    """The middle of an image [H W 3], [size size 3], and its (top, left, height, width) as fractions of the whole.
 
     The shorter side becomes `size`, the longer one the nearest multiple of WIDTH_STEP: not quite to scale, which the fractions
     account for.

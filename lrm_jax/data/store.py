@@ -1,6 +1,6 @@
-"""All pictures of a folder, decoded once at the sizes that training wants, in `root/.cache-<key>`, memory-mapped from then on.
+"""All images of a folder, decoded once at the sizes that training wants, in `root/.cache-<key>`, memory-mapped from then on.
 
-On two CPU cores this is what makes small pictures cheap: a sample costs a copy of its bytes.
+On two CPU cores this is what makes small images cheap: a sample costs a copy of its bytes.
 """
 
 import concurrent.futures
@@ -21,16 +21,16 @@ from pathlib import Path
 import numpy as np
 import tqdm
 
-from lrm_jax.data import folders, samples
+from lrm_jax.data import elements, folders
 from lrm_jax.types import InputError
 
 MAX_COPIED = 2**30  # bytes of a store in memory that each process of the loader may have a copy of
-PICTURES = ("source_rgb", "source_alpha", "target_rgb", "target_alpha")  # memory-mapped
+IMAGES = ("source_rgb", "source_alpha", "target_rgb", "target_alpha")  # memory-mapped
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is done to a picture before it is stored: fields of `samples.Recipe`."""
+    """What is done to an image before it is stored: fields of `elements.Recipe`."""
 
     source_size: int
     target_size: int
@@ -47,7 +47,7 @@ class Store:
     skipped: dict[str, str]  # uid -> cause
     start: np.ndarray  # [N+1]
     c2w: np.ndarray  # [K 4 4] float32, OpenCV axes
-    fxfycxcy: np.ndarray  # [K 4] float32, of the whole pictures
+    fxfycxcy: np.ndarray  # [K 4] float32, of the whole images
     source_row: np.ndarray  # [K] row in `source`, or -1: not in the elevation band
     source_fxfycxcy: np.ndarray  # [rows 4] float32, of the crops
     # Colour and alpha apart: taking them apart in every batch would cost more than all else.
@@ -63,7 +63,7 @@ class Store:
         fields = [getattr(self, f.name) for f in dataclasses.fields(self)]
         if sum(getattr(x, "nbytes", 0) for x in fields) > MAX_COPIED:
             raise InputError(
-                "the decoded pictures are in memory, and each of the loader's processes would have a copy: set data.num_workers=0 "
+                "the decoded images are in memory, and each of the loader's processes would have a copy: set data.num_workers=0 "
                 "(threads), or put the data where a cache can be written"
             )
         return Store, tuple(fields)
@@ -117,7 +117,7 @@ def open_store(folder: Path) -> Store:
     try:
         names = json.loads((folder / "objects.json").read_text())
         with np.load(folder / "views.npz") as arrays:
-            big = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in PICTURES}
+            big = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in IMAGES}
             return Store(folder=folder, **names, **arrays, **big)
     except Exception as error:
         raise InputError(
@@ -136,7 +136,7 @@ def _build(root: Path, uids: tuple[str, ...], settings: Settings, folder: Path) 
     start = np.cumsum([0, *(len(c.c2w) for c in cameras.values())])
     c2w = np.concatenate([np.zeros((0, 4, 4)), *(c.c2w for c in cameras.values())])
     fxfycxcy = np.concatenate([np.zeros((0, 4)), *(c.fxfycxcy for c in cameras.values())])
-    is_source = samples.in_band(c2w, settings.source_elevation)
+    is_source = elements.in_band(c2w, settings.source_elevation)
     source_row = np.where(is_source, np.cumsum(is_source) - 1, -1)
     arrays, unfinished = _allocate(folder, int(is_source.sum()), int(start[-1]), settings)
     try:
@@ -149,7 +149,7 @@ def _build(root: Path, uids: tuple[str, ...], settings: Settings, folder: Path) 
             c2w=c2w.astype(np.float32),
             fxfycxcy=fxfycxcy.astype(np.float32),
             source_row=source_row,
-            source_fxfycxcy=samples.crop_intrinsics(fxfycxcy[is_source], boxes),
+            source_fxfycxcy=elements.crop_intrinsics(fxfycxcy[is_source], boxes),
             **arrays,
         )
         if unfinished is not None:
@@ -174,7 +174,7 @@ def _allocate(
     """
     source = (num_sources, settings.source_size, settings.source_size)
     target = (num_views, settings.target_size, settings.target_size)
-    shapes = dict(zip(PICTURES, [(*source, 3), source, (*target, 3), target], strict=True))
+    shapes = dict(zip(IMAGES, [(*source, 3), source, (*target, 3), target], strict=True))
     made = None
     try:
         made = Path(tempfile.mkdtemp(".unfinished", f"{folder.name}.", folder.parent))
@@ -203,15 +203,15 @@ def _allocate_file(path: Path, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _decode(cameras: dict[str, folders.Cameras], settings: Settings, start, source_row, arrays):
-    """Fills `arrays`. Returns the boxes [rows 4] of the sources as fractions, and uid -> cause of objects with broken pictures."""
+    """Fills `arrays`. Returns the boxes [rows 4] of the sources as fractions, and uid -> cause of objects with broken images."""
     boxes, broken = np.tile([0.0, 0.0, 1.0, 1.0], (len(arrays["source_rgb"]), 1)), {}
 
     def decode(index: int, uid: str) -> None:
-        for i, path in enumerate(cameras[uid].pictures):
-            rgba = folders.read_picture(cameras[uid], i)
-            _put(arrays, "target", start[index] + i, samples.shrink(rgba, settings.target_size))
+        for i, path in enumerate(cameras[uid].images):
+            rgba = folders.read_image(cameras[uid], i)
+            _put(arrays, "target", start[index] + i, elements.shrink(rgba, settings.target_size))
             if (row := source_row[start[index] + i]) >= 0:
-                crop, boxes[row] = samples.source_crop(
+                crop, boxes[row] = elements.source_crop(
                     rgba, settings.source_size, settings.foreground_ratio, f"rgba/{path.name}"
                 )
                 _put(arrays, "source", row, crop)
@@ -235,8 +235,8 @@ def _put(arrays: dict[str, np.ndarray], kind: str, row: int, rgba: np.ndarray) -
 def _save(folder: Path, store: Store) -> None:
     """Writes all but the big arrays, which are in the folder already."""
     fields = {f.name: getattr(store, f.name) for f in dataclasses.fields(store)}
-    arrays = {k: v for k, v in fields.items() if isinstance(v, np.ndarray) and k not in PICTURES}
+    arrays = {k: v for k, v in fields.items() if isinstance(v, np.ndarray) and k not in IMAGES}
     (folder / "objects.json").write_text(json.dumps({"uids": store.uids, "skipped": store.skipped}))
     np.savez(folder / "views.npz", **arrays)
-    for name in PICTURES:
+    for name in IMAGES:
         fields[name].flush()

@@ -14,10 +14,10 @@ import jax
 import numpy as np
 
 from lrm_jax import models
-from lrm_jax.data import held_out, samples
+from lrm_jax.data import elements, held_out
 from lrm_jax.data.held_out import HeldOut
 from lrm_jax.evaluation import report_page
-from lrm_jax.evaluation.scores import Programs, Result, compiled, on_white, picture_protocol
+from lrm_jax.evaluation.scores import Programs, Result, compiled, image_protocol, on_white
 from lrm_jax.mesh import lattice
 from lrm_jax.metrics import mean_object, surface_metrics
 from lrm_jax.ops import cameras
@@ -30,16 +30,16 @@ from lrm_jax.weights import loading
 SEEN_BY_SOURCE = ("lrm",)
 BATCH = 4  # objects that go through the model together, or as many more as there are devices
 
-# The protocol's words for `samples.Recipe.normalize`, and for --scale.
+# The protocol's words for `elements.Recipe.normalize`, and for --scale.
 WORLDS = {
     "source": "that of the source camera (0, -d, 0), looking along +y",
     "azimuth": "the data's, turned about its vertical so that the source camera is at azimuth 0",
-    "picture": "that in which the picture looks as if taken by the camera that the model assumes, at the true elevation",
+    "image": "that in which the image looks as if taken by the camera that the model assumes, at the true elevation",
     None: "the data's",
 }
 SCALES = {
     "data": "as in the data",
-    "picture": "by the size in the source picture: that which the model's assumed source camera would see",
+    "image": "by the size in the source image: that which the model's assumed source camera would see",
 }
 
 
@@ -54,12 +54,12 @@ class PosedViews:
     source_background: float
 
 
-class World(NamedTuple):
-    """The world of a model that takes single pictures."""
+class Alignment(NamedTuple):
+    """How the world of the data is brought to that of a model that takes single images."""
 
-    normalize: str | None  # and the next: of `samples.Recipe`
+    normalize: str | None  # and the next: of `elements.Recipe`
     assumed_camera: tuple[float, float] | None
-    scale: str  # "data" or "picture": --scale
+    scale: str  # "data" or "image": --scale
 
 
 def evaluate(
@@ -83,18 +83,18 @@ def evaluate(
     band = f"with an elevation of {low:g} to {high:g} degrees"
     if hasattr(model, "prepare"):
         if args.sources not in (None, 1):
-            raise InputError(f"--sources {args.sources}: {info['family']} takes one picture")
+            raise InputError(f"--sources {args.sources}: {info['family']} takes one image")
         args.sources = 1
-        world = model_world(model, info["training"], args.scale)
-        give = functools.partial(give_picture, model, world)
+        alignment = alignment_of(model, info["training"], args.scale)
+        pose = functools.partial(posed_by_image, model, alignment)
         how = f"one view {band}, drawn by the object's name, prepared as `lrm reconstruct` does"
-        normalize, scale = world.normalize, world.scale
+        normalize, scale = alignment.normalize, alignment.scale
     else:
         if args.scale is not None:
             raise InputError(f"--scale: {info['family']} is given true cameras: leave it out")
         posed = posed_views(info)
         args.sources = args.sources or posed.num_source
-        give = functools.partial(give_posed, posed)
+        pose = functools.partial(posed_by_views, posed)
         how = f"{args.sources} views {band}, the first drawn by the object's name, with their true cameras, as in training"
         normalize, scale = posed.normalize, "data"
     programs = compiled(model, params, network, args.size)
@@ -103,12 +103,12 @@ def evaluate(
         read = (item for _, item in read_ahead(others, args) if isinstance(item, HeldOut))
         mean = mean_object.average(read, args.size)
     with stages("evaluate", f" {len(folders)} objects of {args.data}"):
-        results, skipped = score(model, programs, mean, folders, give, args)
+        results, skipped = score(model, programs, mean, folders, pose, args)
     words = {
         "source": how,
         "targets": f"{args.views} other views, spread over their order, drawn by the object's name, {args.size} x {args.size} pixels, on white",
         "world": f"the model's is {WORLDS[normalize]}; scale: {SCALES[scale]}",
-        **picture_protocol(args.lpips is not None),
+        **image_protocol(args.lpips is not None),
         "iou": "of the foregrounds (alpha above 0.5) of a view; a family without alpha has none",
         "surface": f"where the field is {getattr(model, 'surface_level', None)}, on {args.resolution}^3 lattice points"
         if hasattr(model, "query")
@@ -116,7 +116,7 @@ def evaluate(
         "surface metrics": surface_metrics.PROTOCOL,
         "empty surfaces": "have F-scores of 0 and no Chamfer distance",
         "unaligned": "the same surface metrics in the data's own world and unit: nothing is normalised or aligned",
-        "baseline": f"the mean {baseline_from}; of two guesses at the pictures, and two at the surface, the better one",
+        "baseline": f"the mean {baseline_from}; of two guesses at the images, and two at the surface, the better one",
     }
     return results, skipped, words
 
@@ -133,64 +133,64 @@ def baseline_objects(args: argparse.Namespace, folders: list[Path]) -> tuple[lis
 # -- the worlds of the data and of the model
 
 
-def model_world(model, training: dict, scale: str | None) -> World:
-    """The world of a model that takes single pictures, by its record of training; {}: a reference's.
+def alignment_of(model, training: dict, scale: str | None) -> Alignment:
+    """The world of a model that takes single images, by its record of training; {}: a reference's.
 
     Raises:
       InputError: its scale is not the one asked for.
     """
     trained = loading.training_data(training)
-    if trained.get("normalize") == "picture":
+    if trained.get("normalize") == "image":
         if scale == "data":
             raise InputError(
-                "--scale data: this model was trained where the picture gives the scale (data.normalize=picture): leave it out"
+                "--scale data: this model was trained where the image gives the scale (data.normalize=image): leave it out"
             )
-        return World("picture", tuple(trained["assumed_camera"]), "picture")
+        return Alignment("image", tuple(trained["assumed_camera"]), "image")
     usual = "source" if models.name_of(model) in SEEN_BY_SOURCE else "azimuth"
-    return World(
-        trained.get("normalize", usual), None, scale or ("data" if training else "picture")
+    return Alignment(
+        trained.get("normalize", usual), None, scale or ("data" if training else "image")
     )
 
 
-def world_of(
-    model, source: np.ndarray, camera: Cameras, assumed: Cameras, world: World
+def motion_to_model(
+    model, source: np.ndarray, camera: Cameras, assumed: Cameras, alignment: Alignment
 ) -> np.ndarray:
     """The similarity [4 4] that takes points of the data's world to where the model has them, given the source view.
 
     Args:
-      source: uint8 [H H 4], the whole source picture.
-      camera: the true one of the source picture.
-      assumed: the one that `model.prepare` takes the picture that it has made of it to be seen by.
+      source: uint8 [H H 4], the whole source image.
+      camera: the true one of the source image.
+      assumed: the one that `model.prepare` takes the image that it has made of it to be seen by.
     """
     c2w, fxfycxcy = np.asarray(camera.c2w), np.asarray(camera.fxfycxcy)
     ratio = getattr(model, "foreground_ratio", None)
-    _, box = samples.recentered(source, ratio, "source")
-    cropped = samples.crop_intrinsics(fxfycxcy[None], box[None])[0]
-    motion = samples.world_motion(c2w, cropped, world.normalize, world.assumed_camera)
+    _, box = elements.recentered(source, ratio, "source")
+    cropped = elements.crop_intrinsics(fxfycxcy[None], box[None])[0]
+    motion = elements.world_motion(c2w, cropped, alignment.normalize, alignment.assumed_camera)
     motion = motion.astype(np.float64)
-    if world.normalize == "picture" or world.scale == "data":
+    if alignment.normalize == "image" or alignment.scale == "data":
         return motion
     size = cropped[1] / np.linalg.norm(c2w[:3, 3])
     assumed_size = assumed.fxfycxcy[1] / np.linalg.norm(assumed.c2w[:3, 3])
     return np.diag([*(size / assumed_size).repeat(3), 1]) @ motion
 
 
-def moved(world: np.ndarray, c2w: np.ndarray) -> np.ndarray:
+def move_poses(motion: np.ndarray, c2w: np.ndarray) -> np.ndarray:
     """Poses [*B 4 4] in the world that a similarity [4 4] leads to, float32."""
-    return cameras.moved(world, c2w.astype(np.float64)).astype(np.float32)
+    return cameras.move_poses(motion, c2w.astype(np.float64)).astype(np.float32)
 
 
 # -- object by object
 
 
 @dataclasses.dataclass(frozen=True)
-class Given:
+class PosedObject:
     """One object as the model is given it: cameras in its world."""
 
     item: HeldOut
     source: Views  # [1 N]
     targets: Cameras  # [V]
-    world: np.ndarray  # [4 4] from the data's world to the model's
+    to_model: np.ndarray  # [4 4] from the data's world to the model's
 
 
 def score(
@@ -198,7 +198,7 @@ def score(
     programs: Programs,
     mean,
     folders: list[Path],
-    give: Callable[[HeldOut], Given],
+    pose: Callable[[HeldOut], PosedObject],
     args: argparse.Namespace,
 ) -> tuple[dict[str, Result], dict[str, str]]:
     """Results and causes of absence by uid, see `evaluate`."""
@@ -206,7 +206,7 @@ def score(
     batch_size = -(-BATCH // programs.num_devices) * programs.num_devices
     # Each device has a thread that looks for surfaces; they are aligned beside it.
     with ThreadPoolExecutor(programs.num_devices) as devices, ThreadPoolExecutor() as pool:
-        items = given(folders, skipped, give, args)
+        items = posed_objects(folders, skipped, pose, args)
         while group := list(itertools.islice(items, batch_size)):
             scenes, found = predict(programs, mean, group, batch_size)
             known = []  # whose surface is compared
@@ -257,12 +257,12 @@ def read_ahead(
             yield folder, jobs.popleft().result()
 
 
-def given(
+def posed_objects(
     folders: list[Path],
     skipped: dict[str, str],
-    give: Callable[[HeldOut], Given],
+    pose: Callable[[HeldOut], PosedObject],
     args: argparse.Namespace,
-) -> Iterator[Given]:
+) -> Iterator[PosedObject]:
     """The objects that can be evaluated; notes the others."""
     for folder, item in read_ahead(folders, args):
         if not isinstance(item, HeldOut):
@@ -271,23 +271,23 @@ def given(
             skipped[folder.name] = "a source view is transparent everywhere"
         else:
             try:
-                one = give(item)
+                one = pose(item)
             except InputError as error:
                 skipped[folder.name] = str(error)
             else:
                 yield one
 
 
-def give_picture(model, world: World, item: HeldOut) -> Given:
-    """The source picture as the model takes it, and the cameras in its world."""
+def posed_by_image(model, alignment: Alignment, item: HeldOut) -> PosedObject:
+    """The source image as the model takes it, and the cameras in its world."""
     view = jax.tree.map(np.asarray, model.prepare([item.source]))
     assumed = jax.tree.map(lambda x: x[0, 0], view.cameras)
-    motion = world_of(model, item.source, item.source_camera, assumed, world)
-    if world.scale == "data":
+    motion = motion_to_model(model, item.source, item.source_camera, assumed, alignment)
+    if alignment.scale == "data":
         true = jax.tree.map(lambda x: x[None, None], item.source_camera)
-        view = view.replace(cameras=true.replace(c2w=moved(motion, true.c2w)))
-    targets = item.target_cameras.replace(c2w=moved(motion, item.target_cameras.c2w))
-    return Given(item, view, targets, motion)
+        view = view.replace(cameras=true.replace(c2w=move_poses(motion, true.c2w)))
+    targets = item.target_cameras.replace(c2w=move_poses(motion, item.target_cameras.c2w))
+    return PosedObject(item, view, targets, motion)
 
 
 def posed_views(info: dict) -> PosedViews:
@@ -306,26 +306,26 @@ def posed_views(info: dict) -> PosedViews:
     return PosedViews(**{name: data[name] for name in names})
 
 
-def give_posed(posed: PosedViews, item: HeldOut) -> Given:
-    """The source pictures and the cameras as training has them."""
-    crops = [samples.source_crop(rgba, posed.source_size, posed.foreground_ratio, item.uid) for rgba in item.sources]  # fmt: skip
-    pictures, boxes = (np.stack(x) for x in zip(*crops, strict=True))
-    fxfycxcy = samples.crop_intrinsics(item.source_cameras.fxfycxcy, boxes)
-    world = samples.world_motion(item.source_camera.c2w, fxfycxcy[0], posed.normalize)
-    world = world.astype(np.float64)
-    given = Cameras(c2w=moved(world, item.source_cameras.c2w), fxfycxcy=fxfycxcy)
-    targets = item.target_cameras.replace(c2w=moved(world, item.target_cameras.c2w))
-    views = Views(rgb=pictures[..., :3], alpha=pictures[..., 3], cameras=given)
+def posed_by_views(posed: PosedViews, item: HeldOut) -> PosedObject:
+    """The source images and the cameras as training has them."""
+    crops = [elements.source_crop(rgba, posed.source_size, posed.foreground_ratio, item.uid) for rgba in item.sources]  # fmt: skip
+    images, boxes = (np.stack(x) for x in zip(*crops, strict=True))
+    fxfycxcy = elements.crop_intrinsics(item.source_cameras.fxfycxcy, boxes)
+    motion = elements.world_motion(item.source_camera.c2w, fxfycxcy[0], posed.normalize)
+    motion = motion.astype(np.float64)
+    source_cameras = Cameras(c2w=move_poses(motion, item.source_cameras.c2w), fxfycxcy=fxfycxcy)
+    targets = item.target_cameras.replace(c2w=move_poses(motion, item.target_cameras.c2w))
+    views = Views(rgb=images[..., :3], alpha=images[..., 3], cameras=source_cameras)
     views = jax.tree.map(
         lambda x: np.asarray(x)[None], on_background(views, posed.source_background)
     )
-    return Given(item, views, targets, world)
+    return PosedObject(item, views, targets, motion)
 
 
 def predict(
-    programs: Programs, mean, group: list[Given], batch_size: int
+    programs: Programs, mean, group: list[PosedObject], batch_size: int
 ) -> tuple[list, list[Result | None]]:
-    """The scene [1 ...] of each, and what their pictures score; None where these are not finite."""
+    """The scene [1 ...] of each, and what their images score; None where these are not finite."""
     # Filled up, so that a last group of fewer objects is not compiled anew.
     full = group + group[-1:] * (batch_size - len(group))
     source = jax.tree.map(lambda *x: np.concatenate(x), *(x.source for x in full))
@@ -334,7 +334,7 @@ def predict(
     target = mean_object.premultiplied(np.stack([x.item.targets for x in full]))
     target_rgb, target_alpha = on_white(target), target[..., 3]
     scores = programs.compare(rgb, alpha, target_rgb, target_alpha)
-    guesses = [mean_object.pictures(mean, x.item) for x in full]
+    guesses = [mean_object.images(mean, x.item) for x in full]
     guesses = jax.tree.map(lambda *x: np.stack(x), *guesses)
     guesses = {
         name: programs.compare_guess(on_white(x), x[..., 3], target_rgb, target_alpha)
@@ -357,10 +357,10 @@ def predict(
 
 
 def surface_points(
-    model, programs: Programs, resolution: int, given_and_scene: tuple[Given, Any]
+    model, programs: Programs, resolution: int, object_and_scene: tuple[PosedObject, Any]
 ) -> tuple[np.ndarray | None, str]:
     """Points [NUM_POINTS 3] on the surface of a scene [1 ...], in the world of the data; None, and why, where it has none."""
-    x, scene = given_and_scene
+    x, scene = object_and_scene
     field = functools.partial(programs.field, scene)
     rng = np.random.default_rng(0)
     try:
@@ -368,7 +368,7 @@ def surface_points(
         points = surface_metrics.sample_surface(vertices, faces, surface_metrics.NUM_POINTS, rng)
     except InputError as error:
         return None, str(error)
-    back = np.linalg.inv(x.world)
+    back = np.linalg.inv(x.to_model)
     return points @ back[:3, :3].T + back[:3, 3], ""
 
 

@@ -1,6 +1,6 @@
-"""What `lrm evaluate` shows: the table that it prints, and the page, with every object's pictures and numbers, the worst first.
+"""What `lrm evaluate` shows: the table that it prints, and the page, with every object's images and numbers, the worst first.
 
-The page is one file without scripts that needs no network: pictures are data URIs.
+The page is one file without scripts that needs no network: images are data URIs.
 """
 
 import base64
@@ -58,7 +58,7 @@ def table(summary: dict, worst: int = 5) -> str:
     notes = [
         "",
         *(f"{name}: {text}" for name, text in summary["protocol"].items() if isinstance(text, str)),
-        f"baseline guesses: {baseline['pictures']}; {baseline['surface'] or 'no surface'}",
+        f"baseline guesses: {baseline['images']}; {baseline['surface'] or 'no surface'}",
         f"skipped, in whole or in part: {len(summary['skipped'])}",
     ]
     return "\n".join(lines + notes)
@@ -123,9 +123,9 @@ def page(summary: Mapping, strips: Mapping[str, bytes]) -> bytes:
     )
 
 
-def _section(uid: str, scores: Mapping, picture: bytes, cause: str | None) -> str:
+def _section(uid: str, scores: Mapping, image: bytes, cause: str | None) -> str:
     values = " &nbsp; ".join(f"{name} {number(value)}" for name, value in scores.items())
-    uri = f"data:image/jpeg;base64,{base64.b64encode(picture).decode()}"
+    uri = f"data:image/jpeg;base64,{base64.b64encode(image).decode()}"
     note = f"<p class=cause>{_text(cause)}</p>" if cause else ""
     return (
         f'<section><h3>{_text(uid)}</h3><p>{values}</p>{note}<img alt="{_text(uid)}" src="{uri}">'

@@ -8,7 +8,7 @@ import numpy as np
 
 from lrm_jax.data import scenes
 from lrm_jax.evaluation import report_page
-from lrm_jax.evaluation.scores import Programs, Result, compiled, picture_protocol
+from lrm_jax.evaluation.scores import Programs, Result, compiled, image_protocol
 from lrm_jax.parallel import messages
 from lrm_jax.types import Batch, InputError, Views
 from lrm_jax.weights import loading
@@ -20,7 +20,7 @@ def evaluate(
     """Results by scene, causes of absence by scene, and the protocol. The arguments: see `evaluate_objects.evaluate`."""
     if hasattr(model, "prepare"):
         raise InputError(
-            f"{info['family']} reconstructs objects from one picture: evaluate it without --index"
+            f"{info['family']} reconstructs objects from one image: evaluate it without --index"
         )
     args.size = args.size or model.image_size
     trained = loading.training_data(info["training"]).get("normalize")
@@ -40,8 +40,8 @@ def evaluate(
         "source": source,
         "targets": f"the views that the index calls target, {args.size} x {args.size} pixels",
         "world": f"poses are normalised by {normalize.replace('_', ' ')}",
-        **picture_protocol(args.lpips is not None),
-        "baseline": "for each target the source picture whose camera stands nearest to it",
+        **image_protocol(args.lpips is not None),
+        "baseline": "for each target the source image whose camera stands nearest to it",
     }
     return results, skipped, words
 
@@ -76,13 +76,13 @@ def score(programs: Programs, batches: list[Batch]) -> list[Result | None]:
     # Filled up, so that every device has one.
     full = batches + batches[-1:] * (programs.num_devices - len(batches))
     whole = jax.tree.map(lambda *x: np.stack(x), *full)
-    given, target = (x.rgb.astype(np.float32) / 255 for x in (whole.source, whole.target))
+    source, target = (x.rgb.astype(np.float32) / 255 for x in (whole.source, whole.target))
     _, rgb, _ = programs.predict(
-        Views(rgb=given, cameras=whole.source.cameras), whole.target.cameras
+        Views(rgb=source, cameras=whole.source.cameras), whole.target.cameras
     )
     places = [x.cameras.c2w[:, :, :3, 3] for x in (whole.source, whole.target)]
     distance_BVN = np.linalg.norm(places[1][:, :, None] - places[0][:, None], axis=-1)
-    guess = given[np.arange(len(full))[:, None], distance_BVN.argmin(-1)]
+    guess = source[np.arange(len(full))[:, None], distance_BVN.argmin(-1)]
     scores, guessed, rgb = jax.tree.map(
         np.asarray,
         (programs.compare(rgb, None, target, None), programs.compare_guess(guess, None, target, None), rgb),
@@ -97,5 +97,5 @@ def score(programs: Programs, batches: list[Batch]) -> list[Result | None]:
         )
         opaque = np.pad(batch.source.rgb[0], ((0, 0), (0, 0), (0, 1)), constant_values=255)
         strip = report_page.strip(opaque, target[i], rgb[i])
-        results.append(Result(mine, {"nearest picture": theirs}, strip))
+        results.append(Result(mine, {"nearest image": theirs}, strip))
     return results

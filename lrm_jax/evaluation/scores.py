@@ -1,4 +1,4 @@
-"""What `lrm evaluate` measures: a model's pictures on the device, and the means over objects or scenes."""
+"""What `lrm evaluate` measures: a model's images on the device, and the means over objects or scenes."""
 
 import dataclasses
 import functools
@@ -16,8 +16,8 @@ from lrm_jax.ops.compositing import blend
 from lrm_jax.parallel import batch_axes, sharding
 from lrm_jax.types import Cameras, Views
 
-PICTURE_NAMES = ("psnr", "ssim", "lpips", "iou")
-NAMES = (*PICTURE_NAMES, *surface_metrics.NAMES)
+IMAGE_NAMES = ("psnr", "ssim", "lpips", "iou")
+NAMES = (*IMAGE_NAMES, *surface_metrics.NAMES)
 
 
 @dataclasses.dataclass
@@ -26,7 +26,7 @@ class Result:
 
     scores: dict[str, float]
     guesses: dict[str, dict[str, float]]  # scores of the mean object's, by name
-    strip: bytes  # its pictures, for the page
+    strip: bytes  # its images, for the page
     unaligned: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
@@ -44,7 +44,7 @@ class Programs:
 
 
 def compiled(model, params, network, size: int) -> Programs:
-    """The programs for pictures of a size, on all devices; `network` is of LPIPS, or None."""
+    """The programs for images of a size, on all devices; `network` is of LPIPS, or None."""
     device_mesh = sharding.make_device_mesh()
     params = jax.device_put(params, NamedSharding(device_mesh, PartitionSpec()))
     params_of = batch_axes.by_device(params, device_mesh)
@@ -100,8 +100,8 @@ def compiled(model, params, network, size: int) -> Programs:
     )
 
 
-def picture_protocol(with_lpips: bool) -> dict[str, str]:
-    """What is measured of pictures, in words."""
+def image_protocol(with_lpips: bool) -> dict[str, str]:
+    """What is measured of images, in words."""
     return {
         "psnr": "dB, of a view; an object's value is the mean over its target views",
         "ssim": "Gaussian window of 11 pixels, sigma 1.5, of a view, in colour",
@@ -133,21 +133,21 @@ def summarize(results: dict[str, Result], skipped: dict[str, str]) -> dict:
 
 
 def baseline(guesses: list[dict[str, dict[str, float]]]) -> dict:
-    """The means of all guesses [object][guess][value], and those of the better guess at pictures and at surfaces."""
+    """The means of all guesses [object][guess][value], and those of the better guess at images and at surfaces."""
 
     def values(name):
-        return surface_metrics.NAMES if name in mean_object.SHAPES else PICTURE_NAMES
+        return surface_metrics.NAMES if name in mean_object.SHAPES else IMAGE_NAMES
 
     names = dict.fromkeys(name for x in guesses for name in x)
     means = {
         name: over([x[name] for x in guesses if name in x], np.mean, values(name)) for name in names
     }
-    picture = max((x for x in means if "psnr" in means[x]), key=lambda x: means[x]["psnr"])
+    image = max((x for x in means if "psnr" in means[x]), key=lambda x: means[x]["psnr"])
     shapes = [x for x in means if "chamfer" in means[x]]
     shape = min(shapes, key=lambda x: means[x]["chamfer"], default=None)
-    best = means[picture] | means.get(shape, dict.fromkeys(surface_metrics.NAMES))
-    name = "mean object" if picture in mean_object.PICTURES else picture
-    return {"name": name, "mean": best, "pictures": picture, "surface": shape, "guesses": means}
+    best = means[image] | means.get(shape, dict.fromkeys(surface_metrics.NAMES))
+    name = "mean object" if image in mean_object.IMAGES else image
+    return {"name": name, "mean": best, "images": image, "surface": shape, "guesses": means}
 
 
 def over(

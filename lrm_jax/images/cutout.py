@@ -32,7 +32,7 @@ def key_out_background(
 
 
 def blend(rgba: UInt8[np.ndarray, "H W 4"], background: float) -> Float[np.ndarray, "H W 3"]:
-    """The picture on a background of one grey level in [0, 1], as float32 in [0, 1]: what OpenLRM resizes."""
+    """The image on a background of one grey level in [0, 1], as float32 in [0, 1]: what OpenLRM resizes."""
     straight = rgba.astype(np.float32) / 255
     alpha = straight[..., 3:]
     return straight[..., :3] * alpha + (1 - alpha) * np.float32(background)

@@ -15,20 +15,20 @@ _log = logging.getLogger(__name__)
 
 
 def load_image(path: str | Path) -> UInt8[np.ndarray, "H W 4"]:
-    """Reads a picture as 8-bit sRGB with straight alpha, 255 where the file has none.
+    """Reads an image as 8-bit sRGB with straight alpha, 255 where the file has none.
 
     Any file that Pillow reads: 16-bit ones are scaled to 8 bits, grey, palette and CMYK ones become RGB, the EXIF
     orientation is applied, of an animation the first frame is taken, with a note to the log.
 
     Raises:
-      InputError: no such file, not a picture, damaged, without a defined range (32-bit), or over 100 megapixels.
+      InputError: no such file, not an image, damaged, without a defined range (32-bit), or over 100 megapixels.
     """
     path = Path(path)
     if path.is_dir():
-        raise InputError(f"{path} is a folder: give the picture files in it")
+        raise InputError(f"{path} is a folder: give the image files in it")
     try:
         if path.stat().st_size == 0:
-            raise InputError(f"{path} is an empty file (0 bytes): copy or export the picture again")
+            raise InputError(f"{path} is an empty file (0 bytes): copy or export the image again")
         with warnings.catch_warnings():
             # Pillow warns below its own limit; ours is checked before any pixel is decoded.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -43,7 +43,7 @@ def load_image(path: str | Path) -> UInt8[np.ndarray, "H W 4"]:
     except Image.DecompressionBombError:
         raise _too_large(path) from None
     except Image.UnidentifiedImageError:
-        raise InputError(f"{path} is not a picture of a known format: convert it to PNG") from None
+        raise InputError(f"{path} is not an image of a known format: convert it to PNG") from None
     except (
         Exception
     ) as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ValueError ...
@@ -54,7 +54,7 @@ def load_image(path: str | Path) -> UInt8[np.ndarray, "H W 4"]:
 
 
 def has_alpha(rgba: UInt8[np.ndarray, "H W 4"]) -> bool:
-    """Whether any pixel is not opaque: a picture with an alpha channel of 255 throughout has no foreground cut out."""
+    """Whether any pixel is not opaque: an image with an alpha channel of 255 throughout has no foreground cut out."""
     return bool((rgba[..., 3] < 255).any())
 
 
@@ -68,7 +68,7 @@ def _decode(image: Image.Image, path: Path) -> UInt8[np.ndarray, "H W 4"]:
     if image.mode.startswith("I;16"):
         values = np.asarray(image)
         alpha = np.where(values == image.info.get("transparency", -1), 0, 255)
-        # The high byte, as Pillow itself reduces 16-bit colour pictures.
+        # The high byte, as Pillow itself reduces 16-bit colour images.
         return np.stack([values >> 8] * 3 + [alpha], axis=-1).astype(np.uint8)
     if image.mode in ("I", "F"):
         raise InputError(

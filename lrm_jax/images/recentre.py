@@ -8,10 +8,10 @@ from lrm_jax.types import InputError
 
 
 def check_square(size: int) -> None:
-    """Raises InputError for a square picture of too many pixels, which a long and narrow file becomes."""
+    """Raises InputError for a square image of too many pixels, which a long and narrow file becomes."""
     if size**2 > 2 * MAX_PIXELS:
         raise InputError(
-            f"the picture is too long: its square has {size} pixels a side: scale it down, 1024 are plenty"
+            f"the image is too long: its square has {size} pixels a side: scale it down, 1024 are plenty"
         )
 
 
@@ -33,7 +33,7 @@ def foreground_square(
       ratio: the longer side of the foreground over the side of the square, in (0, 1].
 
     Returns:
-      The square, and the (row, column) in the picture of its upper left corner, which may lie outside.
+      The square, and the (row, column) in the image of its upper left corner, which may lie outside.
 
     Raises:
       InputError: no pixel has alpha > 0, but in the last row and column of the foreground.
@@ -41,13 +41,13 @@ def foreground_square(
     rows, columns = np.nonzero(rgba[..., 3])
     if rows.size == 0:
         raise InputError(
-            "the picture is transparent everywhere: give one whose alpha channel shows the object"
+            "the image is transparent everywhere: give one whose alpha channel shows the object"
         )
     # Parity: the reference's slice ends before the last row and column.
     bottom, right = max(rows.max(), rows.min() + 1), max(columns.max(), columns.min() + 1)
     foreground = rgba[rows.min() : bottom, columns.min() : right]
     if not foreground[..., 3].any():
-        raise InputError("the picture's foreground is two pixels: give a larger picture")
+        raise InputError("the image's foreground is two pixels: give a larger image")
     height, width = foreground.shape[:2]
     longer = max(height, width)
     size = max(int(longer / ratio), longer)

@@ -6,8 +6,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from lrm_jax.images.png import png, to_uint8
 
 
-def depth_pictures(depth: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """Grey pictures of depth, near bright and far dark, on white; one scale for all views.
+def depth_images(depth: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """Grey images of depth, near bright and far dark, on white; one scale for all views.
 
     Args:
       depth: [V H W] distance along the ray; looked at only where alpha > 0.5.
@@ -24,10 +24,10 @@ def depth_pictures(depth: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     return to_uint8(np.where(seen, grey, 1.0)[..., None].repeat(3, -1))
 
 
-def normal_pictures(
+def normal_images(
     depth: np.ndarray, alpha: np.ndarray, origins: np.ndarray, dirs: np.ndarray
 ) -> np.ndarray:
-    """Pictures of the surface normal, from finite differences of depth: xyz of the world in [-1, 1] as RGB, on white.
+    """Images of the surface normal, from finite differences of depth: xyz of the world in [-1, 1] as RGB, on white.
 
     Args:
       depth: [V H W] distance along the ray; looked at only where alpha > 0.5.
@@ -51,13 +51,13 @@ def normal_pictures(
 def contact_sheet(
     source: np.ndarray, rows: dict[str, np.ndarray], columns: list[str], title: str = ""
 ) -> bytes:
-    """One PNG: the source picture at the left, beside it a labelled row of small pictures for each entry of `rows`.
+    """One PNG: the source image at the left, beside it a labelled row of small images for each entry of `rows`.
 
     Args:
       source: uint8 [H W 3], any size.
       rows: label -> uint8 [V H W 3].
       columns: V labels.
-      title: above the source picture.
+      title: above the source image.
     """
     height, width = next(iter(rows.values())).shape[1:3]
     margin, text = 8, 22
@@ -73,9 +73,9 @@ def contact_sheet(
     draw.text((margin, text), title[: width // 8], fill="black", font=font)
     for j, label in enumerate(columns):
         draw.text((left + j * (width + margin), 2), label, fill="black", font=font)
-    for i, (label, pictures) in enumerate(rows.items()):
+    for i, (label, images) in enumerate(rows.items()):
         top = text + i * (height + text)
         draw.text((left, top), label, fill="gray", font=font)
-        for j, picture in enumerate(pictures):
-            sheet.paste(Image.fromarray(picture), (left + j * (width + margin), top + text))
+        for j, image in enumerate(images):
+            sheet.paste(Image.fromarray(image), (left + j * (width + margin), top + text))
     return png(np.asarray(sheet))

@@ -34,6 +34,6 @@ def turntable(frames: np.ndarray, frames_per_second: float = 24.0) -> bytes:
         if run.returncode:
             cause = " ".join(run.stderr.decode(errors="replace").split())[-200:]
             raise InputError(
-                f"ffmpeg could not make the film ({cause}): free some space in {tempfile.gettempdir()}, or do without it"
+                f"ffmpeg could not make the video ({cause}): free some space in {tempfile.gettempdir()}, or do without it"
             )
         return path.read_bytes()

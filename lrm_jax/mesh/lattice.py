@@ -118,7 +118,7 @@ class Lattice:
             x, y, z = self.to_world(index_of(slice(row, row + 1)))[0]
             raise InputError(
                 f"the field is NaN at {nans.sum()} of {count} points, first at ({x:.3f}, {y:.3f}, {z:.3f}), so it has no surface: "
-                "check the weights and the picture that it comes from"
+                "check the weights and the image that it comes from"
             )
         self.low, self.high = min(self.low, values.min()), max(self.high, values.max())
         # Densities overflow to infinity: still inside, but not a number that can be interpolated.

@@ -22,11 +22,11 @@ GROUP = 2**19  # texels of triangles' boxes looked at together
 # In a process of its own, which may crash without taking this one along.
 UNWRAP = """
 import sys, numpy as np, xatlas
-given = np.load(sys.argv[1])
+task = np.load(sys.argv[1])
 options = xatlas.PackOptions()
-options.resolution, options.padding, options.bilinear = int(given["size"]), 2, True
+options.resolution, options.padding, options.bilinear = int(task["size"]), 2, True
 atlas = xatlas.Atlas()
-atlas.add_mesh(given["vertices"], given["faces"])
+atlas.add_mesh(task["vertices"], task["faces"])
 atlas.generate(xatlas.ChartOptions(), options)
 sources, faces, uv = atlas[0]
 np.savez(sys.argv[2], sources=sources, faces=faces, uv=uv)
@@ -90,13 +90,13 @@ def _unwrap(
 ) -> tuple[UInt32[np.ndarray, " n"], Int32[np.ndarray, "m 3"], Float32[np.ndarray, "n 2"]]:
     """An atlas by xatlas (https://github.com/jpcy/xatlas): the vertex that each new one repeats, faces, and uv in [0, 1]."""
     with tempfile.TemporaryDirectory() as folder:
-        given, found = Path(folder, "given.npz"), Path(folder, "found.npz")
+        task, found = Path(folder, "task.npz"), Path(folder, "found.npz")
         # xatlas drops faces with an area below 1e-7: with a mean of one, these are no more than lines.
         a, b, c = np.moveaxis(vertices[faces], 1, 0)
         area = np.linalg.norm(np.cross(b - a, c - a), axis=-1).mean() / 2
-        np.savez(given, vertices=vertices / np.sqrt(area), faces=faces, size=size)
+        np.savez(task, vertices=vertices / np.sqrt(area), faces=faces, size=size)
         done = subprocess.run(
-            [sys.executable, "-c", UNWRAP, given, found], capture_output=True, text=True
+            [sys.executable, "-c", UNWRAP, task, found], capture_output=True, text=True
         )
         if done.returncode:
             cause = (done.stderr.strip().splitlines() or [""])[

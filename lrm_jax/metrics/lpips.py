@@ -1,4 +1,4 @@
-"""LPIPS with VGG16: how different two pictures look (Zhang et al. 2018, https://arxiv.org/abs/1801.03924).
+"""LPIPS with VGG16: how different two images look (Zhang et al. 2018, https://arxiv.org/abs/1801.03924).
 
 Version 0.1 of https://github.com/richzhang/PerceptualSimilarity, with its `normalize=True`: the loss of LRM and OpenLRM and
 the metric of all. The weights are two public files, converted once:
@@ -33,7 +33,7 @@ REMEDY = (
 def distance(
     params: Mapping, x: Float[Array, "*B H W 3"], y: Float[Array, "*B H W 3"]
 ) -> Float[Array, "*B"]:
-    """The distance of each pair of pictures, in float32; its gradient is finite everywhere.
+    """The distance of each pair of images, in float32; its gradient is finite everywhere.
 
     Sec. 3.1 and eq. 1 of the paper: squared differences of features of unit length, weighted by channel, averaged over
     pixels and summed over the five blocks.
@@ -41,10 +41,10 @@ def distance(
     Args:
       params: of `load`.
       x: sRGB in [0, 1], opaque; at least 16 pixels wide and high.
-      y: the same of the other pictures.
+      y: the same of the other images.
 
     Raises:
-      InputError: smaller pictures.
+      InputError: smaller images.
     """
     total = jnp.zeros(x.shape[:-3], jnp.float32)
     for i, (fx, fy) in enumerate(zip(_features(params, x), _features(params, y), strict=True), 1):

@@ -1,6 +1,6 @@
-"""The guess that looks at no picture, beside which a model's scores are printed: the mean of other objects.
+"""The guess that looks at no image, beside which a model's scores are printed: the mean of other objects.
 
-For pictures the mean of their target views; for surfaces a box or an ellipsoid of their mean extents. There are two of
+For images the mean of their target views; for surfaces a box or an ellipsoid of their mean extents. There are two of
 each; the evaluation takes the one that scores better.
 """
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from lrm_jax.data.held_out import HeldOut
 
-PICTURES = ("mean picture", "mean picture by view")
+IMAGES = ("mean image", "mean image by view")
 SHAPES = ("mean box", "mean ellipsoid")
 NUM_AZIMUTHS, NUM_ELEVATIONS = 8, 6  # bins of 45 and 30 degrees
 
@@ -35,7 +35,7 @@ def average(objects: Iterable[HeldOut], size: int) -> MeanObject:
 
     Args:
       objects: any number; of none, it is white everywhere.
-      size: S of their target pictures.
+      size: S of their target images.
     """
     total = np.zeros((NUM_AZIMUTHS, NUM_ELEVATIONS, size, size, 4))
     seen = np.zeros((NUM_AZIMUTHS, NUM_ELEVATIONS), int)
@@ -56,7 +56,7 @@ def average(objects: Iterable[HeldOut], size: int) -> MeanObject:
     )
 
 
-def pictures(mean: MeanObject, item: HeldOut) -> dict[str, np.ndarray]:
+def images(mean: MeanObject, item: HeldOut) -> dict[str, np.ndarray]:
     """The guesses [V S S 4] at the object's target views, float32 premultiplied RGBA in [0, 1], by name.
 
     An object that is in the mean is taken out of it first: with few objects in a bin, it would be guessed from itself.
@@ -73,7 +73,7 @@ def pictures(mean: MeanObject, item: HeldOut) -> dict[str, np.ndarray]:
     whole = np.broadcast_to(whole / max(views, 1), total.shape)
     count = seen[:, None, None, None]
     by_view = np.where(count > 0, total / np.maximum(count, 1), whole)
-    return dict(zip(PICTURES, (x.astype(np.float32) for x in (whole, by_view)), strict=True))
+    return dict(zip(IMAGES, (x.astype(np.float32) for x in (whole, by_view)), strict=True))
 
 
 def shapes(

@@ -34,15 +34,15 @@ REMEDY = (
 def distance(
     params: Mapping, x: Float[Array, "*B H W 3"], y: Float[Array, "*B H W 3"]
 ) -> Float[Array, "*B"]:
-    """The mean absolute difference of each pair of pictures and of their features, in float32.
+    """The mean absolute difference of each pair of images and of their features, in float32.
 
     Args:
       params: of `load`.
       x: sRGB in [0, 1], opaque; at least 16 pixels wide and high.
-      y: the same of the other pictures.
+      y: the same of the other images.
 
     Raises:
-      InputError: smaller pictures.
+      InputError: smaller images.
     """
     total = jnp.zeros(x.shape[:-3], jnp.float32)
     for divisor, fx, fy in zip(
@@ -53,7 +53,7 @@ def distance(
 
 
 def _features(params, rgb):
-    """The pictures on the scale of 255, and the five activations."""
+    """The images on the scale of 255, and the five activations."""
     rgb = rgb.astype(jnp.float32).reshape(-1, *rgb.shape[-3:])
     x = 255 * rgb - jnp.array(MEAN)[None, None, None]
     return [x, *vgg.features(params, x, NUM_CONVS, TAPS, vgg.average_pool)]

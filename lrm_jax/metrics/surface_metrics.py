@@ -148,11 +148,12 @@ def _icp(
     points, truth = points[:ICP_POINTS], truth[:ICP_POINTS]
     tree = cKDTree(truth)
     for _ in range(ICP_STEPS):
-        moved = points @ turn.T + shift
-        _, nearest_true = tree.query(moved)
-        _, nearest = cKDTree(moved).query(truth)
+        aligned = points @ turn.T + shift
+        _, nearest_true = tree.query(aligned)
+        _, nearest = cKDTree(aligned).query(truth)
         step_turn, step = _rigid_fit(
-            np.concatenate([moved, moved[nearest]]), np.concatenate([truth[nearest_true], truth])
+            np.concatenate([aligned, aligned[nearest]]),
+            np.concatenate([truth[nearest_true], truth]),
         )
         turn, shift = step_turn @ turn, step_turn @ shift + step
         if np.abs(step_turn - np.eye(3)).max() + np.abs(step).max() < 1e-4:

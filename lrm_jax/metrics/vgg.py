@@ -1,4 +1,4 @@
-"""The convolutions of VGG (https://arxiv.org/abs/1409.1556), through which two losses compare pictures, and files of their weights.
+"""The convolutions of VGG (https://arxiv.org/abs/1409.1556), through which two losses compare images, and files of their weights.
 
 A frozen network's parameters are a dict: `conv<block>_<number>` with `kernel` [3 3 in out] and `bias` [out].
 """
@@ -33,18 +33,18 @@ def features(
 
     Args:
       params: of one network.
-      x: pictures as the network wants them.
+      x: images as the network wants them.
       num_convs: how many convolutions each block has; those after its tap are needed for the next block only.
       taps: the number, from 1, of each block's convolution whose activation is returned.
       pool: halves height and width between the blocks.
 
     Raises:
-      InputError: pictures that vanish in the last block.
+      InputError: images that vanish in the last block.
     """
     smallest = 2 ** (len(taps) - 1)
     if min(x.shape[1:3]) < smallest:
         raise InputError(
-            f"pictures of {x.shape[1]} x {x.shape[2]} pixels are too small for VGG, which halves them"
+            f"images of {x.shape[1]} x {x.shape[2]} pixels are too small for VGG, which halves them"
             f" {len(taps) - 1} times: make them {smallest} or larger (config.train.patch), or set its loss weight to 0"
         )
     found = []

@@ -8,8 +8,8 @@ A family is a linen module in `models/<name>.py` with these members; rendering, 
 | `render` | `(scene, rays: Rays[B V H W], key=None) -> Rendering[B V H W]` | premultiplied colour; without a key deterministic |
 | `query` (optional) | `(scene, xyz[B Q 3]) -> (field[B Q], rgb[B Q 3])` | field grows inward; absent means "no surface" |
 | `__call__` | `(source: Views, rays: Rays) -> Rendering` | `render(encode(source), rays)`: for `init` |
-| `prepare` (optional) | `(rgba: list of uint8[H W 4]) -> Views[B 1 H W]` | single-image families: pictures as `encode` wants them, with the camera that the family takes them to be seen from |
-| `image_size` | class field | side of the source pictures in pixels |
+| `prepare` (optional) | `(rgba: list of uint8[H W 4]) -> Views[B 1 H W]` | single-image families: images as `encode` wants them, with the camera that the family takes them to be seen from |
+| `image_size` | class field | side of the source images in pixels |
 | `foreground_ratio` (optional) | class field | with `prepare`: the share of the side that it makes the object fill; absent means that it does not crop |
 | `surface_level`, `radius` | class fields | with `query`: the field's value at the surface, and half the side of the cube around the origin that it fills |
 | `VARIANTS` | `dict[str, dict]` | field overrides of each published size, and `"tiny"` |

@@ -1,4 +1,4 @@
-"""LRM (https://arxiv.org/abs/2311.04400) and OpenLRM, with the blocks that the camera modulates (ModLN): one picture and its camera
+"""LRM (https://arxiv.org/abs/2311.04400) and OpenLRM, with the blocks that the camera modulates (ModLN): one image and its camera
 to a triplane radiance field (https://github.com/3DTopia/OpenLRM).
 
 ViT tokens -> learned plane tokens, refined by transformer blocks that attend to them and are modulated by the source camera ->
@@ -74,7 +74,7 @@ class LRM(nn.Module):
     num_samples: int
     num_importance: int  # 0: one pass
     source_distance: float
-    source_focal: float  # fraction of the picture's side
+    source_focal: float  # fraction of the image's side
     plane_tokens: int = 32  # side of a plane in tokens
     decoder_width: int = 64
     camera_width: int = 1024
@@ -136,9 +136,9 @@ class LRM(nn.Module):
         return triplane.query(field, scene["triplane"], self.decoder(), self.dtype, xyz)
 
     def prepare(self, rgba: list[np.ndarray]) -> Views:
-        """Pictures as the reference prepares them: on white, resized without antialiasing; padded to a square first."""
-        pictures = [cutout.blend(_pad_to_square(x), self.background) for x in rgba]
-        rgb = jnp.stack([resize.resize_bicubic(jnp.asarray(x), self.image_size) for x in pictures])
+        """Images as the reference prepares them: on white, resized without antialiasing; padded to a square first."""
+        images = [cutout.blend(_pad_to_square(x), self.background) for x in rgba]
+        rgb = jnp.stack([resize.resize_bicubic(jnp.asarray(x), self.image_size) for x in images])
         camera = cameras.look_at(
             jnp.array([0.0, -self.source_distance, 0.0]), jnp.zeros(3), jnp.array([0.0, 0.0, 1.0])
         )
@@ -164,7 +164,7 @@ class LRM(nn.Module):
         near, far = jnp.where(hit, near, 0.0), jnp.where(hit, far, 1.0)
         keys = (None, None) if key is None else jax.random.split(key)
 
-        def samples(t_RS):
+        def field_at(t_RS):
             xyz_RS3 = rays.origins[:, None] + t_RS[..., None] * rays.dirs[:, None]
             density, rgb = self._raw_field(projected, layers, xyz_RS3.reshape(-1, 3))
             inside = jnp.all(jnp.abs(xyz_RS3) <= self.radius, axis=-1)
@@ -173,13 +173,13 @@ class LRM(nn.Module):
             return density, jnp.where(inside[..., None], rgb.reshape(*t_RS.shape, 3), 0.0)
 
         t_RS = sampling.stratified(near, far, self.num_samples, keys[0])
-        density_RS, rgb_RS3 = samples(t_RS)
+        density_RS, rgb_RS3 = field_at(t_RS)
         if self.num_importance:
             weights = volrend.compositing_weights(_mid_density(density_RS), t_RS)
             t_fine = sampling.importance(
                 t_RS, jax.lax.stop_gradient(weights), self.num_importance, keys[1]
             )
-            density_fine, rgb_fine = samples(t_fine)
+            density_fine, rgb_fine = field_at(t_fine)
             t_RS = jnp.concatenate([t_RS, t_fine], axis=-1)
             order = jnp.argsort(t_RS, axis=-1)
             t_RS = jnp.take_along_axis(t_RS, order, axis=-1)
@@ -205,7 +205,7 @@ def _mid_density(raw_RS):
 
 
 def _pad_to_square(rgba):
-    """Adds transparent pixels: the reference would stretch the picture."""
+    """Adds transparent pixels: the reference would stretch the image."""
     height, width = rgba.shape[:2]
     recentre.check_square(max(height, width))
     down, right = max(width - height, 0), max(height - width, 0)

@@ -1,7 +1,7 @@
 """LVSM (https://arxiv.org/abs/2410.17242): new views of a scene from given ones, without a 3D representation.
 
-Pictures become tokens of a patch's colours and Plücker rays, a view to be drawn becomes tokens of its rays alone; a transformer
-sees both, and each ray token comes out as its patch of the picture. Decoder-only (`num_latents=0`) shows it the source
+Images become tokens of a patch's colours and Plücker rays, a view to be drawn becomes tokens of its rays alone; a transformer
+sees both, and each ray token comes out as its patch of the image. Decoder-only (`num_latents=0`) shows it the source
 tokens themselves, encoder-decoder shows it `num_latents` tokens that a first transformer has made of them. Nothing marks a
 token's place but its rays, so the order of tokens is free and any number and size of views fits the same parameters.
 
@@ -33,8 +33,8 @@ from lrm_jax.models.parts.layers import gelu, stack
 from lrm_jax.ops import cameras
 from lrm_jax.types import InputError, Rays, Rendering, Views
 
-# Sizes: https://github.com/Haian-Jin/LVSM/tree/2fea924/configs. The files are those of https://huggingface.co/coast01/LVSM; a
-# picture's size is the one that they were trained at, and everything else is the same for both.
+# Sizes: https://github.com/Haian-Jin/LVSM/tree/2fea924/configs. The files are those of https://huggingface.co/coast01/LVSM; an
+# image's size is the one that they were trained at, and everything else is the same for both.
 _DECODER_ONLY = dict(patch=8, width=768, num_heads=12, depth=24)
 _ENCODER_DECODER = dict(
     patch=8, width=768, num_heads=12, depth=12, encoder_depth=12, num_latents=3072
@@ -97,12 +97,12 @@ class LVSM(nn.Module):
         """The tokens [B M D] that targets are drawn from, as the blocks take them, and how many of them count.
 
         Args:
-          source: opaque pictures [B V H W 3], sides multiples of `patch`. The unit of length is the checkpoint's.
+          source: opaque images [B V H W 3], sides multiples of `patch`. The unit of length is the checkpoint's.
           num_views: how many of each scene's V views are given; the later ones are padding, whatever they hold, so that scenes of
             different numbers of views share a batch, and a program. None: all.
 
         Raises:
-          InputError: pictures that do not divide into patches.
+          InputError: images that do not divide into patches.
         """
         B, V, H, W, _ = source.rgb.shape
         rays = cameras.plucker(cameras.pixel_rays(source.cameras, H, W))
@@ -291,12 +291,12 @@ def to_torch(params: dict, model: LVSM) -> dict[str, np.ndarray]:
 
 
 def fields_from_config(config: dict) -> dict:
-    """The size of its pictures, which shapes do not tell."""
+    """The size of its images, which shapes do not tell."""
     return dict(image_size=config["image_size"])
 
 
 def fields_from_torch(state: dict[str, np.ndarray]) -> dict:
-    """What the shapes of an LVSM state dict tell of the model's fields: all but the size of its pictures."""
+    """What the shapes of an LVSM state dict tell of the model's fields: all but the size of its images."""
     width, inputs = state["image_tokenizer.1.weight"].shape
     latents = state.get("n_light_field_latent")
     blocks = "transformer_blocks." if latents is None else "transformer_decoder."

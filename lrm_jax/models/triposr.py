@@ -1,4 +1,4 @@
-"""TripoSR (https://arxiv.org/abs/2403.02151): one picture to a triplane radiance field, without a camera.
+"""TripoSR (https://arxiv.org/abs/2403.02151): one image to a triplane radiance field, without a camera.
 
 DINO tokens -> queries of the three planes, refined by transformer blocks that attend to them -> upsampled planes -> MLP ->
 volume rendering. The world is z-up with the source camera on the +x axis, looking at the origin.
@@ -67,7 +67,7 @@ class TripoSR(nn.Module):
     source_distance: float
     source_fov: float  # degrees, vertical
     source_elevation: float = 0.0  # degrees
-    symmetric: bool = False  # the mirrored picture has the mirrored planes
+    symmetric: bool = False  # the mirrored image has the mirrored planes
     upsample: int = 2
     norm_groups: int = 32
     foreground_ratio: float = 0.85
@@ -95,12 +95,12 @@ class TripoSR(nn.Module):
     def encode(self, source: Views) -> dict[str, Float[Array, "B 3 h w C"]]:
         """The planes of one view on grey, [B 1 H W 3]; its camera is ignored.
 
-        Where the model is symmetric, they are the mean with those of the mirrored picture, turned back.
+        Where the model is symmetric, they are the mean with those of the mirrored image, turned back.
         """
         rgb_BHW3 = source.rgb[:, 0]
         if not self.symmetric:
             return {"triplane": self._planes(rgb_BHW3)}
-        # Beside its own picture, so that each device has both.
+        # Beside its own image, so that each device has both.
         both = jnp.stack([rgb_BHW3, rgb_BHW3[:, :, ::-1]], axis=1)
         planes = self._planes(both.reshape(-1, *rgb_BHW3.shape[1:]))
         planes, mirrored = planes[::2], planes[1::2]
@@ -128,7 +128,7 @@ class TripoSR(nn.Module):
         return triplane.query(self._field, scene["triplane"], self.decoder(), self.dtype, xyz)
 
     def prepare(self, rgba: list[np.ndarray]) -> Views:
-        """Pictures as the reference prepares them: foreground centred at 85% of a square, on grey, 8 bits, antialiased resize."""
+        """Images as the reference prepares them: foreground centred at 85% of a square, on grey, 8 bits, antialiased resize."""
         squares = [recentre.recenter_foreground(x, self.foreground_ratio) for x in rgba]
         floats = [cutout.composite(x, self.background).astype(np.float32) / 255 for x in squares]
         rgb = jnp.stack([resize.resize_bilinear(jnp.asarray(x), self.image_size) for x in floats])
@@ -169,12 +169,12 @@ def in_mirror(planes_BPhwC: Float[Array, "B 3 h w C"]) -> Float[Array, "B 3 h w 
     return jnp.stack([xy[:, ::-1], xz, yz[:, :, ::-1]], axis=1)
 
 
-# Initial values for training from scratch. The planes' tokens start with the code of the place in the picture that they project
+# Initial values for training from scratch. The planes' tokens start with the code of the place in the image that they project
 # to, and cross-attention with equal q and k: so, where the encoder is as wide (nano), each token looks there from the first step.
 
 
 def _init_queries(key, shape):
-    """The source camera looks along -x with y to the right and z up: rows of the picture are -z, its columns y."""
+    """The source camera looks along -x with y to the right and z up: rows of the image are -z, its columns y."""
     _, side, _, width = shape
     code = sincos_code(side, width // 2)
     nowhere = jnp.zeros_like(code)

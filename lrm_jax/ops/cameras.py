@@ -1,6 +1,6 @@
 """Cameras and rays in one convention: OpenCV axes (OpenGL poses are converted here), camera to world, intrinsics as fractions.
 
-    world (right-handed, z up)            camera (OpenCV)              picture (u, v are fractions)
+    world (right-handed, z up)            camera (OpenCV)              image (u, v are fractions)
 
           z                                    z forward                  (0,0) ----> u (1,0)
           |                                   /                             |
@@ -42,9 +42,9 @@ def look_at(
     target: Float[Array, "*B 3"],
     up: Float[Array, "3"] | tuple[float, float, float] = (0.0, 0.0, 1.0),
 ) -> Float[Array, "*B 4 4"]:
-    """The pose of a camera at `eye` that sees `target` in the middle, with `up` upwards in the picture.
+    """The pose of a camera at `eye` that sees `target` in the middle, with `up` upwards in the image.
 
-    Looking along `up` itself, the picture's upward direction is a fixed one at right angles to it: +y for z up,
+    Looking along `up` itself, the image's upward direction is a fixed one at right angles to it: +y for z up,
     as on a map. For a path over a pole without a jump there, see `orbit`.
 
     Args:
@@ -81,7 +81,7 @@ def orbit(
       elevation_deg: of every camera, in [-90, 90]; well defined at both ends.
       fov_y_deg: full vertical field of view.
       azimuth_deg: of the first camera; the next ones go counter-clockwise seen from above.
-      aspect: width / height of the pictures.
+      aspect: width / height of the images.
 
     Returns:
       Cameras[V].
@@ -128,7 +128,7 @@ def project(
     """Where Cameras[*B] see world points.
 
     Returns:
-      (u, v) as fractions of width and height, outside [0, 1] for points beside the picture; and z, the distance along
+      (u, v) as fractions of width and height, outside [0, 1] for points beside the image; and z, the distance along
       the optical axis in world units. Where z <= 0 the point is behind the camera and u, v mean nothing.
     """
     offset = xyz - cameras.c2w[..., None, :3, 3]
@@ -141,7 +141,7 @@ def project(
 def crop_cameras(
     cameras: Cameras, top_left: Float[Array, "*B 2"], size: Float[Array, "*B 2"]
 ) -> Cameras:
-    """The cameras of crops: a crop of a picture is itself a picture, of a camera with another centre and focal length.
+    """The cameras of crops: a crop of an image is itself an image, of a camera with another centre and focal length.
 
     Args:
       cameras: Cameras[*B].
@@ -216,21 +216,21 @@ def azimuth_motion(c2w: Float[Array | np.ndarray, "4 4"]) -> Float[Array | np.nd
     return xp.stack(rows).reshape(4, 4)
 
 
-def picture_motion(
+def image_motion(
     c2w: Float[Array | np.ndarray, "4 4"],
     fxfycxcy: Float[Array | np.ndarray, "4"],
     distance: float,
     fov_y_deg: float,
 ) -> Float[Array | np.ndarray, "4 4"]:
-    """The similarity after which a picture looks as if taken from azimuth 0, from `distance`, with the field of view `fov_y_deg`.
+    """The similarity after which an image looks as if taken from azimuth 0, from `distance`, with the field of view `fov_y_deg`.
 
-    The world is turned about z; the point on the ray through the picture's centre that is nearest to the origin becomes the
-    origin; and what is there has the size in the picture that it would have for that camera. So nothing is left that a model
-    that is given the picture alone could not know, but the elevation, which stays as it is, that up remains up. The camera
+    The world is turned about z; the point on the ray through the image's centre that is nearest to the origin becomes the
+    origin; and what is there has the size in the image that it would have for that camera. So nothing is left that a model
+    that is given the image alone could not know, but the elevation, which stays as it is, that up remains up. The camera
     itself comes to lie at another distance where its field of view is another. NumPy arrays give a NumPy array.
 
     Args:
-      c2w, fxfycxcy: the true camera of the picture; that of a crop where it is one.
+      c2w, fxfycxcy: the true camera of the image; that of a crop where it is one.
     """
     xp = c2w.__array_namespace__()
     eye, focal, centre = c2w[:3, 3], fxfycxcy[:2], fxfycxcy[2:]
@@ -246,10 +246,10 @@ def picture_motion(
     return xp.concat([top, xp.asarray([[0.0, 0.0, 0.0, 1.0]])], axis=0)
 
 
-def moved(
+def move_poses(
     motion: Float[Array | np.ndarray, "4 4"], c2w: Float[Array | np.ndarray, "*B 4 4"]
 ) -> Float[Array | np.ndarray, "*B 4 4"]:
-    """Poses in the world that a similarity leads to; of NumPy arrays, as `picture_motion`."""
+    """Poses in the world that a similarity leads to; of NumPy arrays, as `image_motion`."""
     xp = c2w.__array_namespace__()
     scale = xp.linalg.vector_norm(motion[:3, 0])
     poses = xp.matmul(motion, c2w)

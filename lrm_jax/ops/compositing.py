@@ -8,7 +8,7 @@ from lrm_jax.types import Rendering, Views
 
 
 def as_float(x: Num[Array | np.ndarray, "*B"]) -> Float[Array | np.ndarray, "*B"]:
-    """Pictures in [0, 1]: 8-bit ones are divided by 255."""
+    """Images in [0, 1]: 8-bit ones are divided by 255."""
     return x.astype(jnp.float32) / 255 if x.dtype == jnp.uint8 else x
 
 
@@ -19,7 +19,7 @@ def on_background(views: Views, background: float) -> Views:
 
 
 def premultiplied(views: Views) -> Rendering:
-    """Views as what a perfect model would render: premultiplied colour and alpha, 1 where the picture has none."""
+    """Views as what a perfect model would render: premultiplied colour and alpha, 1 where the image has none."""
     rgb = as_float(views.rgb)
     if views.alpha is None:
         return Rendering(rgb=rgb, alpha=jnp.ones(rgb.shape[:-1]))

@@ -1,4 +1,4 @@
-"""PSNR, SSIM and IoU: how good a picture is. Each metric is one number a picture, in float32."""
+"""PSNR, SSIM and IoU: how good an image is. Each metric is one number an image, in float32."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +12,7 @@ SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2
 
 
 def psnr(rgb: Float[Array, "*B H W 3"], target: Float[Array, "*B H W 3"]) -> Float[Array, "*B"]:
-    """Peak signal-to-noise ratio in dB, for values in [0, 1]; at most 100 dB, so that equal pictures stay finite."""
+    """Peak signal-to-noise ratio in dB, for values in [0, 1]; at most 100 dB, so that equal images stay finite."""
     error = jnp.square(rgb.astype(jnp.float32) - target.astype(jnp.float32)).mean((-3, -2, -1))
     return decibels(error)
 
@@ -23,17 +23,17 @@ def decibels(error: Float[Array, "*B"]) -> Float[Array, "*B"]:
 
 
 def ssim(rgb: Float[Array, "*B H W 3"], target: Float[Array, "*B H W 3"]) -> Float[Array, "*B"]:
-    """Structural similarity, 1 where the pictures are equal, for values in [0, 1]: the mean over channels and whole windows.
+    """Structural similarity, 1 where the images are equal, for values in [0, 1]: the mean over channels and whole windows.
 
     Wang et al. 2004, as scikit-image's `structural_similarity(gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
     data_range=1)`. LVSM's and pixelSplat's tables leave out `use_sample_covariance`, which takes up to 0.001 off.
 
     Raises:
-      InputError: pictures smaller than the window, 11 x 11.
+      InputError: images smaller than the window, 11 x 11.
     """
     if min(rgb.shape[-3:-1]) < SSIM_WINDOW.size:
         raise InputError(
-            f"pictures of {rgb.shape[-3]} x {rgb.shape[-2]} pixels are too small for SSIM: make them 11 or larger"
+            f"images of {rgb.shape[-3]} x {rgb.shape[-2]} pixels are too small for SSIM: make them 11 or larger"
         )
     x, y = rgb.astype(jnp.float32), target.astype(jnp.float32)
     mean_x, mean_y = _windowed(x), _windowed(y)
@@ -52,7 +52,7 @@ def iou(alpha: Float[Array, "*B H W"], target: Float[Array, "*B H W"]) -> Float[
 
 
 def _windowed(x):
-    """Gaussian means over the windows that lie inside the picture: [*B H W C] -> [*B H-10 W-10 C].
+    """Gaussian means over the windows that lie inside the image: [*B H W C] -> [*B H-10 W-10 C].
 
     Sums of slices are float32 on every device, where a convolution could be rounded to bfloat16 or TF32.
     """

@@ -58,7 +58,7 @@ def angles_to(
 
 
 def up(c2w: Float[np.ndarray, "V 4 4"]) -> Float[np.ndarray, "3"]:
-    """The upward direction of the scene, a unit vector: at right angles to what is right in the pictures.
+    """The upward direction of the scene, a unit vector: at right angles to what is right in the images.
 
     The mean of their upward directions alone leans away from a half circle of cameras that look down; it decides where they
     look in one direction.
@@ -77,7 +77,7 @@ def meeting_point(c2w: Float[np.ndarray, "V 4 4"]) -> Float[np.ndarray, "3"] | N
 
 
 def orbit(c2w: Float[np.ndarray, "V 4 4"], num_frames: int) -> Float[np.ndarray, "N 4 4"]:
-    """A full turn around the point that the cameras look at, which stays in the middle of the picture.
+    """A full turn around the point that the cameras look at, which stays in the middle of the image.
 
     About the scene's upward direction, counter-clockwise seen from above, beginning above or below view 0; at the mean height
     and the mean horizontal distance of the cameras. A full turn would come back to the first frame.
@@ -95,7 +95,7 @@ def orbit(c2w: Float[np.ndarray, "V 4 4"], num_frames: int) -> Float[np.ndarray,
     height = offset @ axis
     level = offset - height[:, None] * axis
     distance = np.linalg.norm(level, axis=1)
-    # Of a camera above the point, its picture's upward direction is away from the centre of the turn.
+    # Of a camera above the point, its image's upward direction is away from the centre of the turn.
     start = level[0] if distance[0] > 1e-3 * np.linalg.norm(offset[0]) else c2w[0, :3, 1]
     start = start - (start @ axis) * axis
     start /= np.linalg.norm(start)

@@ -71,7 +71,7 @@ def split_batch(function, shared: Any, batch: Any) -> Any:
     return jax.shard_map(function, in_specs=specs, out_specs=split, check_vma=False)(shared, batch)
 
 
-def process_share(device_mesh: Mesh) -> tuple[int, int]:
+def process_slice(device_mesh: Mesh) -> tuple[int, int]:
     """Which part of every batch this process reads: (index, count), and `global_batch` puts the parts together.
 
     Not `process_index` and `process_count`: processes that only the `tensor` axis tells apart read the same part.
@@ -94,12 +94,12 @@ def process_share(device_mesh: Mesh) -> tuple[int, int]:
 
 
 def global_batch(tree: Any, device_mesh: Mesh) -> Any:
-    """Global arrays, split along the leading axis, from this process's part of the batch (NumPy arrays; `process_share`)."""
+    """Global arrays, split along the leading axis, from this process's part of the batch (NumPy arrays; `process_slice`)."""
     sharding = NamedSharding(device_mesh, PartitionSpec(BATCH_AXES))
-    shares = process_share(device_mesh)[1]
+    num_slices = process_slice(device_mesh)[1]
 
     def one(x):
-        shape = (len(x) * shares, *x.shape[1:])
+        shape = (len(x) * num_slices, *x.shape[1:])
         return jax.make_array_from_process_local_data(sharding, x, shape)
 
     return jax.tree.map(one, tree)

@@ -69,13 +69,13 @@ def open_data(
     if mix:
         sources, weights = [*sources, make("procedural", "train")], list(mix)
     val = make(name, "val")
-    share = dict(process_index=process_index, process_count=process_count)
+    own_slice = dict(process_index=process_index, process_count=process_count)
     train = pipeline.open_batches(
-        list(zip(sources, weights, strict=True)), batch_size, num_workers=num_workers, prefetch=prefetch, **share
+        list(zip(sources, weights, strict=True)), batch_size, num_workers=num_workers, prefetch=prefetch, **own_slice
     )  # fmt: skip
     return Data(
         train=train,
-        val=lambda size: pipeline.open_batches(val, size, prefetch=0, **share),
-        num_val=len(val.samples),
+        val=lambda size: pipeline.open_batches(val, size, prefetch=0, **own_slice),
+        num_val=len(val.elements),
         finish=[jax.jit(source.finish) if source.finish else lambda batch: batch for source in sources],
     )  # fmt: skip

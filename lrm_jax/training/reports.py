@@ -1,4 +1,4 @@
-"""What a person sees of a training run: the parameters, a line of progress, pictures, and a profiler's trace."""
+"""What a person sees of a training run: the parameters, a line of progress, images, and a profiler's trace."""
 
 import contextlib
 import math
@@ -12,7 +12,7 @@ import numpy as np
 from clu import parameter_overview as clu_overview
 from PIL import Image
 
-from lrm_jax.images.sheets import depth_pictures
+from lrm_jax.images.sheets import depth_images
 from lrm_jax.ops.compositing import on_background
 from lrm_jax.parallel.whole_files import write_file
 from lrm_jax.types import Batch, Rendering, Views
@@ -124,7 +124,7 @@ def image_grid(images: dict[str, np.ndarray]) -> np.ndarray:
         for k, kind in enumerate(kinds):
             of_scene = images[kind][i]
             if kind == "depth":
-                of_scene = depth_pictures(of_scene, images["alpha"][i])
+                of_scene = depth_images(of_scene, images["alpha"][i])
             grid[i, :, 1 + k :: len(kinds)] = of_scene.swapaxes(0, 1)
     return grid.reshape(count * height, -1, 3)
 

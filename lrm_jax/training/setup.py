@@ -10,7 +10,7 @@ from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from lrm_jax.data.samples import check_normalize
+from lrm_jax.data.elements import check_normalize
 from lrm_jax.models import build
 from lrm_jax.parallel import batch_axes, sharding
 from lrm_jax.training import checkpoints, losses, optim
@@ -167,29 +167,29 @@ def initial_params(run: Run, init_from: str):
     if not init_from:
         return None
     model, params, _ = loading.load_weights(init_from)
-    wanted, given = (
+    wanted, found = (
         {name: leaf.shape for name, leaf in optim.named(tree)}
         for tree in (run.abstract_state.params, params)
     )
     if wrong := sorted(
-        name for name in wanted | given if wanted.get(name, ()) != given.get(name, ())
+        name for name in wanted | found if wanted.get(name, ()) != found.get(name, ())
     ):
         name = wrong[0]
         raise InputError(
             f"train.init_from={init_from}: {len(wrong)} parameters are not those of config.model, the first {name}: "
-            f"{given.get(name, 'absent')} there, {wanted.get(name, 'absent')} here: set config.model to that model"
+            f"{found.get(name, 'absent')} there, {wanted.get(name, 'absent')} here: set config.model to that model"
         )
     return params
 
 
 def check_assumed_camera(config: ConfigDict, model: nn.Module) -> None:
-    """Raises InputError where pictures give the world (data.normalize="picture") and the model assumes another camera than the data."""
-    if config.data.get("normalize") != "picture":
+    """Raises InputError where images give the world (data.normalize="image") and the model assumes another camera than the data."""
+    if config.data.get("normalize") != "image":
         return
     check_normalize(config.data.normalize, config.data.assumed_camera)
     if not hasattr(model, "prepare"):
         raise InputError(
-            f"data.normalize=picture: {config.model.name} is given true cameras: choose another"
+            f"data.normalize=image: {config.model.name} is given true cameras: choose another"
         )
     distance, fov = config.data.assumed_camera
     blank = np.full((model.image_size, model.image_size, 4), 255, np.uint8)

@@ -38,11 +38,11 @@ def train_step(
 
     Args:
       state: donated by the caller.
-      batch: straight colour and alpha, or opaque pictures; uint8, or floats in [0, 1].
+      batch: straight colour and alpha, or opaque images; uint8, or floats in [0, 1].
       networks: parameters of the frozen networks of the losses, see `losses.terms`.
       source_background: grey that the source views are composited on.
       patch, render_size, antialias, foreground_crops: see `random_crops`.
-      recolor: every other scene on average, the colours of all pictures change: see `recolored`.
+      recolor: every other scene on average, the colours of all images change: see `recolored`.
       backgrounds: greys of which each target view gets one (OpenLRM: 0, 0.5, 1); empty: any colour.
       accumulate: equal parts that the batch is processed in, one after the other; the gradient is their mean.
       ema_decay: of the running mean of the parameters, reached after 10 / (1 - ema_decay) steps.
@@ -191,9 +191,9 @@ def random_crops(
 
     Args:
       views: [B V], square.
-      render_size: the whole picture is first resized to a side drawn from low..high for each scene, so that the window shows
+      render_size: the whole image is first resized to a side drawn from low..high for each scene, so that the window shows
         more or less of it. OpenLRM: openlrm/datasets/objaverse.py:104-114 at 3108b69.
-      antialias: of that resize. Without it a window has points of the sharp picture (bilinear between its nearest pixels), with
+      antialias: of that resize. Without it a window has points of the sharp image (bilinear between its nearest pixels), with
         gaps between them: few rays that see much of it (GRAF, https://arxiv.org/abs/2007.02442, section 3.2).
       foreground: a window is centred on a pixel of the object nine times out of ten, instead of lying anywhere. TripoSR
         (https://arxiv.org/abs/2403.02151, section 2.3) crops so "to focus on the foreground", without saying how.
@@ -209,11 +209,11 @@ def random_crops(
         place_BV2 = _around_foreground(pixel_key, whole.alpha, place_BV2, patch, free_BV1)
     corner_BV2 = jnp.minimum(jnp.floor(place_BV2 * (free_BV1 + 1)), free_BV1)
 
-    def crop(picture_HWC, corner, side):
+    def crop(image_HWC, corner, side):
         scale = side / jnp.array([height, width], jnp.float32)
         return jax.image.scale_and_translate(
-            picture_HWC,
-            (patch, patch, picture_HWC.shape[-1]),
+            image_HWC,
+            (patch, patch, image_HWC.shape[-1]),
             (0, 1),
             scale,
             -corner,

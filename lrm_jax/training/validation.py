@@ -43,9 +43,9 @@ def evaluate(
             del of_batch  # before the next batch
     # The last batch is filled up.
     of_views = {k: np.concatenate([row[k] for row in rows])[:num_scenes] for k in rows[0]}
-    given = of_views.pop("is_source")
-    means = {f"val/{k}": v[~given].mean() for k, v in of_views.items() if not given.all()}
-    if given.any():
-        means["val/source_psnr"] = of_views["psnr"][given].mean()
+    is_source = of_views.pop("is_source")
+    means = {f"val/{k}": v[~is_source].mean() for k, v in of_views.items() if not is_source.all()}
+    if is_source.any():
+        means["val/source_psnr"] = of_views["psnr"][is_source].mean()
     grid = image_grid(jax.tree.map(lambda *parts: np.concatenate(parts), *shown))
     return {name: float(value) for name, value in means.items()}, grid

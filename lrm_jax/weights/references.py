@@ -59,14 +59,14 @@ def from_reference(
 ) -> tuple[nn.Module, dict]:
     """The model that a reference's state dict belongs to, and its parameters.
 
-    Sizes come from the tensors' shapes. What shapes cannot tell (heads, samples, picture size, radius) comes from `config`,
+    Sizes come from the tensors' shapes. What shapes cannot tell (heads, samples, image size, radius) comes from `config`,
     else from the published model of the same shapes.
 
     Args:
       state: NumPy arrays under the reference's names: TripoSR, OpenLRM 1.0 and 1.1, LVSM, or a DINO v1 or DINOv2 encoder alone.
         Wrappers of the names (`module.`, `_orig_mod.`, `backbone.`) are taken off, 16-bit numbers widened.
       config: the reference's own: TripoSR's config.yaml, OpenLRM 1.1's config.json, 1.0's `kwargs["model"]`; with the key
-        `source_size` where OpenLRM's picture size is not that of the published model of the same shapes. LVSM's:
+        `source_size` where OpenLRM's image size is not that of the published model of the same shapes. LVSM's:
         `{"image_size": pixels}`, which its published checkpoints tell only by their files' names.
 
     Raises:
@@ -113,7 +113,7 @@ def recognise(
         )
     if _name(module) == "lvsm" and not told:
         logging.warning(
-            "the file's name does not end in _256 or _res512: pictures of %d pixels are taken",
+            "the file's name does not end in _256 or _res512: images of %d pixels are taken",
             model.image_size,
         )
     elif config is not None and _name(module) in CONFIG_NAMES:
@@ -149,7 +149,7 @@ def from_checkpoint(content: object, path: Path) -> tuple[nn.Module, dict]:
 
 
 def name_config(path: Path) -> dict | None:
-    """The config of an LVSM checkpoint: the size of its pictures, which only the file's name tells, as `..._256`, `..._res512`."""
+    """The config of an LVSM checkpoint: the size of its images, which only the file's name tells, as `..._256`, `..._res512`."""
     size = re.search(r"_(?:res(\d+)|(256|512))$", path.stem)
     return size and {"image_size": int(size[1] or size[2])}
 
@@ -318,8 +318,8 @@ def param_shapes(model: nn.Module) -> dict:
         inputs = (array(1, side, side, 3),)
     else:
         camera = Cameras(c2w=array(1, 1, 4, 4), fxfycxcy=array(1, 1, 4))
-        picture = array(1, 1, model.image_size, model.image_size, 3)
-        inputs = (Views(rgb=picture, cameras=camera), Rays(origins=picture, dirs=picture))
+        image = array(1, 1, model.image_size, model.image_size, 3)
+        inputs = (Views(rgb=image, cameras=camera), Rays(origins=image, dirs=image))
     return jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
 
 

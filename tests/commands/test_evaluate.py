@@ -25,7 +25,7 @@ from three_balls import (
 )
 
 from lrm_jax import __main__, models
-from lrm_jax.data import held_out, samples
+from lrm_jax.data import elements, held_out
 from lrm_jax.evaluation import objects, report_page, scenes
 from lrm_jax.evaluation.scores import compiled
 from lrm_jax.metrics import lpips, surface_metrics
@@ -128,64 +128,64 @@ def test_a_model_that_knows_the_answer_scores_as_such(lrm, monkeypatch, frame):
     assert re.search(r"^mean +\d", stdout, re.M) and re.search(r"^mean object \(baseline\)", stdout, re.M)  # fmt: skip
 
 
-def test_the_size_in_the_picture_decides_the_scale():
+def test_the_size_in_the_image_decides_the_scale():
     ball = np.zeros((200, 200, 4), np.uint8)
     rows, columns = np.indices((200, 200)) - 99.5
     ball[np.hypot(rows, columns) < 80] = 255
     model = models.build("triposr", "tiny")
     assumed = jax.tree.map(lambda x: np.asarray(x[0, 0]), model.prepare([ball]).cameras)
-    frame = objects.model_world(model, {}, None)
-    assert frame.scale == "picture"
-    world = objects.world_of(model, ball, camera(*SOURCE), assumed, frame)
+    alignment = objects.alignment_of(model, {}, None)
+    assert alignment.scale == "image"
+    world = objects.motion_to_model(model, ball, camera(*SOURCE), assumed, alignment)
     scale = np.cbrt(np.linalg.det(world[:3, :3]))
-    # What fills 160 of 200 pixels at a distance of 2.8 fills 85 % of the assumed camera's picture, at 1.9.
+    # What fills 160 of 200 pixels at a distance of 2.8 fills 85 % of the assumed camera's image, at 1.9.
     true = 160 / 200 * DISTANCE / camera(*SOURCE).fxfycxcy[0]
     wanted = 0.85 * assumed.fxfycxcy[0] ** -1 * np.linalg.norm(assumed.c2w[:3, 3])
     assert scale * true == pytest.approx(wanted, rel=0.02)  # whole pixels
     np.testing.assert_allclose(world[:3, :3] / scale, upright()[:3, :3], atol=1e-6)
-    poses = objects.moved(world, camera(*SOURCE).c2w[None])
+    poses = objects.move_poses(world, camera(*SOURCE).c2w[None])
     np.testing.assert_allclose(np.linalg.det(poses[:, :3, :3]), 1, atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(poses[0, :3, 3]), scale * DISTANCE, rtol=1e-5)
 
 
-def test_a_model_of_pictures_worlds_is_evaluated_in_them(tmp_path):
+def test_a_model_of_images_worlds_is_evaluated_in_them(tmp_path):
     write_object(tmp_path / "a")
     item = held_out.read(tmp_path / "a", 3, SIZE)
     model = models.build("triposr", "tiny")
-    data = {"normalize": "picture", "assumed_camera": [1.9, 40.0]}
-    world = objects.model_world(model, {"config": {"data": data}}, None)
-    given = objects.give_picture(model, world, item)
+    data = {"normalize": "image", "assumed_camera": [1.9, 40.0]}
+    alignment = objects.alignment_of(model, {"config": {"data": data}}, None)
+    posed = objects.posed_by_image(model, alignment, item)
     # The crop shows what is near the origin as the assumed camera does.
-    box = np.array(samples.source_crop(item.source, 32, 0.85, "a")[1])
-    cropped = samples.crop_intrinsics(item.source_camera.fxfycxcy[None], box[None])
-    pose = objects.moved(given.world, item.source_camera.c2w[None])
+    box = np.array(elements.source_crop(item.source, 32, 0.85, "a")[1])
+    cropped = elements.crop_intrinsics(item.source_camera.fxfycxcy[None], box[None])
+    pose = objects.move_poses(posed.to_model, item.source_camera.c2w[None])
     seen = Cameras(c2w=jnp.asarray(pose), fxfycxcy=jnp.asarray(cropped))
     x, _, z = pose[0, :3, 3]
     points = 0.02 * jnp.array([[[0, 0, 0], [0, 1, 0], np.array([-z, 0, x]) / np.hypot(x, z)]])
     assumed = cameras.orbit(1, 1.9, float(np.degrees(np.arctan2(z, x))), 40.0)
-    np.testing.assert_allclose(assumed.fxfycxcy, given.source.cameras.fxfycxcy[0])
+    np.testing.assert_allclose(assumed.fxfycxcy, posed.source.cameras.fxfycxcy[0])
     np.testing.assert_allclose(
         cameras.project(seen, points)[0], cameras.project(assumed, points)[0], atol=1e-3
     )
-    with pytest.raises(InputError, match="--scale data: this model was trained where the picture"):
-        objects.model_world(model, {"config": {"data": data}}, "data")
+    with pytest.raises(InputError, match="--scale data: this model was trained where the image"):
+        objects.alignment_of(model, {"config": {"data": data}}, "data")
 
 
 def test_lrm_is_given_the_normalised_true_camera(tmp_path):
     write_object(tmp_path / "a")
     item = held_out.read(tmp_path / "a", 3, SIZE)
     model = models.build("lrm", "tiny")
-    world = objects.model_world(model, {"steps": 1}, None)
-    given = objects.give_picture(model, world, item)
+    alignment = objects.alignment_of(model, {"steps": 1}, None)
+    posed = objects.posed_by_image(model, alignment, item)
     both = jax.tree.map(
         lambda one, more: jnp.asarray(np.concatenate([one[None], more])),
         item.source_camera,
         item.target_cameras,
     )
     wanted = cameras.normalize_to_source(both)
-    np.testing.assert_allclose(given.source.cameras.c2w[0, 0], wanted.c2w[0], atol=1e-5)
-    np.testing.assert_allclose(given.source.cameras.fxfycxcy[0, 0], wanted.fxfycxcy[0])
-    np.testing.assert_allclose(given.targets.c2w, wanted.c2w[1:], atol=1e-5)
+    np.testing.assert_allclose(posed.source.cameras.c2w[0, 0], wanted.c2w[0], atol=1e-5)
+    np.testing.assert_allclose(posed.source.cameras.fxfycxcy[0, 0], wanted.fxfycxcy[0])
+    np.testing.assert_allclose(posed.targets.c2w, wanted.c2w[1:], atol=1e-5)
 
 
 def test_a_model_file_with_bad_objects_beside_good_ones(lrm, tmp_path):
@@ -201,10 +201,10 @@ def test_a_model_file_with_bad_objects_beside_good_ones(lrm, tmp_path):
 
     params = jax.tree.map(random, shapes)
     model_file.save_model(tmp_path / "tiny.safetensors", model, params, {})
-    for name in ("good", "no_points", "nan_pose", "no_picture", "few", "clear"):
+    for name in ("good", "no_points", "nan_pose", "no_image", "few", "clear"):
         write_object(Path("data") / name, 3 if name == "few" else 5, name != "no_points")
     np.save("data/nan_pose/pose/001.npy", np.full((3, 4), np.nan))
-    Path("data/no_picture/rgba/002.png").write_bytes(b"no picture")
+    Path("data/no_image/rgba/002.png").write_bytes(b"no image")
     Image.fromarray(np.zeros((SIZE, SIZE, 4), np.uint8)).save("data/clear/rgba/001.png")
     code, stdout, stderr = lrm("--data", "data", "--weights", "tiny.safetensors", "--out", "x/y")
     assert code == 0 and "Traceback" not in stderr
@@ -213,7 +213,7 @@ def test_a_model_file_with_bad_objects_beside_good_ones(lrm, tmp_path):
     causes = {
         "no_points": "no surface metrics: points.npy is missing",
         "nan_pose": "pose/001.npy has values that are not finite",
-        "no_picture": "002.png is not a picture",
+        "no_image": "002.png is not an image",
         "few": "3 views are too few for 1 as source and 3 as targets",
         "clear": "transparent everywhere",
     }
@@ -225,7 +225,7 @@ def test_a_model_file_with_bad_objects_beside_good_ones(lrm, tmp_path):
     assert other["chamfer"] is None and summary["count"]["chamfer"] == 1
     assert summary["mean"]["chamfer"] == pytest.approx(good["chamfer"])
     assert summary["mean"]["psnr"] == pytest.approx((good["psnr"] + other["psnr"]) / 2)
-    assert "picture" in summary["protocol"]["world"]  # no record of training
+    assert "image" in summary["protocol"]["world"]  # no record of training
     page = Path("x/y/evaluation.html").read_text()
     assert page.count('src="data:image/jpeg;base64,') == 2 and "http" not in page.split("<dl>")[0]
     assert re.findall("<h3>(.*?)</h3>", page) == report_page.worst_first(summary["objects"])
@@ -257,12 +257,12 @@ def test_the_baseline_can_come_from_training_objects(lrm):
     assert code == 0 and list(summary["objects"]) == val
     assert "2 training objects" in summary["protocol"]["baseline"]
     # They are all the same object, from the same sides.
-    assert summary["baseline"]["pictures"] == "mean picture by view"
+    assert summary["baseline"]["images"] == "mean image by view"
     assert summary["baseline"]["mean"]["iou"] == 1 and summary["baseline"]["mean"]["psnr"] > 90
     assert 0.05 < summary["baseline"]["mean"]["chamfer"] < 0.5
 
 
-def test_lpips_is_that_of_the_pictures_on_white(lrm, monkeypatch):
+def test_lpips_is_that_of_the_images_on_white(lrm, monkeypatch):
     write_object(Path("data/a"), points=False)
     monkeypatch.setattr(lpips, "load", lambda path: {"path": jnp.float32(path == "w.safetensors")})
     monkeypatch.setattr(
@@ -320,7 +320,7 @@ class Posed(nn.Module):
 
     @jax.numpy_rank_promotion("allow")
     def encode(self, source):
-        """Whether the given pictures are what the given cameras see of the balls."""
+        """Whether the given images are what the given cameras see of the balls."""
         world = np.array(self.world)
         balls = jnp.asarray(BALLS @ world[:3, :3].T + world[:3, 3], jnp.float32)
         rays = cameras.pixel_rays(source.cameras, *source.rgb.shape[2:4])
@@ -372,18 +372,18 @@ class Grey(nn.Module):
 
 
 def write_scene(folder: Path, seed: int, num_frames: int = 5) -> np.ndarray:
-    """Noise, seen from a row of places; its pictures in [0, 1]."""
+    """Noise, seen from a row of places; its images in [0, 1]."""
     (folder / "images").mkdir(parents=True)
-    pictures = np.random.default_rng(seed).integers(0, 256, (num_frames, 32, 32, 3), np.uint8)
+    images = np.random.default_rng(seed).integers(0, 256, (num_frames, 32, 32, 3), np.uint8)
     frames = []
-    for i, rgb in enumerate(pictures):
+    for i, rgb in enumerate(images):
         Image.fromarray(rgb).save(folder / f"images/{i}.png")
         c2w = np.eye(4)
         c2w[0, 3] = i
         frames.append({"file_path": f"images/{i}.png", "transform_matrix": c2w.tolist()})
     camera = dict(fl_x=30, fl_y=30, cx=16, cy=16, w=32, h=32)
     (folder / "transforms.json").write_text(json.dumps(camera | {"frames": frames}))
-    return pictures / 255
+    return images / 255
 
 
 def test_all_scenes_of_an_index_count_and_absent_ones_are_named(lrm, monkeypatch):
@@ -392,7 +392,7 @@ def test_all_scenes_of_an_index_count_and_absent_ones_are_named(lrm, monkeypatch
     views = dict(context=[0, 4], target=[1, 3])
     Path("index.json").write_text(json.dumps(dict.fromkeys("abcd", views) | {"e": None}))
     code, stdout, stderr = lrm("--data", "data", "--index", "index.json", "--size", "32", model=Grey())  # fmt: skip
-    assert code == 0 and "nearest picture (baseline)" in stdout
+    assert code == 0 and "nearest image (baseline)" in stdout
     summary = read_summary()
 
     def psnr(a, b):
@@ -447,22 +447,22 @@ def test_an_object_that_cannot_be_placed_is_left_out(lrm, tmp_path):
     for path in (Path("data/odd/points.npy"), Path("data/good/points.npy")):
         np.savez(path.with_suffix(".npz"), a=np.ones(3))
         path.with_suffix(".npz").rename(path)
-    model, given = models.build("triposr", "tiny"), []
-    world = objects.World("picture", (1.9, 40.0), "picture")
-    give = functools.partial(objects.give_picture, model, world)
+    model = models.build("triposr", "tiny")
+    alignment = objects.Alignment("image", (1.9, 40.0), "image")
+    pose = functools.partial(objects.posed_by_image, model, alignment)
     skipped = {}
     args = argparse.Namespace(views=3, size=SIZE, sources=1)
     folders = [Path("data/good"), Path("data/odd")]
-    given = list(objects.given(folders, skipped, give, args))
-    assert [x.item.uid for x in given] == ["good"] and "looks away" in skipped["odd"]
-    assert given[0].item.points is None and "cannot be read" in given[0].item.no_points
+    posed = list(objects.posed_objects(folders, skipped, pose, args))
+    assert [x.item.uid for x in posed] == ["good"] and "looks away" in skipped["odd"]
+    assert posed[0].item.points is None and "cannot be read" in posed[0].item.no_points
 
 
 def test_the_world_of_training_is_that_of_evaluation():
     model = models.build("triposr", "tiny")
     record = {"config": {"data": {"normalize": "source"}}}
-    assert objects.model_world(model, record, None).normalize == "source"
-    assert objects.model_world(model, {}, None).normalize == "azimuth"
+    assert objects.alignment_of(model, record, None).normalize == "source"
+    assert objects.alignment_of(model, {}, None).normalize == "azimuth"
 
 
 @pytest.mark.parametrize("option", ["--scale=data", "--views=3", "--baseline-data=x"])

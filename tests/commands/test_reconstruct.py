@@ -1,4 +1,4 @@
-"""From pictures to files with a tiny random model, and every way in which that can go wrong."""
+"""From images to files with a tiny random model, and every way in which that can go wrong."""
 
 import errno
 import io
@@ -83,21 +83,21 @@ def errors(stderr: str) -> list[str]:
     return [line for line in stderr.splitlines() if line.startswith("lrm: error: ")]
 
 
-def test_folders_of_results_lie_in_the_output_folder_whatever_pictures_are_called(tmp_path):
+def test_folders_of_results_lie_in_the_output_folder_whatever_images_are_called(tmp_path):
     names = ["...png", "..png", "report.json.png", "a.png", os.fsdecode(b"caf\xe9.png")]
     paths = [tmp_path / name for name in names]
     for path in paths:
         Image.fromarray(ball()).save(path, "png")
-    read = reconstruct.read_pictures(paths, False, messages.Stages(), {})
+    read = reconstruct.read_images(paths, False, messages.Stages(), {})
     folders = [name for name, _, _ in read]
-    assert folders == ["picture", "picture-2", "report.json-2", "a", "caf\ufffd"]
+    assert folders == ["image", "image-2", "report.json-2", "a", "caf\ufffd"]
 
 
 @pytest.mark.filterwarnings("ignore:os.fork")  # imageio_ffmpeg's reader
-def test_a_batch_with_bad_pictures_does_the_good_ones_and_exits_2(lrm, weights):
+def test_a_batch_with_bad_images_does_the_good_ones_and_exits_2(lrm, weights):
     save("in/a.png", ball())
     save("in/b.png", ball((20, 40, 200), 70))
-    Path("in/broken.png").write_bytes(b"no picture")
+    Path("in/broken.png").write_bytes(b"no image")
     save("in/long.png", np.pad(np.full((20, 20_000, 4), 255, np.uint8), ((1, 1), (0, 0), (0, 0))))
     save("copy/a.png", ball())
     argv = [
@@ -117,8 +117,8 @@ def test_a_batch_with_bad_pictures_does_the_good_ones_and_exits_2(lrm, weights):
     assert code == 2
     assert len(errors(stderr)) == 3
     told = " ".join(errors(stderr))
-    assert "in/broken.png is not a picture" in told and "nothing.png does not exist" in told
-    assert "in/long.png: the picture is too long" in told
+    assert "in/broken.png is not an image" in told and "nothing.png does not exist" in told
+    assert "in/long.png: the image is too long" in told
     names = {
         "contact_sheet.png",
         "viewer.html",
@@ -131,12 +131,12 @@ def test_a_batch_with_bad_pictures_does_the_good_ones_and_exits_2(lrm, weights):
     for folder in ("a", "b", "a-2"):
         assert {p.name for p in Path("out", folder).iterdir()} == names
     check_files(Path("out/b"))
-    # The same picture in a full batch and in a padded one.
+    # The same image in a full batch and in a padded one.
     assert Path("out/a/surface.glb").read_bytes() == Path("out/a-2/surface.glb").read_bytes()
     assert Path("out/a/surface.glb").read_bytes() != Path("out/b/surface.glb").read_bytes()
     summary = json.loads(Path("out/report.json").read_text())
-    assert set(summary["pictures"]) == {"a", "b", "a-2"} and len(summary["failures"]) == 3
-    assert summary["pictures"]["b"]["surface.glb"] == Path("out/b/surface.glb").stat().st_size
+    assert set(summary["images"]) == {"a", "b", "a-2"} and len(summary["failures"]) == 3
+    assert summary["images"]["b"]["surface.glb"] == Path("out/b/surface.glb").stat().st_size
     assert {"read", "load", "encode", "render", "surface", "files", "write", "total"} == set(
         summary["seconds"]
     )
@@ -210,7 +210,7 @@ def encoded(kind: str, rgba: np.ndarray) -> bytes:
 
 
 NOISE = np.random.default_rng(0).integers(0, 256, (40, 40, 4), dtype=np.uint8)
-BAD_PICTURES = {
+BAD_IMAGES = {
     "truncated.png": (encoded("png", NOISE)[:2000], "cut short"),
     "corrupt.png": (encoded("png", NOISE)[:200] + b"\0" * 9000, "damaged"),
     "zero_size.png": (b"", "empty file"),
@@ -221,9 +221,9 @@ BAD_PICTURES = {
 }
 
 
-@pytest.mark.parametrize("name", BAD_PICTURES)
-def test_a_bad_picture_is_one_line_and_leaves_nothing(lrm, name):
-    data, message = BAD_PICTURES[name]
+@pytest.mark.parametrize("name", BAD_IMAGES)
+def test_a_bad_image_is_one_line_and_leaves_nothing(lrm, name):
+    data, message = BAD_IMAGES[name]
     Path(name).write_bytes(data)
     code, stdout, stderr = lrm("reconstruct", name, "--weights", "not looked at")
     assert (code, stdout) == (2, "")
@@ -233,8 +233,8 @@ def test_a_bad_picture_is_one_line_and_leaves_nothing(lrm, name):
 
 
 BAD_COMMANDS = {
-    "missing picture": ("reconstruct nothing.png", "nothing.png does not exist"),
-    "folder without pictures": ("reconstruct empty", "empty has no pictures"),
+    "missing image": ("reconstruct nothing.png", "nothing.png does not exist"),
+    "folder without images": ("reconstruct empty", "empty has no images"),
     "missing weights": ("reconstruct a.png --weights nothing.safetensors", "nothing.safetensors"),
     "weights of no model": ("reconstruct a.png --weights a.png", "a.png"),
     "format": (
@@ -358,7 +358,7 @@ def test_the_bundled_examples_are_used_without_arguments(tmp_path, monkeypatch):
     save(tmp_path / "a.png", ball())
     (tmp_path / "LICENSE").write_text("CC0")
     monkeypatch.setattr(reconstruct, "EXAMPLES", tmp_path)
-    assert reconstruct.find_pictures([]) == [tmp_path / "a.png", tmp_path / "b.png"]
+    assert reconstruct.find_images([]) == [tmp_path / "a.png", tmp_path / "b.png"]
 
 
 def test_a_family_without_a_surface_is_an_error():

@@ -1,4 +1,4 @@
-"""From posed pictures to frames and a film with a tiny random LVSM, and every way in which that can go wrong."""
+"""From posed images to frames and a video with a tiny random LVSM, and every way in which that can go wrong."""
 
 import json
 from pathlib import Path
@@ -45,7 +45,7 @@ def init(name: str, size: int):
     rays = cameras.pixel_rays(source.cameras, 8, 8)
     shapes = jax.eval_shape(model.init, jax.random.key(0), source, rays)["params"]
     rng = np.random.default_rng(0)
-    # Larger than at the start of training: the pictures depend on the rays.
+    # Larger than at the start of training: the images depend on the rays.
     params = jax.tree.map(lambda x: np.float32(rng.normal(scale=0.3, size=x.shape)), shapes)
     return model, params
 
@@ -64,7 +64,7 @@ def ring(num_views: int = 4, share: float = 0.4, centre=(2.0, 1.0, 0.0)) -> np.n
     return c2w.astype(np.float64)
 
 
-def picture(view: int, width: int = 24, height: int = 18) -> np.ndarray:
+def image(view: int, width: int = 24, height: int = 18) -> np.ndarray:
     y, x = np.mgrid[:height, :width]
     channels = [x * 10, y * 12, np.full_like(x, 40 * view)]
     return np.stack(channels, axis=-1).clip(0, 255).astype(np.uint8)
@@ -76,7 +76,7 @@ def write_transforms(
     """A scene of NeRF's kind."""
     Path(folder, "images").mkdir(parents=True, exist_ok=True)
     for v in range(len(c2w)):
-        Image.fromarray(picture(v)).save(Path(folder, "images", f"{v}.png"))
+        Image.fromarray(image(v)).save(Path(folder, "images", f"{v}.png"))
     frames = [
         {"file_path": f"images/{v}.png", "transform_matrix": x.tolist()}
         for v, x in enumerate(conventions.write(c2w, convention))
@@ -98,7 +98,7 @@ def write_colmap(folder: str, c2w: np.ndarray) -> None:
     Path(folder, "sparse/0").mkdir(parents=True)
     lines = []
     for v, pose in enumerate(np.linalg.inv(c2w)):
-        Image.fromarray(picture(v)).save(Path(folder, "images", f"{v}.png"))
+        Image.fromarray(image(v)).save(Path(folder, "images", f"{v}.png"))
         x, y, z, w = Rotation.from_matrix(pose[:3, :3]).as_quat()
         numbers = " ".join(map(repr, map(float, [w, x, y, z, *pose[:3, 3]])))
         lines += [f"{v + 1} {numbers} 1 {v}.png", ""]
@@ -123,11 +123,11 @@ def test_frames_film_sheet_and_report_are_written(lrm, weights):
     frames = frames_of()
     assert frames.shape == (3, 16, 16, 3)
     assert np.abs(np.diff(frames.astype(int), axis=0)).max() > 2
-    film = imageio_ffmpeg.read_frames("out/synthesis.mp4")
-    assert next(film)["size"] == (16, 16) and len(list(film)) == 3
+    video = imageio_ffmpeg.read_frames("out/synthesis.mp4")
+    assert next(video)["size"] == (16, 16) and len(list(video)) == 3
     summary = json.loads(Path("out/report.json").read_text())
     assert summary["source"]["views"] == [0, 2, 3] and summary["frames"] == 3
-    assert summary["source"]["pictures"] == ["0.png", "2.png", "3.png"]
+    assert summary["source"]["images"] == ["0.png", "2.png", "3.png"]
     assert {"read", "load", "encode", "render", "write", "total"} == set(summary["seconds"])
     assert summary["model"]["family"] == "lvsm" and "mean source camera" in summary["world"]
 
@@ -151,12 +151,12 @@ def test_frames_are_what_the_model_draws_with_cameras_normalised_by_the_sources(
     poses = motion @ c2w
     poses[:, :3, 3] *= scale
     np.testing.assert_allclose(np.abs(poses[:, :3, 3]).max(), 1 / 1.35, rtol=1e-6)
-    pictures, boxes = zip(*(scenes.crop(picture(v), 16) for v in range(4)), strict=True)
+    images, boxes = zip(*(scenes.crop(image(v), 16) for v in range(4)), strict=True)
     # 24 x 18 becomes 21.3 x 16, rounded to 24 x 16, and cropped to 16 x 16.
     np.testing.assert_allclose(boxes[0], [0, 1 / 6, 1, 2 / 3])
     intrinsics = np.tile([30 / 16, 30 / 18, 0.5, 0.5], (4, 1))
     source = Views(
-        rgb=np.stack(pictures) / np.float32(255),
+        rgb=np.stack(images) / np.float32(255),
         cameras=cameras.Cameras(c2w=jnp.float32(poses), fxfycxcy=jnp.float32(intrinsics)),
     )
     source = jax.tree.map(lambda x: x[None], source)
@@ -229,7 +229,7 @@ def change_pose(function):
     return write
 
 
-def without_a_picture():
+def without_a_image():
     write_transforms("scene", ring())
     Path("scene/images/2.png").unlink()
 
@@ -240,13 +240,13 @@ def nothing():
 
 BAD = {
     "no cameras": (nothing, [], "neither transforms.json"),
-    "a picture is missing": (without_a_picture, [], "2.png does not exist"),
+    "an image is missing": (without_a_image, [], "2.png does not exist"),
     "not finite": (change_pose(lambda x: x * np.nan), [], "not finite"),
     "left-handed": (change_pose(lambda x: x * [1, -1, 1, 1]), [], "no rotation and translation"),
     "scaled": (change_pose(lambda x: x @ np.diag([2, 2, 2, 1])), [], "no rotation and translation"),
     "transposed": (change_pose(lambda x: x.T), [], "transposed?"),
     "all equal": (change_pose(lambda x: np.eye(4)), ["--path", "spiral"], "stand at one place"),
-    "turned picture": (change(w=18, h=24), [], "proportions"),
+    "turned image": (change(w=18, h=24), [], "proportions"),
     "one view": (change(), ["--views", "1"], "only source view"),
     "too many views": (change(), ["--views", "5"], "choose 1 to 4"),
     "no such view": (change(), ["--views", "0,9"], "no view 9"),
@@ -273,9 +273,9 @@ def test_equal_poses_are_an_error_on_every_path(lrm, weights):
     assert code == 2 and "stand at one place" in errors[0]
 
 
-def test_a_family_of_single_pictures_is_sent_to_reconstruct(lrm, tmp_path):
+def test_a_family_of_single_images_is_sent_to_reconstruct(lrm, tmp_path):
     path = tmp_path / "triposr.safetensors"
     model_file.save_model(path, *init("triposr", 32), {})
     write_transforms("scene", ring())
     code, errors = lrm("--weights", str(path))
-    assert code == 2 and "triposr reconstructs from one picture: use lrm reconstruct" in errors[0]
+    assert code == 2 and "triposr reconstructs from one image: use lrm reconstruct" in errors[0]

@@ -27,7 +27,7 @@ def trajectory(seed: int = 0, count: int = NUM_FRAMES) -> np.ndarray:
     return poses
 
 
-def picture(seed: int, frame: int) -> Image.Image:
+def image(seed: int, frame: int) -> Image.Image:
     """Smooth, so that JPEG keeps it; the blue channel tells which frame it is."""
     x, y = np.meshgrid(np.linspace(0, 1, WIDTH), np.linspace(0, 1, HEIGHT))
     rgb = np.stack([80 + 100 * x, 80 + 100 * y, np.full_like(x, 10 * frame + 40 + seed)], -1)
@@ -42,7 +42,7 @@ def write_frames(folder: Path, seed: int, count: int) -> list[str]:
     folder.mkdir(parents=True)
     names = [f"frame_{frame}.png" for frame in range(count)]  # not padded with zeros: 10 after 9
     for frame, name in enumerate(names):
-        picture(seed, frame).save(folder / name)
+        image(seed, frame).save(folder / name)
     return names
 
 
@@ -83,7 +83,7 @@ def write_chunk(root: Path, file: str, scene_seeds: dict[str, int], count=NUM_FR
         images = []
         for frame in range(count):
             path = root / "frame.jpg"
-            picture(seed, frame).save(path, quality=100, subsampling=0)
+            image(seed, frame).save(path, quality=100, subsampling=0)
             images.append(np.frombuffer(path.read_bytes(), np.uint8))
             path.unlink()
         w2c = np.linalg.inv(trajectory(seed, count))[:, :3].reshape(count, 12)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from three_balls import SIZE, write_object
 
-from lrm_jax.data import folders, held_out, samples
+from lrm_jax.data import elements, folders, held_out
 from lrm_jax.types import InputError
 
 
@@ -31,14 +31,14 @@ def test_the_name_draws_the_source(tmp_path):
         write_object(tmp_path / name, num_views=6, points=False, step=5.0)
         item = held_out.read(tmp_path / name, 3, SIZE)
         seen.append(item.source_camera.c2w)
-        assert samples.in_band(item.source_camera.c2w[None], held_out.SOURCE_ELEVATION).all()
+        assert elements.in_band(item.source_camera.c2w[None], held_out.SOURCE_ELEVATION).all()
         assert not any(np.array_equal(item.source_camera.c2w, x) for x in item.target_cameras.c2w)
         again = held_out.read(tmp_path / name, 3, SIZE).source_camera.c2w
         np.testing.assert_array_equal(again, seen[-1])
     assert len(np.unique(np.round(seen, 5), axis=0)) >= 3
 
 
-def test_objects_need_a_view_from_beside_and_square_pictures(tmp_path):
+def test_objects_need_a_view_from_beside_and_square_images(tmp_path):
     write_object(tmp_path / "a")
     high = np.load(tmp_path / "a/pose/000.npy")
     for i in range(5):

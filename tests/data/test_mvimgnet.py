@@ -36,7 +36,7 @@ def cameras() -> tuple[np.ndarray, np.ndarray]:
         right = np.array([-np.sin(a), np.cos(a), 0])
         down = np.cross(-back, right)
         rotation = np.stack([right, down, -back]) @ TURN.T
-        # A little off the axis: the object is not in the middle of the pictures.
+        # A little off the axis: the object is not in the middle of the images.
         eye = CENTRE + UNIT * TURN @ (4 * back + 0.2 * right)
         rotations.append(rotation)
         translations.append(-rotation @ eye)
@@ -150,7 +150,7 @@ def test_lenses_are_pinholes_or_refused(tmp_path):
 def test_the_object_is_a_unit_ball_and_the_dot_is_where_its_cameras_see_it(root, normalize):
     source = make(root, normalize=normalize, foreground_ratio=None, num_target=7)
     assert source.names == ("12/aaaa", "12/bbbb", "7/cccc")
-    batch = source.samples[0]
+    batch = source.elements[0]
     views = batch.target
     f, c = views.cameras.fxfycxcy[:, :2], views.cameras.fxfycxcy[:, 2:]
     c2w = views.cameras.c2w
@@ -191,9 +191,9 @@ def test_objects_that_cannot_be_used_are_named(root, capsys):
     data.write_bytes(data.read_bytes()[:-30])
     source = make(root)
     with pytest.raises(InputError, match="12/aaaa: images/004.png is missing"):
-        source.samples[0]
+        source.elements[0]
     with pytest.raises(InputError, match="7/cccc: images.bin"):
-        source.samples[2]
+        source.elements[2]
     _, batch = next(pipeline.open_batches(source, 3, prefetch=0))
     jax.tree.map(lambda x: np.testing.assert_array_equal(x[0], x[1]), batch)
     error = capsys.readouterr().err
@@ -222,10 +222,10 @@ def test_a_bad_reconstruction_is_one_line(root):
     ):
         path.write_bytes(content)
         with pytest.raises(InputError, match=f"12/aaaa: .*{cause}"):
-            make(root).samples[0]
+            make(root).elements[0]
     path.unlink()
     with pytest.raises(InputError, match="cameras.txt is missing"):
-        make(root).samples[0]
+        make(root).elements[0]
     with pytest.raises(InputError, match="no such folder"):
         make(root / "nowhere")
     (root / "empty").mkdir()

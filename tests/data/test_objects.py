@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from tiny_objects import FIELDS, POINT, VIEWS, pose_at, write_object
 
-from lrm_jax.data import Source, folders, objects, samples, splits, store
+from lrm_jax.data import Source, elements, folders, objects, splits, store
 from lrm_jax.ops import cameras as cameras_lib
 from lrm_jax.types import Batch, Cameras, InputError
 
@@ -31,8 +31,8 @@ def make(root: Path, split: str = "train", **fields) -> Source:
 
 
 def stack(source: Source, count: int = 4, first: int = 0) -> Batch:
-    """The elements from `first` on, stacked, pictures as floats."""
-    elements = [source.samples[first + i] for i in range(count)]
+    """The elements from `first` on, stacked, images as floats."""
+    elements = [source.elements[first + i] for i in range(count)]
     batch = jax.tree.map(lambda *leaves: np.stack(leaves), *elements)
     return jax.tree.map(lambda x: x / np.float32(255) if x.dtype == np.uint8 else x, batch)
 
@@ -91,39 +91,39 @@ def mirror_worlds(points: np.ndarray, normalize: str | None) -> np.ndarray:
 
 
 @pytest.mark.parametrize("cache", [True, False])
-def test_pictures_give_a_world_that_is_similar_to_that_of_the_poses(root, cache):
+def test_images_give_a_world_that_is_similar_to_that_of_the_poses(root, cache):
     assumed = (3.0, 40.0)
-    there = stack(make(root, normalize="picture", assumed_camera=assumed, cache=cache), 6)
+    there = stack(make(root, normalize="image", assumed_camera=assumed, cache=cache), 6)
     here = stack(make(root, normalize=None), 6)
     np.testing.assert_array_equal(there.source.rgb, here.source.rgb)
     for i in range(6):
-        motion = cameras_lib.picture_motion(
+        motion = cameras_lib.image_motion(
             here.source.cameras.c2w[i, 0].astype(float),
             here.source.cameras.fxfycxcy[i, 0].astype(float),
             *assumed,
         )
-        wanted = cameras_lib.moved(motion, here.target.cameras.c2w[i].astype(float))
+        wanted = cameras_lib.move_poses(motion, here.target.cameras.c2w[i].astype(float))
         np.testing.assert_allclose(there.target.cameras.c2w[i], wanted, atol=1e-5)
 
 
-def test_a_camera_that_looks_away_has_no_picture_of_the_world():
+def test_a_camera_that_looks_away_has_no_image_of_the_world():
     away = np.asarray(
         cameras_lib.look_at(jax.numpy.array([3.0, 0, 0]), jax.numpy.array([6.0, 0, 1]))
     )
     with pytest.raises(InputError, match="looks away from the origin"):
-        samples.world_motion(away, np.array([1.0, 1, 0.5, 0.5]), "picture", (3.0, 40.0))
+        elements.world_motion(away, np.array([1.0, 1, 0.5, 0.5]), "image", (3.0, 40.0))
 
 
 @pytest.mark.parametrize("assumed_camera", [None, (3.0, 20.0, 40.0)])
-def test_pictures_give_no_world_without_a_camera(root, assumed_camera):
+def test_images_give_no_world_without_a_camera(root, assumed_camera):
     with pytest.raises(InputError, match="takes .distance, field of view."):
-        make(root, normalize="picture", assumed_camera=assumed_camera)
+        make(root, normalize="image", assumed_camera=assumed_camera)
 
 
 @pytest.mark.parametrize("normalize", ["azimuth", "source", None])
 @pytest.mark.parametrize("mirror", [False, True])
 @pytest.mark.parametrize("ratio, cache", [(None, True), (0.7, True), (0.7, False)])
-def test_cameras_see_the_dot_where_the_pictures_show_it(root, mirror, ratio, normalize, cache):
+def test_cameras_see_the_dot_where_the_images_show_it(root, mirror, ratio, normalize, cache):
     fields = dict(foreground_ratio=ratio, normalize=normalize, cache=cache)
     batch = stack(make(root, mirror=mirror, **fields), 12)
     plain = dot_worlds(normalize)
@@ -175,7 +175,7 @@ def test_numpy_cameras_are_those_of_ops():
         Cameras(jax.numpy.asarray(c2w), fxfycxcy), boxes[:, :2], boxes[:, 2:]
     )
     np.testing.assert_allclose(
-        samples.crop_intrinsics(np.asarray(fxfycxcy), np.asarray(boxes)),
+        elements.crop_intrinsics(np.asarray(fxfycxcy), np.asarray(boxes)),
         cropped.fxfycxcy,
         rtol=1e-6,
     )
@@ -217,27 +217,27 @@ def test_downscaling_averages_area_with_premultiplied_alpha(root):
 def test_samples_are_a_function_of_seed_and_position(root):
     a, b = make(root, mirror=True), make(root, mirror=True)
     stack(a)
-    assert_same(a.samples[7], b.samples[7])
-    assert a.samples[7].source.rgb.dtype == a.samples[7].target.alpha.dtype == np.uint8
+    assert_same(a.elements[7], b.elements[7])
+    assert a.elements[7].source.rgb.dtype == a.elements[7].target.alpha.dtype == np.uint8
     other = make(root, seed=4, mirror=True)
     assert np.abs(stack(other).target.rgb - stack(a).target.rgb).max() > 0
-    for leaf in jax.tree.leaves(a.samples[8]):
+    for leaf in jax.tree.leaves(a.elements[8]):
         leaf[...] = 0
-    assert a.samples[8].source.rgb.max() > 0  # samples do not share memory with the store
+    assert a.elements[8].source.rgb.max() > 0  # samples do not share memory with the store
 
 
 def test_an_epoch_shows_every_object_once_and_another_order_next(root):
     data = make(root)
     count = len(data.names)
-    shade = [float(data.samples[i].source.rgb[..., 1].max()) for i in range(4 * count)]
+    shade = [float(data.views[i].source.rgb[..., 1].max()) for i in range(4 * count)]
     epochs = np.reshape(shade, (4, count))
     assert len(set(epochs[0])) == count
     np.testing.assert_array_equal(np.sort(epochs), np.tile(np.sort(epochs[0]), (4, 1)))
     assert len({tuple(epoch) for epoch in epochs}) > 1
     # "all" is in the order of the names, once.
     everything = make(root, "all")
-    assert len(everything.samples) == len(everything.names) == 6
-    shade = [int(everything.samples[i].source.rgb[..., 1].max()) for i in range(6)]
+    assert len(everything.elements) == len(everything.names) == 6
+    shade = [int(everything.elements[i].source.rgb[..., 1].max()) for i in range(6)]
     assert shade == sorted(shade)
 
 
@@ -245,7 +245,7 @@ def test_a_cached_source_travels_to_another_process_as_a_path(root):
     data = make(root)
     pickled = pickle.dumps(data)
     assert len(pickled) < 10_000
-    assert_same(pickle.loads(pickled).samples[3], data.samples[3])
+    assert_same(pickle.loads(pickled).elements[3], data.elements[3])
 
 
 def test_the_second_start_decodes_nothing_and_changed_files_are_noticed(root, monkeypatch):
@@ -310,15 +310,15 @@ def test_a_thin_diagonal_object_is_where_its_crop_says():
     rgba = np.zeros((64, 64, 4), np.uint8)
     for i in range(30):
         rgba[10 + i, 45 - i] = 255
-    crop, box = samples.recentered(rgba, 0.85, "sword")
+    crop, box = elements.recentered(rgba, 0.85, "sword")
     top, left, height, _ = np.rint(box * 64).astype(int)
     assert height == len(crop)
     rows, columns = np.nonzero(crop[..., 3])
     assert rgba[rows + top, columns + left, 3].all() and len(rows) == 28
     rgba[:] = 0
     rgba[3, 5] = rgba[4, 4] = 255
-    with pytest.raises(InputError, match="sword: the picture's foreground is two pixels"):
-        samples.recentered(rgba, 0.85, "sword")
+    with pytest.raises(InputError, match="sword: the image's foreground is two pixels"):
+        elements.recentered(rgba, 0.85, "sword")
 
 
 @pytest.mark.parametrize(
@@ -356,17 +356,17 @@ def test_variants_fall_on_one_side():
 
 def test_splits_are_disjoint_and_complete(root):
     train, val = make(root), make(root, "val", mirror=True)
-    assert val.names == ("pack-thingddd",) and len(val.samples) == 1
+    assert val.names == ("pack-thingddd",) and len(val.elements) == 1
     assert sorted(train.names + val.names) == sorted(p.name for p in root.glob("pack-*"))
     assert make(root, "all").names == tuple(sorted(train.names + val.names))
-    assert_same(val.samples[0], make(root, "val").samples[0])  # never mirrored
+    assert_same(val.elements[0], make(root, "val").elements[0])  # never mirrored
 
 
 def nan_pose(folder):
     np.save(folder / "pose/002.npy", np.full((3, 4), np.nan, np.float32))
 
 
-def truncated_picture(folder):
+def truncated_image(folder):
     path = folder / "rgba/003.png"
     path.write_bytes(path.read_bytes()[:60])
 
@@ -394,7 +394,7 @@ def no_photo_like_view(folder):
     "damage, cause",
     [
         (nan_pose, "pose/002.npy has values that are not finite"),
-        (truncated_picture, "003.png"),
+        (truncated_image, "003.png"),
         (odd_size, "rgba/000.png is 8x8, intrinsics.npy says 32x32"),
         (bytes_of_nothing, "pose/001.npy cannot be read"),
         (pickled, "intrinsics.npy cannot be read"),
@@ -415,10 +415,10 @@ def test_a_broken_object_is_skipped_with_its_name_and_cause(root, capsys, damage
     assert np.isfinite(batch.target.cameras.c2w).all() and batch.target.alpha.max() == 1
     # Without a cache it is met when it is read.
     lazy = make(root, cache=False)
-    if damage not in (truncated_picture, odd_size):  # those may or may not be drawn
+    if damage not in (truncated_image, odd_size):  # those may or may not be drawn
         with pytest.raises(InputError, match=re.escape(f"pack-thingbbb: {cause}")):
             for position in range(len(lazy.names)):
-                lazy.samples[position]
+                lazy.elements[position]
 
 
 def test_nothing_usable_is_an_input_error(root, tmp_path_factory):

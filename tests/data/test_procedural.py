@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lrm_jax.data import pipeline, samples
+from lrm_jax.data import elements, pipeline
 from lrm_jax.data.procedural import assembly, blueprints, raytrace
 from lrm_jax.data.procedural import source as procedural
 from lrm_jax.ops import cameras as cameras_lib
@@ -71,10 +71,10 @@ def test_an_object_depends_on_seed_split_and_index_only(batch):
 
 
 def test_train_is_endless_and_val_has_names():
-    train, val = make().samples, make("val")
+    train, val = make().elements, make("val")
     assert len(train) > 2**40 and train[5]["index"] == 5
     assert train[2**32 + 5]["index"] == 5
-    assert len(val.samples) == len(val.names) == procedural.NUM_VALIDATION
+    assert len(val.elements) == len(val.names) == procedural.NUM_VALIDATION
     batches = pipeline.open_batches(make(), 4, process_index=1, process_count=2)
     next(batches)
     _, elements = next(batches)
@@ -149,7 +149,7 @@ def test_normalizing_moves_the_world_and_nothing_else():
     @jax.jit
     def move(key):
         cameras = procedural._draw_cameras(key, *args)
-        return cameras, [procedural._moved_poses(cameras, cameras, n, None) for n in names]
+        return cameras, [procedural._normalized_poses(cameras, cameras, n, None) for n in names]
 
     cameras, poses = move(jax.random.key(1))
     moved = {n: np.asarray(c2w, float) for n, c2w in zip(names, poses, strict=True)}
@@ -163,12 +163,12 @@ def test_normalizing_moves_the_world_and_nothing_else():
     np.testing.assert_allclose(turn[2], [0, 0, 1, 0], atol=1e-6)
 
 
-def test_pictures_give_the_world_that_they_give_objects_of_files():
+def test_images_give_the_world_that_they_give_objects_of_files():
     assumed = (3.0, 40.0)
-    made = make(normalize="picture", assumed_camera=assumed), make(normalize=None)
+    made = make(normalize="image", assumed_camera=assumed), make(normalize=None)
 
     def cameras_of(finish):
-        """Source and target, without the pictures, which XLA then leaves out."""
+        """Source and target, without the images, which XLA then leaves out."""
 
         def both(elements):
             batch = finish(elements)
@@ -178,8 +178,8 @@ def test_pictures_give_the_world_that_they_give_objects_of_files():
 
     (_, there), (source, target) = (cameras_of(x.finish) for x in made)
     for i in range(2):
-        motion = samples.world_motion(source.c2w[i, 0], source.fxfycxcy[i, 0], "picture", assumed)
-        wanted = cameras_lib.moved(motion, target.c2w[i])
+        motion = elements.world_motion(source.c2w[i, 0], source.fxfycxcy[i, 0], "image", assumed)
+        wanted = cameras_lib.move_poses(motion, target.c2w[i])
         np.testing.assert_allclose(there.c2w[i], wanted, atol=1e-4)  # float32
 
 
@@ -191,7 +191,7 @@ def test_views_of_a_scene_are_those_of_the_batch(batch):
         drawn = procedural._draw_cameras(
             procedural._keys(3, "train", 4)[1], 1, 2, (5.0, 35.0), (-30.0, 75.0), (3.0, 3.0), 40.0
         )
-        return drawn, procedural._moved_poses(drawn, drawn, "azimuth", None)
+        return drawn, procedural._normalized_poses(drawn, drawn, "azimuth", None)
 
     original, turned = draw()
     np.testing.assert_allclose(turned, cameras.c2w, atol=1e-5)
@@ -235,7 +235,7 @@ def test_objects_are_of_many_parts_many_have_holes_and_most_are_symmetric(scenes
 
 
 @pytest.mark.parametrize("num_primitives, num_holes", [(1, 0), (40, 5)])
-def test_any_number_of_primitives_makes_pictures(num_primitives, num_holes):
+def test_any_number_of_primitives_makes_images(num_primitives, num_holes):
     views = procedural.scene_views(
         1, cameras_lib.orbit(2, 3.0, 20.0, 40.0), 8,
         split="train", seed=3, num_primitives=num_primitives, num_holes=num_holes,

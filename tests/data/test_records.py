@@ -20,7 +20,7 @@ import build_dataset  # noqa: E402
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Six objects, one of them broken, one in val; one picture is not an RGBA PNG."""
+    """Six objects, one of them broken, one in val; one image is not an RGBA PNG."""
     folder = tmp_path_factory.mktemp("records") / "folder"
     for i in range(6):
         write_object(folder / f"pack-thing{chr(97 + i) * 3}", shade=30 + 30 * i)
@@ -40,7 +40,7 @@ sys.path.insert(0, {str(TOOLS)!r})
 import build_dataset
 code = build_dataset.main([{str(folder)!r}, {str(out)!r}])
 from lrm_jax.data import records
-records.make({str(out)!r}, split="train", seed=0, num_target=1, source_size=8, target_size=8).samples[0]
+records.make({str(out)!r}, split="train", seed=0, num_target=1, source_size=8, target_size=8).elements[0]
 assert "tensorflow" not in sys.modules
 sys.exit(code)
 """
@@ -56,13 +56,13 @@ def test_samples_are_those_of_the_folder(folder, built):
         fields = {**FIELDS, "split": split, "mirror": True, "normalize": "source"}
         a = records.make(built, **fields)
         b = objects.make(folder, **fields)
-        assert a.names == b.names and len(a.samples) == len(b.samples)
-        for position in range(min(len(a.samples), 6)):
+        assert a.names == b.names and len(a.elements) == len(b.elements)
+        for position in range(min(len(a.elements), 6)):
             # Poses were rounded to float32 before or after the axes were turned.
             jax.tree.map(
                 lambda x, y: np.testing.assert_allclose(x, y, atol=2e-6),
-                a.samples[position],
-                b.samples[position],
+                a.elements[position],
+                b.elements[position],
             )
 
 
@@ -91,7 +91,7 @@ def test_bad_records_are_replaced_and_named(built, monkeypatch, capsys):
     def damaged(root, number):
         record = dict(read(root, number))
         if number == 1:
-            record["rgba"] = [bytes(picture)[:60] for picture in record["rgba"]]
+            record["rgba"] = [bytes(image)[:60] for image in record["rgba"]]
         if number == 3:
             record["c2w"] = record["c2w"] * np.nan
         return record
@@ -115,9 +115,9 @@ def test_a_nan_pose_and_a_damaged_shard_are_input_errors(built, tmp_path, monkey
     monkeypatch.setattr(records, "_records", lambda root: Records())
     source = records.make(built, split="all", **FIELDS)
     with pytest.raises(InputError, match="pack-thingaaa: a camera has values that are not finite"):
-        source.samples[0]
+        source.elements[0]
     with pytest.raises(InputError, match="pack-thingccc: the record cannot be read"):
-        source.samples[1]
+        source.elements[1]
 
 
 def test_bits_that_flip_on_disk_are_met_as_input_errors(built, tmp_path):
@@ -132,7 +132,7 @@ def test_bits_that_flip_on_disk_are_met_as_input_errors(built, tmp_path):
     source = records.make(tmp_path / "copy", split="all", **FIELDS)
     with pytest.raises(InputError, match="pack-thing"):
         for position in range(5):
-            source.samples[position]
+            source.elements[position]
 
 
 def test_commands_end_with_a_line_and_2(folder, built, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Scenes in every layout come out as the same pictures and cameras; LVSM's views, crops and poses are what it says they are."""
+"""Scenes in every layout come out as the same images and cameras; LVSM's views, crops and poses are what it says they are."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from scene_folders import (
     NUM_FRAMES,
     WIDTH,
     fractions,
-    picture,
+    image,
     trajectory,
     write_chunk,
     write_lvsm,
@@ -34,26 +34,26 @@ def make(root: Path, split: str = "all", **fields):
 
 
 def frame_of(rgb: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Which frames the pictures [V H W 3] are."""
+    """Which frames the images [V H W 3] are."""
     return np.round((rgb[..., 2].mean((1, 2)) - 40 - seed) / 10).astype(int)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_gives_the_cameras_and_pictures_that_were_written(tmp_path, layout):
+def test_every_layout_gives_the_cameras_and_images_that_were_written(tmp_path, layout):
     for seed, name in enumerate(["attic", "barn"]):
         LAYOUTS[layout](tmp_path, name, seed)
     places = scene_files.find(tmp_path, "all")
     assert [place.name for place in places] == ["attic", "barn"]
     for seed, place in enumerate(places):
         frames = place.read()
-        shown = [scene_files.read_picture(frames, view) for view in range(NUM_FRAMES)]
+        shown = [scene_files.read_image(frames, view) for view in range(NUM_FRAMES)]
         assert list(frame_of(np.stack(shown), seed)) == list(range(NUM_FRAMES))
         # float32 in pixelSplat's files, at coordinates of 10.
         np.testing.assert_allclose(frames.c2w, trajectory(seed), atol=1e-5)
         np.testing.assert_allclose(
             frames.fxfycxcy, np.tile(fractions(), (NUM_FRAMES, 1)), atol=1e-6
         )
-        error = np.abs(shown[3].astype(int) - np.asarray(picture(seed, 3)))
+        error = np.abs(shown[3].astype(int) - np.asarray(image(seed, 3)))
         assert error.max() <= (6 if layout == "pixelsplat" else 0)  # JPEG
 
 
@@ -69,7 +69,7 @@ def test_lvsm_intrinsics_may_be_fractions_and_paths_relative(tmp_path):
     (place,) = scene_files.find(tmp_path, "all")
     frames = place.read()
     np.testing.assert_allclose(frames.fxfycxcy, np.tile(fractions(), (2, 1)))
-    assert frame_of(scene_files.read_picture(frames, 1)[None]) == [1]
+    assert frame_of(scene_files.read_image(frames, 1)[None]) == [1]
 
 
 def test_fields_of_view_alone_are_enough_and_what_is_transparent_is_white(tmp_path):
@@ -86,7 +86,7 @@ def test_fields_of_view_alone_are_enough_and_what_is_transparent_is_white(tmp_pa
     assert place.name == tmp_path.name
     np.testing.assert_allclose(frames.fxfycxcy, [[0.5, 0.5 * WIDTH / HEIGHT, 0.5, 0.5]])
     np.testing.assert_array_equal(frames.c2w[0], np.diag([1, -1, -1, 1]))
-    rgb = scene_files.read_picture(frames, 0)
+    rgb = scene_files.read_image(frames, 0)
     np.testing.assert_array_equal(rgb[:, : WIDTH // 2], rgba[:, : WIDTH // 2, :3])
     np.testing.assert_array_equal(rgb[:, WIDTH // 2 :], 255)
 
@@ -139,7 +139,7 @@ def test_a_window_is_cut_to_the_video_and_a_short_video_is_refused():
 def test_a_sample_is_of_the_frames_that_its_cameras_stand_at(tmp_path):
     write_nerfstudio(tmp_path, "attic", 0)
     source = make(tmp_path, normalize=None)
-    batch = source.samples[0]
+    batch = source.elements[0]
     assert batch.source.rgb.shape == (2, 16, 16, 3) and batch.target.rgb.shape == (4, 16, 16, 3)
     assert batch.source.rgb.dtype == np.uint8 and batch.source.alpha is None
     for views in (batch.source, batch.target):
@@ -160,7 +160,7 @@ def test_cropped_cameras_see_what_the_crop_shows(size):
     assert round(16 / min(box_height, box_width)) % scenes.WIDTH_STEP == 0
     assert max(box_height, box_width) == 1  # the shorter side is whole
     along = (np.arange(16) + 0.5) / 16
-    # Within the middle: LANCZOS's kernel is cut off at the picture's edges. 2 levels: rounding, twice.
+    # Within the middle: LANCZOS's kernel is cut off at the image's edges. 2 levels: rounding, twice.
     inner = slice(4, 12)
     wanted_x = np.broadcast_to(255 * (left + box_width * along)[None, :], (16, 16))
     wanted_y = np.broadcast_to(255 * (top + box_height * along)[:, None], (16, 16))
@@ -171,7 +171,7 @@ def test_cropped_cameras_see_what_the_crop_shows(size):
 def test_intrinsics_are_scaled_and_shifted_with_the_crop(tmp_path):
     """By hand in pixels: 48 x 32 becomes 24 x 16, of which four columns are cut off on each side."""
     write_nerfstudio(tmp_path, "attic", 0)
-    fxfycxcy = make(tmp_path).samples[0].target.cameras.fxfycxcy * 16
+    fxfycxcy = make(tmp_path).elements[0].target.cameras.fxfycxcy * 16
     wanted = [FOCAL[0] / 2, FOCAL[1] / 2, CENTRE[0] / 2 - 4, CENTRE[1] / 2]
     np.testing.assert_allclose(fxfycxcy, np.tile(wanted, (4, 1)), rtol=1e-6)  # float32
 
@@ -263,9 +263,9 @@ def test_samples_are_functions_of_seed_and_position_and_make_batches(tmp_path):
     _, batch = next(batches)
     assert batch.target.rgb.shape == (3, 4, 16, 16, 3)
     again = make(tmp_path)
-    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x[2], y), batch, again.samples[2])
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x[2], y), batch, again.elements[2])
     assert again.names == ("attic", "barn", "cellar")
-    other = make(tmp_path, seed=1).samples[2]
+    other = make(tmp_path, seed=1).elements[2]
     assert not np.array_equal(other.target.cameras.c2w, batch.target.cameras.c2w[2])
 
 
@@ -279,9 +279,9 @@ def test_scenes_that_cannot_be_used_are_named_and_replaced(tmp_path, capsys):
     (tmp_path / "barn" / "transforms.json").write_text(json.dumps(broken))
     source = make(tmp_path)
     with pytest.raises(InputError, match=r"attic: .*frame_\d+.png does not exist"):
-        source.samples[0]
+        source.elements[0]
     with pytest.raises(InputError, match="barn: the pose of frame 10 is no rotation"):
-        source.samples[1]
+        source.elements[1]
     _, batch = next(pipeline.open_batches(source, 3, prefetch=0))
     np.testing.assert_array_equal(batch.source.rgb[0], batch.source.rgb[2])
     assert capsys.readouterr().err.count("bad record") == 2
@@ -296,7 +296,7 @@ def test_bad_cameras_are_one_line(tmp_path):
         (dict(frames=[{}]), "KeyError: 'file_path'"),
         (dict(fl_x=None), "TypeError"),
         (dict(fl_x=-3.0), "not positive"),
-        (dict(cx=2000.0), "the centre must be in the picture"),
+        (dict(cx=2000.0), "the centre must be in the image"),
         (dict(k1=0.5), "OPENCV lens moves the corners"),
         (dict(camera_model="OPENCV_FISHEYE"), "OPENCV_FISHEYE camera is not a pinhole"),
     ):
@@ -306,7 +306,7 @@ def test_bad_cameras_are_one_line(tmp_path):
     path.write_text(json.dumps(good | dict(w=HEIGHT, h=WIDTH, cx=10, cy=10)))
     frames = scene_files.read_folder(tmp_path / "attic")
     with pytest.raises(InputError, match="frame_0.png is 48x32, which has not the proportions"):
-        scene_files.read_picture(frames, 0)
+        scene_files.read_image(frames, 0)
     path.write_text("[")
     with pytest.raises(InputError, match="transforms.json cannot be read"):
         scene_files.read_folder(tmp_path / "attic")
@@ -320,14 +320,14 @@ def test_bad_chunks_and_frames_of_re10k_are_one_line(tmp_path):
     index.write_text(json.dumps({"x": "0.torch", "y": "0.torch", "z": "1.torch"}))
     source = make(tmp_path / "a")
     with pytest.raises(InputError, match="x: 2 frames for 6"):
-        source.samples[0]
+        source.elements[0]
     with pytest.raises(InputError, match="y: 0.torch lacks it"):
-        source.samples[1]
+        source.elements[1]
     with pytest.raises(InputError, match="z: .*1.torch: cannot be read"):
-        source.samples[2]
+        source.elements[2]
     tensor_files.write_torch(tmp_path / "a" / "1.torch", {"model": np.zeros(3, np.float32)})
     with pytest.raises(InputError, match="not a chunk of pixelSplat's"):
-        source.samples[2]
+        source.elements[2]
     index.unlink()
     with pytest.raises(InputError, match="index.json is missing"):
         make(tmp_path / "a")
@@ -337,7 +337,7 @@ def test_bad_chunks_and_frames_of_re10k_are_one_line(tmp_path):
     del content["frames"][2]["w2c"]
     path.write_text(json.dumps(content))
     with pytest.raises(InputError, match="w: w.json cannot be read .KeyError: 'w2c'"):
-        make(tmp_path / "b").samples[0]
+        make(tmp_path / "b").elements[0]
 
 
 def test_a_real_torch_file_is_read_without_torch(tmp_path):
@@ -351,7 +351,7 @@ def test_a_real_torch_file_is_read_without_torch(tmp_path):
     scene_files._chunk.cache_clear()
     (place,) = scene_files.find(tmp_path, "all")
     frames = place.read()
-    assert frame_of(scene_files.read_picture(frames, 1)[None]) == [1]
+    assert frame_of(scene_files.read_image(frames, 1)[None]) == [1]
     np.testing.assert_allclose(frames.c2w, trajectory(0, 2), atol=1e-5)  # float32
 
 

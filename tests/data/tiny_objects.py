@@ -1,4 +1,4 @@
-"""Tiny objects in OpenLRM's layout, with a red dot whose place in every picture is known."""
+"""Tiny objects in OpenLRM's layout, with a red dot whose place in every image is known."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def pixel_of(point: np.ndarray, pose: np.ndarray) -> tuple[float, float]:
     return SIZE / 2 + FOCAL * x / -z, SIZE / 2 - FOCAL * y / -z
 
 
-def picture(pose: np.ndarray, shade: int) -> np.ndarray:
+def image(pose: np.ndarray, shade: int) -> np.ndarray:
     rgba = np.zeros((SIZE, SIZE, 4), np.uint8)
     rows, columns = np.indices((SIZE, SIZE)) + 0.5
     ball = np.hypot(rows - SIZE / 2, columns - SIZE / 2) < 11
@@ -42,4 +42,4 @@ def write_object(folder: Path, shade: int = 30) -> None:
     for view in range(VIEWS):
         pose = pose_at(360 * view / VIEWS + 11, 50 if view % 2 else 10 + 3 * view)
         np.save(folder / "pose" / f"{view:03d}.npy", pose.astype(np.float32))
-        Image.fromarray(picture(pose, shade)).save(folder / "rgba" / f"{view:03d}.png")
+        Image.fromarray(image(pose, shade)).save(folder / "rgba" / f"{view:03d}.png")

@@ -1,4 +1,4 @@
-"""Picture preparation against TripoSR's and OpenLRM's, and files of every kind."""
+"""Image preparation against TripoSR's and OpenLRM's, and files of every kind."""
 
 import io
 import logging
@@ -22,7 +22,7 @@ def golden(goldens):
 
 
 @pytest.fixture
-def picture() -> np.ndarray:
+def image() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (12, 16, 4), dtype=np.uint8)
 
 
@@ -59,8 +59,8 @@ def test_bicubic_is_openlrms(golden, size):
     assert ours.max() <= 1 and ours.min() >= 0
 
 
-def test_bicubic_keeps_corners_and_constants(picture):
-    rgb = jnp.asarray(picture[..., :3], jnp.float32) / 255
+def test_bicubic_keeps_corners_and_constants(image):
+    rgb = jnp.asarray(image[..., :3], jnp.float32) / 255
     ours = resize.resize_bicubic(rgb, 7)
     np.testing.assert_allclose(ours[::6, ::6], rgb[::11, ::15], atol=1e-6)
     np.testing.assert_allclose(resize.resize_bicubic(jnp.full((1, 5, 3), 0.3), 4), 0.3, atol=1e-6)
@@ -81,11 +81,11 @@ def test_recentering_nothing_is_an_error():
         recentre.recenter_foreground(np.full((2, 60_000, 4), 255, np.uint8), 0.85)
 
 
-def test_has_alpha_needs_a_pixel_that_is_not_opaque(picture):
-    picture[..., 3] = 255
-    assert not load.has_alpha(picture)
-    picture[3, 4, 3] = 254
-    assert load.has_alpha(picture)
+def test_has_alpha_needs_a_pixel_that_is_not_opaque(image):
+    image[..., 3] = 255
+    assert not load.has_alpha(image)
+    image[3, 4, 3] = 254
+    assert load.has_alpha(image)
 
 
 def test_a_background_of_one_colour_is_keyed_out_but_not_the_same_colour_inside():
@@ -100,23 +100,23 @@ def test_a_background_of_one_colour_is_keyed_out_but_not_the_same_colour_inside(
     np.testing.assert_array_equal(keyed[..., :3], rgba[..., :3])
 
 
-def test_a_background_of_many_colours_is_not_keyed_out(picture):
-    assert cutout.key_out_background(picture) is None
+def test_a_background_of_many_colours_is_not_keyed_out(image):
+    assert cutout.key_out_background(image) is None
 
 
 @pytest.mark.parametrize("suffix", ["png", "webp", "tiff"])
-def test_lossless_files_keep_every_pixel(tmp_path, picture, suffix):
+def test_lossless_files_keep_every_pixel(tmp_path, image, suffix):
     path = tmp_path / f"a.{suffix}"
-    Image.fromarray(picture).save(
+    Image.fromarray(image).save(
         path, **({"lossless": True, "exact": True} if suffix == "webp" else {})
     )
-    np.testing.assert_array_equal(load.load_image(path), picture)
+    np.testing.assert_array_equal(load.load_image(path), image)
 
 
-def test_bmp_without_alpha_is_opaque(tmp_path, picture):
-    Image.fromarray(picture[..., :3]).save(tmp_path / "a.bmp")
+def test_bmp_without_alpha_is_opaque(tmp_path, image):
+    Image.fromarray(image[..., :3]).save(tmp_path / "a.bmp")
     ours = load.load_image(tmp_path / "a.bmp")
-    np.testing.assert_array_equal(ours[..., :3], picture[..., :3])
+    np.testing.assert_array_equal(ours[..., :3], image[..., :3])
     assert (ours[..., 3] == 255).all()
 
 
@@ -167,7 +167,7 @@ def test_exif_orientation_is_applied(tmp_path):
     rgb = np.zeros((16, 32, 3), np.uint8)
     rgb[:, :16] = 255
     exif = Image.Exif()
-    exif[0x0112] = 6  # the top of the scene is at the right of the stored picture
+    exif[0x0112] = 6  # the top of the scene is at the right of the stored image
     Image.fromarray(rgb).save(tmp_path / "a.jpg", exif=exif, quality=95)
     ours = load.load_image(tmp_path / "a.jpg")
     assert ours.shape[:2] == (32, 16)
@@ -200,7 +200,7 @@ def noise(suffix: str) -> bytes:
 
 BAD_FILES = {
     "empty.png": (b"", "empty file"),
-    "text.png": (b"this is no picture", "not a picture"),
+    "text.png": (b"this is no image", "not an image"),
     "truncated.png": (noise("png")[:5000], "damaged or cut short"),
     "truncated.jpg": (noise("jpeg")[:2000], "damaged or cut short"),
     "truncated.webp": (noise("webp")[:2000], "damaged or cut short"),
@@ -208,7 +208,7 @@ BAD_FILES = {
         noise("png")[:100] + b"\xff" * 2000 + noise("png")[2100:],
         "damaged or cut short",
     ),
-    "header_only.png": (noise("png")[:30], "damaged or cut short|not a picture"),
+    "header_only.png": (noise("png")[:30], "damaged or cut short|not an image"),
     "bomb.png": (png(20000, 6000), "megapixels: scale it down"),
     "large_bomb.png": (png(30000, 20000), "megapixels: scale it down"),
 }
@@ -224,7 +224,7 @@ def test_bad_files_are_one_line_with_the_name_and_a_remedy(tmp_path, name):
     assert name in text and "\n" not in text and ": " in text
 
 
-def test_missing_files_folders_and_32_bit_pictures_are_errors(tmp_path):
+def test_missing_files_folders_and_32_bit_images_are_errors(tmp_path):
     with pytest.raises(InputError, match="does not exist"):
         load.load_image(tmp_path / "nothing.png")
     with pytest.raises(InputError, match="is a folder"):

@@ -1,4 +1,4 @@
-"""Files written whole, and pictures, films and pages that open."""
+"""Files written whole, and images, videos and pages that open."""
 
 import base64
 import errno
@@ -43,7 +43,7 @@ def test_a_full_disk_leaves_neither_new_files_nor_damaged_old_ones(tmp_path, mon
 
 def test_stages_are_named_and_timed_even_if_they_fail(capsys):
     stages = messages.Stages()
-    with stages("encode", " 2 pictures"):
+    with stages("encode", " 2 images"):
         time.sleep(0.02)
     with pytest.raises(ValueError), stages("encode"):
         raise ValueError
@@ -51,7 +51,7 @@ def test_stages_are_named_and_timed_even_if_they_fail(capsys):
         pass
     assert list(stages.seconds) == ["encode", "surface"]
     assert 0.02 <= stages.seconds["encode"] < stages.elapsed()
-    assert "encode 2 pictures\n" in capsys.readouterr().err
+    assert "encode 2 images\n" in capsys.readouterr().err
 
 
 def test_progress_is_silent_when_quick(capsys):
@@ -69,31 +69,31 @@ def plane_seen_from_above(size: int = 9):
 
 def test_normals_of_a_plane_point_at_the_camera():
     depth, origins, dirs = plane_seen_from_above()
-    pictures = sheets.normal_pictures(depth, np.ones_like(depth), origins, dirs)
+    images = sheets.normal_images(depth, np.ones_like(depth), origins, dirs)
     expected = np.array([-0.2, 0.0, 1.0]) / np.sqrt(1.04)
-    expected = np.broadcast_to((expected * 0.5 + 0.5) * 255, pictures.shape)
-    np.testing.assert_allclose(pictures, expected, atol=0.51)  # rounding to 8 bits
+    expected = np.broadcast_to((expected * 0.5 + 0.5) * 255, images.shape)
+    np.testing.assert_allclose(images, expected, atol=0.51)  # rounding to 8 bits
 
 
 def test_unseen_pixels_are_white_and_their_depth_is_not_looked_at():
     depth, origins, dirs = plane_seen_from_above()
     alpha = np.ones_like(depth)
     alpha[:, :4], depth[:, :4] = 0.0, np.nan
-    for pictures in (
-        sheets.depth_pictures(depth, alpha),
-        sheets.normal_pictures(depth, alpha, origins, dirs),
+    for images in (
+        sheets.depth_images(depth, alpha),
+        sheets.normal_images(depth, alpha, origins, dirs),
     ):
-        assert (pictures[:, :4] == 255).all() and (pictures[:, 5:] < 255).any(-1).all()
-    assert (sheets.depth_pictures(depth, alpha * 0) == 255).all()
+        assert (images[:, :4] == 255).all() and (images[:, 5:] < 255).any(-1).all()
+    assert (sheets.depth_images(depth, alpha * 0) == 255).all()
 
 
 def test_near_is_brighter_than_far():
     depth, _, _ = plane_seen_from_above()
-    grey = sheets.depth_pictures(depth, np.ones_like(depth))[0, 0, :, 0]
+    grey = sheets.depth_images(depth, np.ones_like(depth))[0, 0, :, 0]
     assert (np.diff(grey[1:-1].astype(int)) > 0).all()
 
 
-def test_contact_sheet_holds_every_picture():
+def test_contact_sheet_holds_every_image():
     rows = {
         name: np.full((3, 32, 40, 3), value, np.uint8) for name, value in [("a", 10), ("b", 90)]
     }

@@ -31,12 +31,12 @@ def baked():
     return texture.bake_texture(painted, jax.jit(color), SIZE, chunk=2**12)
 
 
-def looked_up(picture, uv):
-    """The picture at uv, bilinear, with texel centres at +0.5 and v down."""
-    rows, columns = uv[:, 1] * len(picture) - 0.5, uv[:, 0] * len(picture) - 0.5
+def looked_up(image, uv):
+    """The image at uv, bilinear, with texel centres at +0.5 and v down."""
+    rows, columns = uv[:, 1] * len(image) - 0.5, uv[:, 0] * len(image) - 0.5
     channels = [
         ndimage.map_coordinates(
-            picture[..., c].astype(float), [rows, columns], order=1, mode="nearest"
+            image[..., c].astype(float), [rows, columns], order=1, mode="nearest"
         )
         for c in range(3)
     ]
@@ -88,7 +88,7 @@ def test_a_texture_coarser_than_the_faces_still_has_their_colours():
     assert error.mean() < 0.05  # the colours of unrelated points differ by 0.35
 
 
-def test_textured_glb_reloads_with_its_picture(baked):
+def test_textured_glb_reloads_with_its_image(baked):
     scene = trimesh.load(io.BytesIO(formats.to_glb(baked)), file_type="glb", process=False)
     (shape,) = scene.geometry.values()
     assert len(shape.vertices) == len(baked.vertices) and len(shape.faces) == len(baked.faces)
@@ -104,22 +104,22 @@ def test_textured_glb_reloads_with_its_picture(baked):
     assert np.abs(looked_up(baked.texture, uv) - color(world)).mean() < 2 / 255
 
 
-def test_textured_obj_reloads_with_its_picture(baked, tmp_path):
+def test_textured_obj_reloads_with_its_image(baked, tmp_path):
     files = formats.to_obj(baked, "thing")
     assert sorted(files) == ["thing.mtl", "thing.obj", "thing.png"]
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
     shape = trimesh.load(tmp_path / "thing.obj", process=False)
     assert len(shape.vertices) == len(baked.vertices) and len(shape.faces) == len(baked.faces)
-    picture = np.asarray(shape.visual.material.image.convert("RGB"))
-    np.testing.assert_array_equal(picture, baked.texture)
+    image = np.asarray(shape.visual.material.image.convert("RGB"))
+    np.testing.assert_array_equal(image, baked.texture)
     # .obj has the origin of uv at the bottom; six decimals are written.
     np.testing.assert_allclose(shape.visual.uv, baked.uv * [[1, -1]] + [[0, 1]], atol=1e-6)
 
 
 def test_png_of_obj_is_the_texture(baked):
-    picture = Image.open(io.BytesIO(formats.to_obj(baked)["surface.png"]))
-    np.testing.assert_array_equal(np.asarray(picture), baked.texture)
+    image = Image.open(io.BytesIO(formats.to_obj(baked)["surface.png"]))
+    np.testing.assert_array_equal(np.asarray(image), baked.texture)
 
 
 @pytest.mark.parametrize(

@@ -89,13 +89,13 @@ def jitted():
     return {module: of(module.distance) for module in (lpips, perceptual)}
 
 
-def pictures(golden, name):
+def images(golden, name):
     return jnp.asarray(golden[name].transpose(0, 2, 3, 1))
 
 
 def test_lpips_and_its_gradient_are_the_references(goldens, lpips_params, jitted):
     golden = load_file(goldens / "lpips_vgg16.safetensors")
-    x, y = pictures(golden, "in.x"), pictures(golden, "in.y")
+    x, y = images(golden, "in.x"), images(golden, "in.y")
     grad, values = jitted[lpips](lpips_params, x, y)
     np.testing.assert_allclose(
         values, golden["out.lpips"], rtol=tolerance(1e-4)
@@ -105,7 +105,7 @@ def test_lpips_and_its_gradient_are_the_references(goldens, lpips_params, jitted
 
 def test_perceptual_loss_and_its_gradient_are_lvsms(goldens, perceptual_params, jitted):
     golden = load_file(goldens / "lvsm_vgg19.safetensors")
-    x, y = pictures(golden, "in.pred"), pictures(golden, "in.target")
+    x, y = images(golden, "in.pred"), images(golden, "in.target")
     grad, values = jitted[perceptual](perceptual_params, x, y)
     assert values.shape == (2,)
     np.testing.assert_allclose(values.mean(), golden["out.loss"][0], rtol=tolerance(1e-4))
@@ -118,7 +118,7 @@ def assert_same_gradient(grad, expected):
 
 
 @pytest.mark.parametrize("module", [lpips, perceptual], ids=["lpips", "perceptual"])
-def test_equal_pictures_are_at_no_distance_with_a_finite_gradient(
+def test_equal_images_are_at_no_distance_with_a_finite_gradient(
     module, jitted, lpips_params, perceptual_params
 ):
     params = lpips_params if module is lpips else perceptual_params
@@ -132,7 +132,7 @@ def test_equal_pictures_are_at_no_distance_with_a_finite_gradient(
 def test_lpips_gradient_is_finite_where_all_features_are_zero(jitted, lpips_params):
     params = {k: v for k, v in lpips_params.items() if not k.startswith("conv")}
     for name, layer in lpips_params.items():
-        if name.startswith("conv"):  # negative biases: no ReLU passes anything of a black picture
+        if name.startswith("conv"):  # negative biases: no ReLU passes anything of a black image
             params[name] = layer | {"bias": jnp.full_like(layer["bias"], -100.0)}
     x, y = jnp.zeros((2, 64, 64, 3)), jnp.ones((2, 64, 64, 3))
     grad, values = jitted[lpips](params, x, y)

@@ -18,14 +18,14 @@ def test_the_mean_object_is_that_of_the_others(tmp_path):
         Image.fromarray(rgba).save(tmp_path / "c" / "rgba" / f"{view:03d}.png")
     a, b, c = (held_out.read(tmp_path / name, 4, SIZE) for name in "abc")  # all but the source
     mean = mean_object.average([a, c], SIZE)
-    of_a, of_b = mean_object.pictures(mean, a), mean_object.pictures(mean, b)
-    np.testing.assert_allclose(of_a["mean picture"], 1, atol=1e-6)
-    np.testing.assert_allclose(of_a["mean picture by view"], 1, atol=1e-6)
+    of_a, of_b = mean_object.images(mean, a), mean_object.images(mean, b)
+    np.testing.assert_allclose(of_a["mean image"], 1, atol=1e-6)
+    np.testing.assert_allclose(of_a["mean image by view"], 1, atol=1e-6)
     # b, which is not in it, is as a.
     wanted = (mean_object.premultiplied(a.targets) + 1) / 2
-    np.testing.assert_allclose(of_b["mean picture by view"], wanted, atol=1e-6)
-    np.testing.assert_allclose(of_b["mean picture"], wanted.mean(0)[None].repeat(4, 0), atol=1e-6)
-    empty = mean_object.pictures(mean_object.average([], SIZE), a)
+    np.testing.assert_allclose(of_b["mean image by view"], wanted, atol=1e-6)
+    np.testing.assert_allclose(of_b["mean image"], wanted.mean(0)[None].repeat(4, 0), atol=1e-6)
+    empty = mean_object.images(mean_object.average([], SIZE), a)
     assert all((x == 0).all() for x in empty.values())
 
 
@@ -45,5 +45,5 @@ def test_the_mean_shapes_have_the_mean_extents_and_uniform_points(tmp_path):
     extents = {Path("flat"): np.array([2, 2, 0.02])}
     flat = mean_object.MeanObject(frozenset(), None, None, None, extents)
     disc = mean_object.shapes(flat, b, 20000, np.random.default_rng(0))["mean ellipsoid"]
-    share = (np.hypot(disc[:, 0], disc[:, 1]) < np.sqrt(0.5)).mean()
-    assert share == pytest.approx(0.5, abs=0.02)  # five deviations
+    covered = (np.hypot(disc[:, 0], disc[:, 1]) < np.sqrt(0.5)).mean()
+    assert covered == pytest.approx(0.5, abs=0.02)  # five deviations

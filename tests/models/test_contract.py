@@ -19,7 +19,7 @@ from lrm_jax.weights import references
 VARIANTS = [(name, variant) for name in models.FAMILIES for variant in models.family(name).VARIANTS]
 
 
-def picture(size=40):
+def image(size=40):
     y, x = np.mgrid[:size, :size] - size / 2
     alpha = np.where(x**2 + y**2 < (size / 3) ** 2, 255, 0)
     return (
@@ -30,9 +30,9 @@ def picture(size=40):
 
 
 def source_of(model, num_scenes):
-    """Pictures as `prepare` wants them, or two posed views of each scene."""
+    """Images as `prepare` wants them, or two posed views of each scene."""
     if hasattr(model, "prepare"):
-        return model.prepare([picture(), picture(32)][:num_scenes])
+        return model.prepare([image(), image(32)][:num_scenes])
     rgb = jax.random.uniform(
         jax.random.key(2), (num_scenes, 2, model.image_size, model.image_size, 3)
     )

@@ -73,7 +73,7 @@ def openlrm_source(golden):
 
 
 def openlrm_rays(golden, size):
-    """The rays of the golden's views: whole ones, or crops placed by row and column of a picture of `resolutions` pixels."""
+    """The rays of the golden's views: whole ones, or crops placed by row and column of an image of `resolutions` pixels."""
     vector = golden["in"]["render_cameras"]  # 25: a 4x4 pose, then 3x3 intrinsics
     pose, matrix = (
         vector[..., :16].reshape(*vector.shape[:2], 4, 4),

@@ -30,19 +30,19 @@ def read(folder, name):
     with safe_open(folder / f"{name}.safetensors", "np") as f:
         tensors = {key: f.get_tensor(key) for key in f.keys()}
         config = json.loads(f.metadata()["golden"])["config"]
-    state, given, out = (
+    state, inputs, out = (
         {k.split(".", 1)[1]: v for k, v in tensors.items() if k.startswith(kind)}
         for kind in ("state.", "in.", "out.")
     )
     model = LVSM(**lvsm.fields_from_torch(state), image_size=config["image_size"])
-    return state, given, out, model, lvsm.from_torch(state, model)
+    return state, inputs, out, model, lvsm.from_torch(state, model)
 
 
-def views_of(given, which):
+def views_of(inputs, which):
     """Views of a golden; its intrinsics are in pixels."""
-    rgb = jnp.asarray(given["image"][:, which].transpose(0, 1, 3, 4, 2))
-    fxfycxcy = jnp.asarray(given["fxfycxcy"][:, which] / rgb.shape[2])
-    return Views(rgb=rgb, cameras=Cameras(jnp.asarray(given["c2w"][:, which]), fxfycxcy))
+    rgb = jnp.asarray(inputs["image"][:, which].transpose(0, 1, 3, 4, 2))
+    fxfycxcy = jnp.asarray(inputs["fxfycxcy"][:, which] / rgb.shape[2])
+    return Views(rgb=rgb, cameras=Cameras(jnp.asarray(inputs["c2w"][:, which]), fxfycxcy))
 
 
 def rays_of(views):
@@ -51,8 +51,8 @@ def rays_of(views):
 
 @pytest.mark.parametrize("name", GOLDENS)
 def test_pixels_equal_the_reference_s(goldens, name):
-    _, given, out, model, params = read(goldens, name)
-    source, target = (views_of(given, which) for which in (slice(2), slice(2, None)))
+    _, inputs, out, model, params = read(goldens, name)
+    source, target = (views_of(inputs, which) for which in (slice(2), slice(2, None)))
     rays = rays_of(source)
     # Directions are sums of a few products; the reference computes them in another order.
     np.testing.assert_allclose(
@@ -87,7 +87,7 @@ def test_a_training_checkpoint_is_recognised_its_loss_s_network_dropped_and_othe
     frozen = {"loss_computer.perceptual_loss_module.vgg.conv1_1.weight": np.ones((2, 3))}
     content = {"model": state | frozen, "optimizer": {"state": {0: {"step": 3}}}}
     found, found_params = references.from_checkpoint(content, tmp_path)
-    # Pictures of no size are told: that of the first published one.
+    # Images of no size are told: that of the first published one.
     assert found == model.clone(image_size=256) and "256 pixels are taken" in caplog.text
     for name, size in [
         ("a_512.pt", 512),
@@ -190,7 +190,7 @@ def test_the_order_of_source_views_has_no_influence_and_their_content_has(archit
     turned = jax.tree.map(lambda x: x[:, jnp.array([2, 0, 1])], source)
     other = drawing(model)(params, turned, rays)
     np.testing.assert_allclose(other, first, atol=1e-5)  # sums in another order
-    # The same pictures from one another's places are another scene.
+    # The same images from one another's places are another scene.
     swapped = turned.replace(cameras=source.cameras)
     other = drawing(model)(params, swapped, rays)
     assert np.abs(other - first).max() > 1e-2
@@ -212,9 +212,9 @@ def test_a_padded_source_view_has_no_influence(architecture):
     model, params, source, rays = tiny(architecture, num_source=3, num_scenes=2)
     num_views = jnp.array([1, 3])
     # Padding as it comes: zeros, whose rays are NaN.
-    given = jnp.arange(3)[None] < num_views[:, None]
+    is_view = jnp.arange(3)[None] < num_views[:, None]
     padded = jax.tree.map(
-        lambda x: jnp.where(given.reshape(*given.shape, *(1,) * (x.ndim - 2)), x, 0), source
+        lambda x: jnp.where(is_view.reshape(*is_view.shape, *(1,) * (x.ndim - 2)), x, 0), source
     )
     together = drawing(model)(params, padded, rays, num_views)
     for scene, count in enumerate((1, 3)):
@@ -246,7 +246,7 @@ def test_memory_of_a_film_does_not_grow_with_its_length():
         params = {"params": param_shapes(model)}
         return jax.jit(model.apply).lower(params, *shapes).compile().memory_analysis().temp_size_in_bytes  # fmt: skip
 
-    # What grows is the rays and the pictures themselves, 36 bytes a ray.
+    # What grows is the rays and the images themselves, 36 bytes a ray.
     assert temporary_bytes(9) - temporary_bytes(3) < 6 * 512 * 4 * 36
 
 
@@ -277,7 +277,7 @@ def test_views_that_do_not_divide_into_patches_are_refused():
         jax.eval_shape(drawing(model), params, low, rays)
 
 
-def test_another_size_of_picture_and_number_of_views_fit_the_same_parameters():
+def test_another_size_of_image_and_number_of_views_fit_the_same_parameters():
     model, params, _, _ = tiny("decoder-only")
     source, rays = scene_of(model.clone(image_size=24), num_source=4, num_target=1)
     rgb = jax.eval_shape(drawing(model), params, source, rays)

@@ -12,8 +12,8 @@ from lrm_jax.types import Views
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_a_symmetric_model_sees_in_a_mirror_what_it_sees_beside_it(symmetric):
     model = models.build("triposr", "tiny", symmetric=symmetric)
-    picture = jax.random.uniform(jax.random.key(0), (1, 32, 32, 3))
-    source = Views(rgb=np.stack([picture, picture[:, :, ::-1]]), cameras=None)
+    image = jax.random.uniform(jax.random.key(0), (1, 32, 32, 3))
+    source = Views(rgb=np.stack([image, image[:, :, ::-1]]), cameras=None)
     # Views at azimuths of 0, 120 and 240 degrees: in the mirror the last two change places.
     rays = cameras.pixel_rays(cameras.orbit(3, 1.9, 15.0, 40.0), 12, 12)
     rays = jax.tree.map(lambda x: np.stack([x, x]), rays)

@@ -115,8 +115,8 @@ def test_rays_of_a_crop_are_the_crop_of_the_rays():
 
 def test_plucker_is_the_same_for_every_origin_on_the_line():
     rays = cam.pixel_rays(random_cameras(3), 4, 4)
-    moved = Rays(origins=rays.origins + 0.8 * rays.dirs, dirs=rays.dirs)
-    np.testing.assert_allclose(cam.plucker(rays), cam.plucker(moved), atol=1e-6)
+    further = Rays(origins=rays.origins + 0.8 * rays.dirs, dirs=rays.dirs)
+    np.testing.assert_allclose(cam.plucker(rays), cam.plucker(further), atol=1e-6)
     moment, direction = np.split(cam.plucker(rays), 2, axis=-1)
     np.testing.assert_array_equal(direction, rays.dirs)
     np.testing.assert_allclose((moment * rays.origins).sum(-1), 0.0, atol=1e-6)
@@ -152,19 +152,19 @@ def a_crop(azimuth, distance):
 
 
 @pytest.mark.parametrize("elevation", [-30.0, 0.0, 50.0])
-def test_a_picture_of_the_assumed_camera_leaves_the_world_as_it_is(elevation):
+def test_a_image_of_the_assumed_camera_leaves_the_world_as_it_is(elevation):
     one = cam.orbit(1, 3.0, elevation, 40.0)
-    motion = cam.picture_motion(one.c2w[0], one.fxfycxcy[0], 3.0, 40.0)
+    motion = cam.image_motion(one.c2w[0], one.fxfycxcy[0], 3.0, 40.0)
     np.testing.assert_allclose(motion, np.eye(4), atol=1e-6)
 
 
 @pytest.mark.parametrize(("azimuth", "distance"), [(0.0, 2.0), (130.0, 5.0), (-60.0, 1.7)])
 def test_after_the_motion_a_crop_looks_as_if_taken_by_the_assumed_camera(azimuth, distance):
     c2w, fxfycxcy = a_crop(azimuth, distance)
-    motion = cam.picture_motion(c2w, fxfycxcy, 3.0, 40.0)
+    motion = cam.image_motion(c2w, fxfycxcy, 3.0, 40.0)
     up = motion[:3, :3] @ [0, 0, 1]
     np.testing.assert_allclose(up, [0, 0, np.linalg.norm(up)], atol=1e-9)
-    (pose,) = poses = cam.moved(motion, c2w[None])
+    (pose,) = poses = cam.move_poses(motion, c2w[None])
     np.testing.assert_allclose(pose[:3, :3].T @ pose[:3, :3], np.eye(3), atol=1e-6)  # float32 poses
     np.testing.assert_allclose(pose[1, 3], 0, atol=1e-6)  # at azimuth 0
     assert pose[0, 3] > 0
@@ -184,11 +184,11 @@ def test_after_the_motion_a_crop_looks_as_if_taken_by_the_assumed_camera(azimuth
 
 def test_poses_are_moved_with_their_points():
     c2w, fxfycxcy = a_crop(40.0, 2.5)
-    motion = cam.picture_motion(c2w, fxfycxcy, 1.9, 40.0)
+    motion = cam.image_motion(c2w, fxfycxcy, 1.9, 40.0)
     cameras = random_cameras(3)
     xyz = np.random.default_rng(0).normal(size=(3, 5, 3)) * 0.3
     there = xyz @ motion[:3, :3].T + motion[:3, 3]
-    poses = cam.moved(motion, np.asarray(cameras.c2w, np.float64))
+    poses = cam.move_poses(motion, np.asarray(cameras.c2w, np.float64))
     uv, z = cam.project(cameras, jnp.asarray(xyz))
     again, far = cam.project(cameras.replace(c2w=jnp.asarray(poses)), jnp.asarray(there))
     np.testing.assert_allclose(again, uv, atol=1e-4)  # float32

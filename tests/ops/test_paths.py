@@ -9,9 +9,9 @@ from lrm_jax.types import InputError
 CENTRE = np.array([3.0, -1.0, 0.5])
 
 
-def ring(num_views: int = 8, elevation_deg: float = 30.0, share: float = 1.0) -> np.ndarray:
-    """Cameras at distance 2 around CENTRE, over a share of a circle."""
-    around = cameras.orbit(round(num_views / share), 2.0, elevation_deg, 40.0)
+def ring(num_views: int = 8, elevation_deg: float = 30.0, arc: float = 1.0) -> np.ndarray:
+    """Cameras at distance 2 around CENTRE, over a part of a circle."""
+    around = cameras.orbit(round(num_views / arc), 2.0, elevation_deg, 40.0)
     c2w = np.array(around.c2w[:num_views], np.float64)
     c2w[:, :3, 3] += CENTRE
     return c2w
@@ -62,14 +62,14 @@ def test_a_camera_on_the_point_is_not_said_to_look_at_it():
     assert (paths.angles_to(c2w, c2w[3, :3, 3])[3]) == 90
 
 
-@pytest.mark.parametrize("share", [1.0, 0.5, 0.2])
-def test_up_is_the_axis_of_the_ring_though_cameras_look_down(share):
+@pytest.mark.parametrize("arc", [1.0, 0.5, 0.2])
+def test_up_is_the_axis_of_the_ring_though_cameras_look_down(arc):
     # The term that decides for near views leans by a few degrees.
-    assert paths.up(ring(share=share))[2] > np.cos(np.radians(5))
+    assert paths.up(ring(arc=arc))[2] > np.cos(np.radians(5))
 
 
 def test_an_orbit_runs_through_the_ring_that_the_cameras_stand_on():
-    c2w = ring(4, share=0.5)
+    c2w = ring(4, arc=0.5)
     turn = paths.orbit(c2w, 8)
     assert_rigid(turn)
     # Of half a ring, the upward direction is found to a few degrees.
@@ -88,7 +88,7 @@ def test_there_is_no_orbit_where_cameras_look_at_no_common_point():
 
 
 def test_a_spiral_stays_as_near_as_the_cameras_and_looks_where_they_look():
-    c2w = ring(5, share=0.1)
+    c2w = ring(5, arc=0.1)
     mean = paths.interpolate(c2w, np.array([2.0]))[0]
     poses = paths.spiral(c2w, mean, 16)
     assert_rigid(poses)

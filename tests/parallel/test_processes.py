@@ -27,7 +27,7 @@ def whole_batch(step):
 
 def batch_of(step, device_mesh):
     """The same as a global array, of which this process reads its part."""
-    index, count = batch_axes.process_share(device_mesh)
+    index, count = batch_axes.process_slice(device_mesh)
     part = jax.tree.map(
         lambda x: np.split(np.float32(x), count)[index],
         whole_batch(step),
@@ -101,7 +101,7 @@ def one_of_two(coordinator, process_id, workdir):
 
     for sizes, count in zip(PLACES, SHARES, strict=True):
         device_mesh = sharding.make_device_mesh(*sizes)
-        assert batch_axes.process_share(device_mesh) == (process_id % count, count), sizes
+        assert batch_axes.process_slice(device_mesh) == (process_id % count, count), sizes
         whole = processes.to_host(batch_of(0, device_mesh))
         for name, value in whole_batch(0).items():
             np.testing.assert_array_equal(whole[name], np.float32(value))

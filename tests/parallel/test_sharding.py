@@ -218,7 +218,7 @@ def test_of_a_single_process_all_arrays_go_to_the_host_and_its_flag_decides():
     assert isinstance(whole["split"], np.ndarray)
     np.testing.assert_array_equal(whole["split"], x)
     assert whole["number"] == 3.0
-    assert batch_axes.process_share(device_mesh) == (0, 1)
+    assert batch_axes.process_slice(device_mesh) == (0, 1)
     assert processes.any_process(True) and not processes.any_process(False)
 
 

@@ -41,7 +41,7 @@ def test_a_loop_without_a_readable_length_is_counted_once_and_reported():
     assert costs.loops_of_unknown_length == 1
 
 
-def test_convolutions_count_the_taps_that_meet_the_picture():
+def test_convolutions_count_the_taps_that_meet_the_image():
     costs = count(
         lambda x, w: jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")),
         shape(2, 6, 6, 4), shape(3, 3, 4, 8),

@@ -28,7 +28,7 @@ GOLDEN = Path(__file__).parents[1] / "goldens" / "blender_depth_normal.exr"
 
 
 def stand_in(folder: Path, *, ends: str = "") -> str:
-    """A program in the place of Blender's Python: keeps the job as job.json and writes pictures whose red is the view."""
+    """A program in the place of Blender's Python: keeps the job as job.json and writes images whose red is the view."""
     program = folder / "blender_python"
     program.write_text(f"""#!{sys.executable}
 import json, shutil, sys
@@ -85,7 +85,7 @@ def test_blender_is_told_the_cameras_the_world_and_the_light(tmp_path):
     job = json.loads((tmp_path / "job.json").read_text())
     assert (job["file"], job["size"], job["samples"], job["threads"]) == (str(path), 9, 16, 3)
     assert job["geometry"] and job["focal"] == pytest.approx(0.75)
-    pictures, poses, _ = read(tmp_path / "out/thing")
+    images, poses, _ = read(tmp_path / "out/thing")
     np.testing.assert_allclose(np.array(job["c2w"])[:, :3], poses, rtol=1e-6)  # float32 as text
     light = job["light"]
     assert np.linalg.norm(light["direction"]) == pytest.approx(1, abs=1e-6)
@@ -98,7 +98,7 @@ def test_blender_is_told_the_cameras_the_world_and_the_light(tmp_path):
     assert sorted(p.name for p in (tmp_path / "out/thing").iterdir()) == [
         "depth", "intrinsics.npy", "normal", "points.npy", "pose", "rgba",
     ]  # fmt: skip
-    assert pictures[:, 0, 0, 0].tolist() == [0, 1, 2]
+    assert images[:, 0, 0, 0].tolist() == [0, 1, 2]
     depth = np.asarray(Image.open(tmp_path / "out/thing/depth/001.png"))
     assert set(np.unique(depth)) == {0, 20000}  # the golden's 2 world units
 
@@ -204,9 +204,9 @@ def test_both_back_ends_see_the_same_colours(name, tmp_path):
     (ours,), (theirs,) = both(path, tmp_path, settings, Lighting())
     inside = (ours.rgba[..., 3] == 255) & (theirs.rgba[..., 3] == 255)
     hue = [
-        picture.rgba[inside, :3] / picture.rgba[inside, :3].max(-1, keepdims=True).clip(1)
-        for picture in (ours, theirs)
+        image.rgba[inside, :3] / image.rgba[inside, :3].max(-1, keepdims=True).clip(1)
+        for image in (ours, theirs)
     ]
-    # Gloss makes colours paler by about a tenth; a wrong picture, place or transfer function shows as more.
+    # Gloss makes colours paler by about a tenth; a wrong image, place or transfer function shows as more.
     assert np.abs(hue[0] - hue[1]).mean() < 0.15
     assert (hue[0].argmax(-1) == hue[1].argmax(-1)).mean() > 0.9

@@ -1,4 +1,4 @@
-"""The pictures, depth and normals agree with the poses that are written beside them; bad files fail alone."""
+"""The images, depth and normals agree with the poses that are written beside them; bad files fail alone."""
 
 import dataclasses
 import functools
@@ -71,9 +71,9 @@ def rendered(tmp_path: Path, geometry, name="thing.glb", settings=SETTINGS) -> P
 
 
 def read(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    pictures = [np.asarray(Image.open(path)) for path in sorted(folder.glob("rgba/*.png"))]
+    images = [np.asarray(Image.open(path)) for path in sorted(folder.glob("rgba/*.png"))]
     poses = [np.load(path) for path in sorted(folder.glob("pose/*.npy"))]
-    return np.stack(pictures), np.stack(poses), np.load(folder / "intrinsics.npy")
+    return np.stack(images), np.stack(poses), np.load(folder / "intrinsics.npy")
 
 
 def pixels_of(points: np.ndarray, pose: np.ndarray, intrinsics: np.ndarray) -> np.ndarray:
@@ -91,12 +91,12 @@ def in_our_world(vertices: np.ndarray) -> np.ndarray:
 
 def test_projected_vertices_span_the_silhouette(tmp_path):
     scene = lopsided_scene()
-    pictures, poses, intrinsics = read(rendered(tmp_path, scene))
+    images, poses, intrinsics = read(rendered(tmp_path, scene))
     points = in_our_world(scene.to_mesh().vertices)
-    assert pictures.shape == (6, 64, 64, 4) and poses.shape == (6, 3, 4)
-    for picture, pose in zip(pictures, poses, strict=True):
+    assert images.shape == (6, 64, 64, 4) and poses.shape == (6, 3, 4)
+    for image, pose in zip(images, poses, strict=True):
         pixels = pixels_of(points, pose, intrinsics)
-        rows, columns = np.nonzero(picture[..., 3])
+        rows, columns = np.nonzero(image[..., 3])
         # A pixel is covered as soon as one of its 2x2 samples is, so the box is known to about a pixel.
         np.testing.assert_allclose(
             [columns.min(), rows.min()], pixels.min(0), atol=1.2, err_msg="upper left"
@@ -107,32 +107,32 @@ def test_projected_vertices_span_the_silhouette(tmp_path):
 
 
 def test_sphere_has_its_analytic_silhouette(tmp_path):
-    pictures, poses, intrinsics = read(rendered(tmp_path, trimesh.creation.icosphere(5)))
+    images, poses, intrinsics = read(rendered(tmp_path, trimesh.creation.icosphere(5)))
     rows, columns = np.indices((64, 64)) + 0.5
-    for picture, pose in zip(pictures, poses, strict=True):
+    for image, pose in zip(images, poses, strict=True):
         distance = np.linalg.norm(pose[:, 3])
         # The tangent cone around the optical axis: sin(angle) = 1 / distance.
         radius = intrinsics[0, 0] * np.tan(np.arcsin(1 / distance))
         from_axis = np.hypot(columns - intrinsics[1, 0], rows - intrinsics[1, 1])
-        assert (picture[from_axis < radius - 1, 3] == 255).all()
-        assert (picture[from_axis > radius + 1, 3] == 0).all()
+        assert (image[from_axis < radius - 1, 3] == 255).all()
+        assert (image[from_axis > radius + 1, 3] == 0).all()
         # Antialiased: the summed coverage is the area far better than the pixels' count could be.
-        np.testing.assert_allclose(picture[..., 3].sum() / 255, np.pi * radius**2, rtol=0.005)
+        np.testing.assert_allclose(image[..., 3].sum() / 255, np.pi * radius**2, rtol=0.005)
 
 
 def test_texture_and_world_are_the_right_way_round(tmp_path):
-    pictures, poses, intrinsics = read(
+    images, poses, intrinsics = read(
         rendered(
             tmp_path, textured_board(), settings=Settings(16, 64, (3.0, 3.0), (0.0, 20.0), 45.0, 0)
         )
     )
     quarters = np.array([[-1, 0, 1], [1, 0, 1], [-1, 0, -1], [1, 0, -1]]) * 0.35  # z up, front -y
     seen = 0
-    for picture, pose in zip(pictures, poses, strict=True):
+    for image, pose in zip(images, poses, strict=True):
         if abs(pose[1, 3]) < 1.5:
             continue  # the board is seen edge-on
         columns, rows = pixels_of(quarters, pose, intrinsics).astype(int).T
-        colors = picture[rows, columns, :3].astype(float)
+        colors = image[rows, columns, :3].astype(float)
         brightness = colors.max(1, keepdims=True)
         np.testing.assert_allclose(colors / brightness, CORNERS.reshape(4, 3) / 255, atol=0.02)
         seen += 1
@@ -142,14 +142,14 @@ def test_texture_and_world_are_the_right_way_round(tmp_path):
 def test_half_transparent_edges_keep_the_colour_of_the_surface(tmp_path):
     board = trimesh.Trimesh([[-1, -1, 0], [1, -1, 0], [0, 1, 0]], [[0, 1, 2]], process=False)
     board.visual = trimesh.visual.ColorVisuals(board, vertex_colors=[[255, 128, 0, 255]] * 3)
-    pictures, _, _ = read(rendered(tmp_path, board))
-    for picture in pictures:
-        inside, edge = picture[..., 3] == 255, (picture[..., 3] > 0) & (picture[..., 3] < 255)
+    images, _, _ = read(rendered(tmp_path, board))
+    for image in images:
+        inside, edge = image[..., 3] == 255, (image[..., 3] > 0) & (image[..., 3] < 255)
         assert edge.sum() > 5
         # A plane under a light that depends on the normal alone has one colour; 1: rounding.
-        expected = np.median(picture[edge | inside, :3], axis=0)
-        np.testing.assert_allclose(picture[edge, :3], np.tile(expected, (edge.sum(), 1)), atol=1)
-        assert (picture[picture[..., 3] == 0] == 0).all()
+        expected = np.median(image[edge | inside, :3], axis=0)
+        np.testing.assert_allclose(image[edge, :3], np.tile(expected, (edge.sum(), 1)), atol=1)
+        assert (image[image[..., 3] == 0] == 0).all()
 
 
 def test_a_cut_out_texture_lets_rays_through(tmp_path):
@@ -178,10 +178,10 @@ def test_bilinear_lookup_is_exact_on_texels_and_repeats():
     np.testing.assert_allclose(values, expected, rtol=1e-5)  # float32
 
 
-def from_depth(picture: np.ndarray, pose: np.ndarray, intrinsics: np.ndarray) -> np.ndarray:
-    """World points of a depth picture, by the formats' own definitions."""
-    rows, columns = np.nonzero(picture)
-    z = picture[rows, columns, None] * 1e-4
+def from_depth(image: np.ndarray, pose: np.ndarray, intrinsics: np.ndarray) -> np.ndarray:
+    """World points of a depth image, by the formats' own definitions."""
+    rows, columns = np.nonzero(image)
+    z = image[rows, columns, None] * 1e-4
     right_down = (np.stack([columns, rows], -1) + 0.5 - intrinsics[1]) / intrinsics[0] * z
     return (right_down * [1, -1]) @ pose[:, :2].T - z * pose[:, 2] + pose[:, 3]
 
@@ -189,17 +189,15 @@ def from_depth(picture: np.ndarray, pose: np.ndarray, intrinsics: np.ndarray) ->
 def test_depth_and_normals_are_those_of_a_sphere(tmp_path):
     settings = dataclasses.replace(SETTINGS, geometry=True, file_normals=True)
     folder = rendered(tmp_path, ball(5), settings=settings)
-    pictures, poses, intrinsics = read(folder)
-    for view, (picture, pose) in enumerate(zip(pictures, poses, strict=True)):
+    images, poses, intrinsics = read(folder)
+    for view, (image, pose) in enumerate(zip(images, poses, strict=True)):
         depth, normal = (
             np.asarray(Image.open(folder / k / f"{view:03d}.png")) for k in ("depth", "normal")
         )
         assert depth.dtype == np.uint16 and normal.shape == (64, 64, 3)
         assert (normal.any(-1) == (depth > 0)).all()
         # The centre of a pixel decides; half of its samples or so are on the same side.
-        assert (depth[picture[..., 3] == 255] > 0).all() and (
-            depth[picture[..., 3] == 0] == 0
-        ).all()
+        assert (depth[image[..., 3] == 255] > 0).all() and (depth[image[..., 3] == 0] == 0).all()
         points = from_depth(depth, pose, intrinsics)
         # The facets lie up to 6e-4 inside the sphere, and depth grazes them near the silhouette; a step is 1e-4.
         np.testing.assert_allclose(np.linalg.norm(points, axis=-1), 1, atol=1.5e-3)
@@ -253,8 +251,8 @@ def test_a_sheet_seen_from_its_edge_is_seen_in_the_other_views(tmp_path):
         [[-1, 0, -1], [1, 0, -1], [1, 0, 1], [-1, 0, 1]], [[0, 1, 2], [0, 2, 3]], process=False
     )
     settings = dataclasses.replace(PROTOCOLS["openlrm"], views=3, size=32)
-    pictures, _, _ = read(rendered(tmp_path, sheet, settings=settings))
-    assert any(picture[..., 3].any() for picture in pictures[1:])
+    images, _, _ = read(rendered(tmp_path, sheet, settings=settings))
+    assert any(image[..., 3].any() for image in images[1:])
 
 
 def test_a_name_that_is_too_long_fails_alone(tmp_path):
@@ -292,7 +290,7 @@ def test_bad_files_fail_alone_and_a_second_run_keeps_what_is_there(tmp_path, cap
     assert "other settings: fov 40.0 (now 50.0)" in capsys.readouterr().err
 
 
-def test_a_folder_from_before_points_were_written_gets_them_and_keeps_its_pictures(tmp_path):
+def test_a_folder_from_before_points_were_written_gets_them_and_keeps_its_images(tmp_path):
     source, out = tmp_path / "things", tmp_path / "out"
     source.mkdir()
     save(source / "good.glb", lopsided_scene())

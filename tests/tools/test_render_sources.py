@@ -34,7 +34,7 @@ SQUARE = (
 
 
 def write_obj(folder: Path, material: str | None, texture: str | None) -> Path:
-    """A textured square as .obj, with its .mtl and its picture unless they are None."""
+    """A textured square as .obj, with its .mtl and its image unless they are None."""
     folder.mkdir(exist_ok=True)
     path = folder / "board.obj"
     path.write_text("mtllib my board.mtl\nusemtl paint\n" + SQUARE)
@@ -47,7 +47,7 @@ def write_obj(folder: Path, material: str | None, texture: str | None) -> Path:
 
 
 def write_gltf(path: Path, image: str) -> Path:
-    """One triangle whose material's picture is the file `image`."""
+    """One triangle whose material's image is the file `image`."""
     corners = np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0]], "<f4").tobytes()
     uv = np.array([[0, 0], [1, 0], [0, 1]], "<f4").tobytes()
     data = corners + uv

@@ -74,8 +74,8 @@ def test_tensorboard_files_hold_scalars_images_and_texts(tmp_path):
     writer.close()
     found = values(tmp_path)
     assert found[7, "train/loss"].simple_value == 0.25
-    picture = np.asarray(Image.open(io.BytesIO(found[7, "one"].image.encoded_image_string)))
-    np.testing.assert_allclose(picture / 255, np.clip(images[0], 0, 1), atol=1 / 255)  # 8 bits
+    image = np.asarray(Image.open(io.BytesIO(found[7, "one"].image.encoded_image_string)))
+    np.testing.assert_allclose(image / 255, np.clip(images[0], 0, 1), atol=1 / 255)  # 8 bits
     both = Image.open(io.BytesIO(found[7, "both"].image.encoded_image_string))
     assert both.size[0] * both.size[1] == 2 * 8 * 6  # side by side
     as_written = Image.open(io.BytesIO(found[7, "bytes"].image.encoded_image_string))

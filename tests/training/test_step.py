@@ -142,7 +142,7 @@ def test_a_resized_crop_is_what_its_camera_sees(antialias):
         crops, camera = step.random_crops(
             jax.random.key(seed), views, patch, (16, 40), antialias, False
         )
-        # With c2w = identity and f = 1, c = 0.5 the place in the picture is direction + 0.5.
+        # With c2w = identity and f = 1, c = 0.5 the place in the image is direction + 0.5.
         rays = cameras.pixel_rays(camera, patch, patch)
         place = rays.dirs[..., :2] / rays.dirs[..., 2:] + 0.5
         # The filter is not quite exact between pixels: half a pixel off would be 1e-2.
@@ -198,7 +198,7 @@ def test_backgrounds_are_of_the_greys_asked_for():
     assert np.ptp(np.asarray(colours), axis=-1).max() == 0
 
 
-def test_bytes_and_floats_are_the_same_pictures():
+def test_bytes_and_floats_are_the_same_images():
     source = batch(0, 1, 1, 8, 8).source
     as_bytes = source.replace(
         rgb=np.uint8(source.rgb * 255 + 0.5), alpha=np.uint8(source.alpha * 255)
@@ -209,7 +209,7 @@ def test_bytes_and_floats_are_the_same_pictures():
     np.testing.assert_allclose(a.rgb, b.rgb, atol=0.5 / 255 + 1e-6)  # rounding to 8 bits
 
 
-def test_all_pictures_of_a_scene_change_colour_alike_and_every_other_scene_stays():
+def test_all_images_of_a_scene_change_colour_alike_and_every_other_scene_stays():
     scenes = batch(0, 64, 2, 8, 8)
     changed = jax.jit(step.recolored)(jax.random.key(0), scenes)
     kept = 0

@@ -393,7 +393,7 @@ def test_another_activation_is_refused():
     ("name", "size"),
     [("scene_decoder_only_256", 256), ("x_res512", 512), ("m_res64", 64), ("lvsm_step_5000", None), ("lvsm_20", None)],
 )  # fmt: skip
-def test_a_file_s_name_tells_the_size_of_lvsm_s_pictures(name, size):
+def test_a_file_s_name_tells_the_size_of_lvsm_s_images(name, size):
     assert references.name_config(Path(f"{name}.pt")) == (size and {"image_size": size})
 
 
@@ -403,7 +403,7 @@ def test_dinov2_without_registers_resizes_its_positions_as_dino_does():
         assert references.from_reference(state)[0].resize == fields["resize"] == model.resize
 
 
-def test_picture_size_that_no_config_tells_is_said(caplog):
+def test_image_size_that_no_config_tells_is_said(caplog):
     state, config = tiny_state("lrm")
     model, _ = references.from_reference(state, config)
     assert model.image_size == 32 and "source_size" in caplog.text

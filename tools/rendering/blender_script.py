@@ -4,7 +4,7 @@ JOB.json has
     file        path of the .glb, .gltf, .obj or .ply
     centre, scale   the file's world with z up -> the normalised one: (xyz - centre) * scale
     c2w         [V 4 4] camera to world, Blender's axes (x right, y up, z backward), normalised world
-    focal       in widths of the (square) picture;  size: pixels;  samples: a pixel;  threads
+    focal       in widths of the (square) image;  size: pixels;  samples: a pixel;  threads
     light       see `protocols.Lighting`: direction, sun, sky, above
     geometry    whether to write depth and normals
     out         folder: 000.png (sRGB, straight alpha), and with geometry 000.exr (channels Depth.Z, along the optical axis, and
@@ -19,7 +19,7 @@ import signal
 import sys
 from pathlib import Path
 
-# Ctrl-C ends this process at once: of Python's exception for it, the start of Blender would only print a notice, and a picture
+# Ctrl-C ends this process at once: of Python's exception for it, the start of Blender would only print a notice, and an image
 # would be finished first.
 signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -119,7 +119,7 @@ def add_camera(scene, focal: float):
 
 
 def set_up(scene, job: dict) -> None:
-    """What is the same for the picture and the geometry of a view."""
+    """What is the same for the image and the geometry of a view."""
     settings = scene.render
     settings.engine = "CYCLES"
     settings.resolution_x = settings.resolution_y = job["size"]

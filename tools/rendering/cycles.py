@@ -125,9 +125,9 @@ def _job(file, triangles, cameras, lighting, settings, blender, folder) -> dict:
 
 def _read_view(stem: Path, geometry: bool) -> View:
     """Reads and deletes the files of a view: a thousand pixels squared take 20 MB."""
-    picture, channels = stem.with_suffix(".png"), stem.with_suffix(".exr")
-    view = View(rgba=np.asarray(Image.open(picture).convert("RGBA")))
-    picture.unlink()
+    image, channels = stem.with_suffix(".png"), stem.with_suffix(".exr")
+    view = View(rgba=np.asarray(Image.open(image).convert("RGBA")))
+    image.unlink()
     if geometry:
         found = read_exr(channels.read_bytes())
         channels.unlink()

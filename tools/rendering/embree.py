@@ -16,7 +16,7 @@ from rendering.output import View
 from rendering.protocols import Lighting, Settings
 from rendering.surfaces import Triangles, look_up
 
-SUPERSAMPLING = 2  # samples along each side of a pixel, where the picture has detail
+SUPERSAMPLING = 2  # samples along each side of a pixel, where the image has detail
 DETAIL = 0.02  # change to the next pixel, in square roots of linear light and in coverage, that counts as detail
 RAYS = 2**14  # at a time: the arrays stay in the cache, which makes it twice as fast
 
@@ -37,7 +37,7 @@ def render(
 
 
 def windows(cameras: Cameras, triangles: Triangles, size: int) -> list[tuple[slice, slice]]:
-    """For each of Cameras[V], the rows and columns of a size x size picture that can show the object: its box, projected."""
+    """For each of Cameras[V], the rows and columns of a size x size image that can show the object: its box, projected."""
     low, high = triangles.xyz.min((0, 1)), triangles.xyz.max((0, 1))
     corners = np.stack(np.meshgrid(*zip(low, high, strict=True)), axis=-1).reshape(1, 8, 3)
     corners = np.repeat(corners.astype(np.float32), len(cameras.c2w), axis=0)

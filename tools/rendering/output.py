@@ -18,7 +18,7 @@ DEPTH_UNIT = 1e-4  # of depth/*.png in world units: 16 bits reach to 6.55
 
 @dataclasses.dataclass
 class View:
-    """A picture; depth and normal are those of the rays through the pixels' centres, and 0 where nothing is."""
+    """An image; depth and normal are those of the rays through the pixels' centres, and 0 where nothing is."""
 
     rgba: np.ndarray  # [H W 4] uint8 sRGB, straight alpha
     depth: np.ndarray | None = None  # [H W] float32 world units along the optical axis
@@ -27,17 +27,15 @@ class View:
 
 def save_view(folder: Path, index: int, view: View) -> None:
     """Writes rgba/000.png, and depth/000.png and normal/000.png where the view has them."""
-    pictures = {"rgba": view.rgba}
+    images = {"rgba": view.rgba}
     if view.depth is not None:
         steps = np.round(view.depth / DEPTH_UNIT).clip(1, 65535)
-        pictures["depth"] = np.where(view.depth > 0, steps, 0).astype(np.uint16)
+        images["depth"] = np.where(view.depth > 0, steps, 0).astype(np.uint16)
         seen = view.normal.any(axis=-1, keepdims=True)
-        pictures["normal"] = np.where(seen, np.round(view.normal * 127.5 + 127.5), 0).astype(
-            np.uint8
-        )
-    for name, picture in pictures.items():
+        images["normal"] = np.where(seen, np.round(view.normal * 127.5 + 127.5), 0).astype(np.uint8)
+    for name, image in images.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture).save(folder / name / f"{index:03d}.png", compress_level=3)
+        Image.fromarray(image).save(folder / name / f"{index:03d}.png", compress_level=3)
 
 
 def save_cameras(folder: Path, cameras: Cameras, size: int) -> None:

@@ -3,7 +3,7 @@
 | | default | lrm | openlrm | triposr |
 |---|---|---|---|---|
 | views | 32 | 32 | 32 | *32* |
-| picture | 256 | 1024 | 1024 | 512 |
+| image | 256 | 1024 | 1024 | 512 |
 | the object fills | sphere of radius 1 | box [-1, 1]^3 | box [-1, 1]^3 | *box [-0.5, 0.5]^3* |
 | distance of the cameras | 3 | U[1.5, 3] | U[1.9, 2.6] | 1.9 |
 | their heights | elevations, see `choose_cameras` | U[-0.75, 1.6] | U[-0.75, 1.6] | *elevations as default* |
@@ -15,12 +15,12 @@
 
 Sources: LRM, https://arxiv.org/abs/2311.04400, appendix on data; OpenLRM,
 https://github.com/3DTopia/OpenLRM/blob/3108b69/scripts/data/objaverse/blender_script.py; TripoSR, https://arxiv.org/abs/2403.02151
-(512-pixel pictures) and its released inference code (distance, field of view, and the half side 0.87 of the model's box).
+(512-pixel images) and its released inference code (distance, field of view, and the half side 0.87 of the model's box).
 
 *Slanted* is what the references do not state, chosen here. TripoSR published no recipe of its data: a unit cube is what touches a
 sphere of radius 0.87 with its corners, so it stays in the model's box at every turn. "Light" is nowhere given in numbers: TripoSR's
 paper says only that renderings were varied to resemble photographs. With [-1, 1]^3 and LRM's distances a camera can stand inside the
-box of an object, and parts of it fall outside the picture: so they do in the references.
+box of an object, and parts of it fall outside the image: so they do in the references.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ SUN = np.array([0.45, -0.55, 0.70], np.float32) / np.linalg.norm([0.45, -0.55, 0
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What decides the pictures: a folder is only ever continued with the same ones.
+    """What decides the images: a folder is only ever continued with the same ones.
 
     The defaults of the fields are the default protocol's, which a `render.json` from before a field existed stands for.
     """
@@ -53,7 +53,7 @@ class Settings:
     front_first: bool = False  # view 0 stands on the -y axis, which glTF's front faces
     # longest side of the object's box; None: its bounding sphere has radius 1
     box: float | None = None
-    # Cycles always shades with the file's normals; embree by default with the triangles' own, flat, because the pictures that
+    # Cycles always shades with the file's normals; embree by default with the triangles' own, flat, because the images that
     # the bundled model has learnt from are so.
     file_normals: bool = False
     lighting: str = "fixed"  # or "varied": one light an object
@@ -92,7 +92,7 @@ def rng_of(uid: str, *numbers: int) -> np.random.Generator:
 
 
 def choose_lighting(settings: Settings, uid: str) -> Lighting:
-    """The light of an object, the same in all its views: only then do the source and the target pictures agree.
+    """The light of an object, the same in all its views: only then do the source and the target images agree.
 
     "varied" (our own ranges): the sun anywhere 15 to 80 degrees high, between a fifth and seven tenths of the light, and
     what faces the sun reflects 0.75 to 1.1 of it ("fixed" has 1.1, of which the brightest channels clip).
@@ -101,12 +101,12 @@ def choose_lighting(settings: Settings, uid: str) -> Lighting:
         return Lighting()
     rng = rng_of(uid, settings.seed, 1)
     azimuth, elevation = rng.uniform(0, 2 * np.pi), np.radians(rng.uniform(15, 80))
-    total, share = rng.uniform(0.75, 1.1), rng.uniform(0.2, 0.7)
-    sky = total * (1 - share)
+    total, directed = rng.uniform(0.75, 1.1), rng.uniform(0.2, 0.7)
+    sky = total * (1 - directed)
     above = sky * rng.uniform(0, 0.3)
     direction = _outward(azimuth, elevation).astype(np.float32)
     return Lighting(
-        direction, float(total * share), float(sky - above * direction[2]), float(above)
+        direction, float(total * directed), float(sky - above * direction[2]), float(above)
     )
 
 

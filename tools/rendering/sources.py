@@ -93,7 +93,7 @@ def check_complete(path: Path) -> None:
 
 
 def referenced_files(path: Path) -> list[Path]:
-    """The files that a 3D file needs besides itself: buffers, pictures, material files and their pictures."""
+    """The files that a 3D file needs besides itself: buffers, images, material files and their images."""
     suffix = path.suffix.lower()
     if suffix in (".glb", ".gltf"):
         header = _gltf_header(path)

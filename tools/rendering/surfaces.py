@@ -137,7 +137,7 @@ def _corners(part: trimesh.Trimesh, *, linear: bool, file_normals: bool) -> tupl
 
 
 def _material(material) -> tuple:
-    """(base colour picture or None, 8-bit linear factor or None, whether alpha cuts holes) of a trimesh material."""
+    """(base colour image or None, 8-bit linear factor or None, whether alpha cuts holes) of a trimesh material."""
     if isinstance(material, trimesh.visual.material.SimpleMaterial):
         # An .obj's diffuse colour is often left at trimesh's grey; beside a texture it says nothing.
         return material.image, material.diffuse if material.image is None else None, False
@@ -197,8 +197,8 @@ def random_points(triangles: Triangles, uid: str, count: int = 10000) -> np.ndar
             max=len(area) - 1
         )
         # Osada et al. 2002, "Shape distributions", section 4.1.
-        root, share = np.sqrt(rng.uniform(size=count)), rng.uniform(size=count)
-        u, v = (root * (1 - share)).astype(np.float32), (root * share).astype(np.float32)
+        root, along = np.sqrt(rng.uniform(size=count)), rng.uniform(size=count)
+        u, v = (root * (1 - along)).astype(np.float32), (root * along).astype(np.float32)
         if triangles.cutout.any():
             solid = ~triangles.cutout[ids] | (look_up(triangles, ids, u, v)[1][:, 3] >= 0.5)
             ids, u, v = ids[solid], u[solid], v[solid]

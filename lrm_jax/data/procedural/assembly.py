@@ -215,12 +215,12 @@ def _normalized(geometry: raytrace.Geometry, paint: Paint, uniform: jax.Array) -
     points = points - centre[None, None]
     radius = jnp.sqrt((points**2).sum(-1).max())
 
-    def moved(solids: raytrace.Solids) -> raytrace.Solids:
+    def shifted(solids: raytrace.Solids) -> raytrace.Solids:
         # World p of the unstretched object is (radius p' + centre) / stretch.
         linear, offset = solids.to_local[..., :3], solids.to_local[..., 3]
         offset = offset + (linear * (centre / stretch)[None, None]).sum(-1)
         linear = linear * (radius / stretch)[None, None]
         return solids.replace(to_local=jnp.concatenate([linear, offset[..., None]], axis=-1))
 
-    geometry = geometry.replace(solids=moved(geometry.solids), holes=moved(geometry.holes))
+    geometry = geometry.replace(solids=shifted(geometry.solids), holes=shifted(geometry.holes))
     return Scene(geometry, paint, points / radius)

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lrm_jax.data import Source
+from lrm_jax.data.elements import make_recipe
 from lrm_jax.data.procedural import assembly, blueprints, raytrace
-from lrm_jax.data.samples import make_recipe
 from lrm_jax.ops import cameras as cameras_lib
 from lrm_jax.ops import srgb
 from lrm_jax.types import Batch, Cameras, InputError, Views
@@ -45,7 +45,7 @@ def make(
     elevation: tuple[float, float] = (-30.0, 75.0),
     fov: float = 40.0,
 ) -> Source:
-    """Random objects; the fields are those of `samples.Recipe` and the following.
+    """Random objects; the fields are those of `elements.Recipe` and the following.
 
     Args:
       split: "train": 2^32 objects, over and over; "val": 64 others.
@@ -81,21 +81,21 @@ def make(
         cameras = _draw_cameras(
             of_cameras, num_source, num_target, source_elevation, elevation, distance, fov
         )
-        given = jax.tree.map(lambda a: a[:num_source], cameras)
+        sources = jax.tree.map(lambda a: a[:num_source], cameras)
         if foreground_ratio is not None:
-            given = _crop(given, scene.outline, foreground_ratio)
-        source = _views(scene, given, source_size)
+            sources = _crop(sources, scene.outline, foreground_ratio)
+        source = _views(scene, sources, source_size)
         target = _views(scene, cameras, target_size)
-        poses = _moved_poses(cameras, given, normalize, assumed_camera)
-        given, cameras = given.replace(c2w=poses[:num_source]), cameras.replace(c2w=poses)
-        return Batch(source=source.replace(cameras=given), target=target.replace(cameras=cameras))
+        poses = _normalized_poses(cameras, sources, normalize, assumed_camera)
+        sources, cameras = sources.replace(c2w=poses[:num_source]), cameras.replace(c2w=poses)
+        return Batch(source=source.replace(cameras=sources), target=target.replace(cameras=cameras))
 
     count = NUM_VALIDATION if split == "val" else 2**32
-    samples = grain.MapDataset.range(count).map(_element)
+    elements = grain.MapDataset.range(count).map(_element)
     if split == "train":
-        return Source(samples=samples.repeat(), finish=finish)
+        return Source(elements=elements.repeat(), finish=finish)
     return Source(
-        samples=samples, finish=finish, names=tuple(f"procedural-{i:02d}" for i in range(count))
+        elements=elements, finish=finish, names=tuple(f"procedural-{i:02d}" for i in range(count))
     )
 
 
@@ -127,7 +127,7 @@ def scene_at(
 
 @functools.partial(jax.jit, static_argnames="size")
 def render(scene: assembly.Scene, cameras: Cameras, size: int) -> Views:
-    """Square pictures of a scene from Cameras[V]: Views without the B axis."""
+    """Square images of a scene from Cameras[V]: Views without the B axis."""
     return _views(scene, cameras, size)
 
 
@@ -194,32 +194,32 @@ def _crop(cameras: Cameras, outline: jax.Array, ratio: float) -> Cameras:
     return cameras_lib.crop_cameras(cameras, corner[:, ::-1], jnp.tile(side, (1, 2)))
 
 
-def _moved_poses(cameras: Cameras, given: Cameras, normalize: str | None, assumed_camera):
-    """The poses [V 4 4] in the world that `samples.world_motion` leads to; the first cameras are the sources, uncropped."""
+def _normalized_poses(cameras: Cameras, sources: Cameras, normalize: str | None, assumed_camera):
+    """The poses [V 4 4] in the world that `elements.world_motion` leads to; the first cameras are the sources, uncropped."""
     if normalize is None:
         return cameras.c2w
-    c2w = given.c2w[0]
+    c2w = sources.c2w[0]
     with jax.default_matmul_precision("highest"):
-        if normalize == "picture":
-            motion = cameras_lib.picture_motion(c2w, given.fxfycxcy[0], *assumed_camera)
+        if normalize == "image":
+            motion = cameras_lib.image_motion(c2w, sources.fxfycxcy[0], *assumed_camera)
         else:
             motions = {"source": cameras_lib.source_motion, "azimuth": cameras_lib.azimuth_motion}
             motion = motions[normalize](c2w)
-        return cameras_lib.moved(motion, cameras.c2w)
+        return cameras_lib.move_poses(motion, cameras.c2w)
 
 
-# -- pictures
+# -- images
 
 
 def _views(scene: assembly.Scene, cameras: Cameras, size: int) -> Views:
-    rgb, alpha = jax.vmap(lambda camera: _picture(scene, camera, size))(cameras)
+    rgb, alpha = jax.vmap(lambda camera: _image(scene, camera, size))(cameras)
     return Views(rgb=rgb, cameras=cameras, alpha=alpha)
 
 
-def _picture(scene: assembly.Scene, camera: Cameras, size: int) -> tuple[jax.Array, jax.Array]:
+def _image(scene: assembly.Scene, camera: Cameras, size: int) -> tuple[jax.Array, jax.Array]:
     """uint8 straight sRGB [size size 3] and alpha [size size], the mean of 2 x 2 samples of a pixel.
 
-    Several loops over strips of the picture where one would do: what a loop returns is stored, but what is fused into one
+    Several loops over strips of the image where one would do: what a loop returns is stored, but what is fused into one
     expression, XLA computes for a CPU anew for each of its uses, which takes ten times as long.
     """
     fine, geometry = size * _SAMPLES, scene.geometry
@@ -244,20 +244,20 @@ def _picture(scene: assembly.Scene, camera: Cameras, size: int) -> tuple[jax.Arr
         first_row, hits, face = strip
         xyz = raytrace.points(camera.c2w, *rays(first_row), hits)
         normal = raytrace.normals(geometry, hits, face, xyz)
-        return _light(hits, normal), _second_share(scene, hits, xyz, normal[..., 2])
+        return _light(hits, normal), _second_fraction(scene, hits, xyz, normal[..., 2])
 
     def average(strip):
-        samples = rows, _SAMPLES, size, _SAMPLES
-        hits, light, share = jax.tree.map(lambda a: a.reshape(samples), strip)
+        supersampled = rows, _SAMPLES, size, _SAMPLES
+        hits, light, fraction = jax.tree.map(lambda a: a.reshape(supersampled), strip)
         first, second = jnp.moveaxis(raytrace.rows(scene.paint.colours, hits.solid), -2, 0)
-        rgb = (first + (second - first) * share[..., None]) * light[..., None]
+        rgb = (first + (second - first) * fraction[..., None]) * light[..., None]
         return rgb.mean((1, 3)), (hits.inverse_depth > 0).mean((1, 3), dtype=jnp.float32)
 
     starts = jnp.arange(0, size, rows)
     hits = jax.lax.map(trace, starts)
     face = jax.lax.map(find_face, (starts, hits))
-    light, share = jax.lax.map(shade, (starts, hits, face))
-    rgb, alpha = jax.lax.map(average, (hits, light, share))
+    light, fraction = jax.lax.map(shade, (starts, hits, face))
+    rgb, alpha = jax.lax.map(average, (hits, light, fraction))
     rgb, alpha = rgb.reshape(size, size, 3), alpha.reshape(size, size)
     straight = jnp.clip(rgb / jnp.maximum(alpha, 1e-6)[..., None], 0, 1)
     colour = srgb.from_linear(straight)
@@ -272,7 +272,7 @@ def _light(hits: raytrace.Hits, normal: jax.Array) -> jax.Array:
     return jnp.where(hits.inverse_depth > 0, light, 0)
 
 
-def _second_share(
+def _second_fraction(
     scene: assembly.Scene, hits: raytrace.Hits, xyz: jax.Array, up: jax.Array
 ) -> jax.Array:
     """[*R] share of the second colour, in [0, 1], on surfaces at xyz whose normals have `up` as z."""
@@ -287,7 +287,7 @@ def _second_share(
     second = jnp.maximum(jnp.minimum(ax, ay), jnp.minimum(jnp.maximum(ax, ay), az))
     swirl = _wave(0.6 * x + 0.4 * y) + _wave(0.5 * z + 0.3 * x)
     centre = sum((v - jnp.floor(v) - 0.5) ** 2 for v in (x, y, z))
-    share = dict(
+    fraction = dict(
         flat=jnp.zeros_like(z),
         fade=0.5 + 0.5 * p[2],
         bands=_fraction(z) < 0.5,
@@ -301,7 +301,7 @@ def _second_share(
     )
     result = jnp.zeros_like(z)
     for number, name in enumerate(blueprints.PATTERNS):
-        result = jnp.where(paint.pattern == number, share[name].astype(z.dtype), result)
+        result = jnp.where(paint.pattern == number, fraction[name].astype(z.dtype), result)
     return result
 
 

@@ -16,22 +16,22 @@ from lrm_jax.types import Batch, Cameras, InputError, Views
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How a sample is made from an object's views: fields of `make` that all sources of objects share.
+    """How an element is made from an object's views: fields of a source's `make` that all sources of objects share.
 
     num_target: views besides the sources; the target views are the sources (uncropped), then these.
-    source_size, target_size: sides of the square pictures, pixels.
+    source_size, target_size: sides of the square images, pixels.
     num_source: views that are given.
     source_elevation: degrees; the sources are drawn from the views within. None: from all.
     foreground_ratio: the sources are cropped to the object, which fills this share of the square (TripoSR: 0.85), and
-      their cameras are those of the crops; None keeps the whole pictures.
+      their cameras are those of the crops; None keeps the whole images.
     normalize: "azimuth": the world is turned about z so that the first source's camera is at azimuth 0, above or below
       the +x axis, with the elevation and distance that it had (TripoSR). "source": all poses are multiplied from the left so that it
-      stands at (0, -d, 0), with the distance d that it had, and looks along +y with z up (LRM, OpenLRM). "picture": turned
-      about z, moved and scaled until the first source looks as if taken by `assumed_camera` (`ops.cameras.picture_motion`). None:
+      stands at (0, -d, 0), with the distance d that it had, and looks along +y with z up (LRM, OpenLRM). "image": turned
+      about z, moved and scaled until the first source looks as if taken by `assumed_camera` (`ops.cameras.image_motion`). None:
       the world is as it was.
-    assumed_camera: (distance, vertical field of view in degrees) of the camera that the model takes a picture to be taken by; of
-      "picture" alone.
-    mirror: every other sample on average is mirrored in the vertical plane through the first source's camera.
+    assumed_camera: (distance, vertical field of view in degrees) of the camera that the model takes an image to be taken by; of
+      "image" alone.
+    mirror: every other element on average is mirrored in the vertical plane through the first source's camera.
     """
 
     num_target: int
@@ -76,17 +76,17 @@ def make_recipe(split: str, **fields) -> Recipe:
 
 def check_normalize(normalize: str | None, assumed_camera) -> None:
     """Raises InputError where these are no fields of a Recipe."""
-    if normalize not in ("azimuth", "source", "picture", None):
-        raise InputError(f"normalize {normalize!r}: must be azimuth, source, picture or None")
-    if normalize == "picture" and (assumed_camera is None or len(assumed_camera) != 2):
+    if normalize not in ("azimuth", "source", "image", None):
+        raise InputError(f"normalize {normalize!r}: must be azimuth, source, image or None")
+    if normalize == "image" and (assumed_camera is None or len(assumed_camera) != 2):
         raise InputError(
-            f"assumed_camera {assumed_camera}: normalize 'picture' takes (distance, field of view)"
+            f"assumed_camera {assumed_camera}: normalize 'image' takes (distance, field of view)"
         )
 
 
 @dataclasses.dataclass(frozen=True)
-class Pictures:
-    """Pictures of some views, as they are stored and drawn, with the cameras that see just them."""
+class Images:
+    """Images of some views, as they are stored and drawn, with the cameras that see just them."""
 
     rgb: np.ndarray  # [V H W 3] uint8, straight
     alpha: np.ndarray  # [V H W] uint8
@@ -135,11 +135,11 @@ def draw(
 
 
 def assemble(
-    source: Pictures, target: Pictures, c2w: np.ndarray, recipe: Recipe, mirrored: bool
+    source: Images, target: Images, c2w: np.ndarray, recipe: Recipe, mirrored: bool
 ) -> Batch:
-    """The sample with these pictures, without the B axis. c2w [V 4 4]: of the target views, the sources among them first."""
+    """The element with these images, without the B axis. c2w [V 4 4]: of the target views, the sources among them first."""
     motion = world_motion(c2w[0], source.fxfycxcy[0], recipe.normalize, recipe.assumed_camera)
-    c2w = cameras.moved(motion, c2w)
+    c2w = cameras.move_poses(motion, c2w)
     if mirrored:
         c2w = _mirror(c2w)
     num_source = len(source.rgb)
@@ -148,7 +148,7 @@ def assemble(
     )
 
 
-def sample(
+def make(
     read: Callable[[int], np.ndarray],
     c2w: np.ndarray,
     fxfycxcy: np.ndarray,
@@ -156,14 +156,14 @@ def sample(
     seed: int,
     position: int,
 ) -> Batch:
-    """The sample at a position, of an object whose pictures are decoded only now.
+    """The element at a position, of an object whose images are decoded only now.
 
     Args:
       read: view -> [H W 4] uint8 with straight alpha.
       c2w, fxfycxcy: [V 4 4], [V 4] of all its views.
 
     Raises:
-      InputError: too few views, a picture that `read` cannot read, an empty one.
+      InputError: too few views, an image that `read` cannot read, an empty one.
     """
     views, targets, mirrored = draw(in_band(c2w, recipe.source_elevation), recipe, seed, position)
     shrunk, crops, boxes = [], [], []
@@ -180,8 +180,8 @@ def sample(
     fxfycxcy = fxfycxcy[targets].astype(np.float32)
     cropped = crop_intrinsics(fxfycxcy[: len(views)], np.stack(boxes))
     return assemble(
-        Pictures(crops[..., :3], crops[..., 3], cropped),
-        Pictures(shrunk[..., :3], shrunk[..., 3], fxfycxcy),
+        Images(crops[..., :3], crops[..., 3], cropped),
+        Images(shrunk[..., :3], shrunk[..., 3], fxfycxcy),
         c2w[targets].astype(np.float32),
         recipe,
         mirrored,
@@ -189,30 +189,30 @@ def sample(
 
 
 def shrink(rgba: np.ndarray, size: int) -> np.ndarray:
-    """A target picture [size size 4]: the area average, of premultiplied colour (so Pillow resizes RGBA)."""
+    """A target image [size size 4]: the area average, of premultiplied colour (so Pillow resizes RGBA)."""
     return np.asarray(Image.fromarray(rgba).resize((size, size), Image.Resampling.BOX))
 
 
 def source_crop(
     rgba: np.ndarray, size: int, foreground_ratio: float | None, name: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A source picture [size size 4], and its (top, left, height, width) as fractions of the whole.
+    """A source image [size size 4], and its (top, left, height, width) as fractions of the whole.
 
     Raises:
       InputError: see `recentered`.
     """
     crop, box = recentered(rgba, foreground_ratio, name)
-    picture = Image.fromarray(crop).resize((size, size), Image.Resampling.BILINEAR)
-    return np.asarray(picture), box
+    image = Image.fromarray(crop).resize((size, size), Image.Resampling.BILINEAR)
+    return np.asarray(image), box
 
 
 def recentered(
     rgba: np.ndarray, foreground_ratio: float | None, name: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A picture cropped or padded to a square around its foreground, and where that square is, as `source_crop` has it.
+    """An image cropped or padded to a square around its foreground, and where that square is, as `source_crop` has it.
 
     Raises:
-      InputError: the picture, `name`, has no foreground to crop to.
+      InputError: the image, `name`, has no foreground to crop to.
     """
     if foreground_ratio is None:
         return rgba, np.array([0.0, 0.0, 1.0, 1.0])
@@ -241,7 +241,7 @@ def world_motion(
     """The similarity [4 4], float32, into whose world a scene is moved, given the camera of its first source: see `Recipe`.
 
     Raises:
-      InputError: "picture", of a camera that looks away from the origin.
+      InputError: "image", of a camera that looks away from the origin.
     """
     if normalize is None:
         return np.eye(4, dtype=np.float32)
@@ -251,17 +251,17 @@ def world_motion(
     elif normalize == "source":
         motion = cameras.source_motion(c2w)
     else:
-        motion = cameras.picture_motion(c2w, fxfycxcy, *assumed_camera)
+        motion = cameras.image_motion(c2w, fxfycxcy, *assumed_camera)
         if not np.linalg.det(motion[:3, :3]) > 0:
             raise InputError("the first source's camera looks away from the origin")
     return motion.astype(np.float32)
 
 
 def _mirror(c2w: np.ndarray) -> np.ndarray:
-    """The cameras [V 4 4] of flipped pictures of the world mirrored in the vertical plane through view 0's camera.
+    """The cameras [V 4 4] of flipped images of the world mirrored in the vertical plane through view 0's camera.
 
     With the reflection M = 1 - 2 n n^T, a point M p has in the camera M c2w diag(-1, 1, 1, 1) the coordinates that p has
-    in c2w, with x negated: the picture is flipped left to right.
+    in c2w, with x negated: the image is flipped left to right.
     """
     x, y = c2w[0, :2, 3]
     normal = np.array([-y, x, 0, 0]) / np.hypot(x, y) if x or y else np.eye(4)[1]
@@ -269,8 +269,8 @@ def _mirror(c2w: np.ndarray) -> np.ndarray:
     return (reflection @ c2w @ np.diag([-1, 1, 1, 1])).astype(np.float32)
 
 
-def _views(pictures: Pictures, c2w: np.ndarray, mirrored: bool) -> Views:
-    rgb, alpha, fxfycxcy = pictures.rgb, pictures.alpha, pictures.fxfycxcy
+def _views(images: Images, c2w: np.ndarray, mirrored: bool) -> Views:
+    rgb, alpha, fxfycxcy = images.rgb, images.alpha, images.fxfycxcy
     if mirrored:
         rgb, alpha = rgb[:, :, ::-1], alpha[:, :, ::-1]
         fxfycxcy = fxfycxcy * np.float32([1, 1, -1, 1]) + np.float32([0, 0, 1, 0])
