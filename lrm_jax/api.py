@@ -75,7 +75,7 @@ class Orbit:
             "distance": self.distance,
             "fov_y_deg": self.fov,
         }
-        chosen = {name: value for name, value in chosen.items() if value is not None}
+        chosen = {name: float(value) for name, value in chosen.items() if value is not None}
         return ops_cameras.orbit(self.num_views, **ops_cameras.orbit_of(source) | chosen)
 
 

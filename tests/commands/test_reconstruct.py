@@ -16,14 +16,15 @@ import numpy as np
 import pytest
 import trimesh
 from PIL import Image
+from tiny_reconstruction import ball, random_model
 
-from lrm_jax import __main__, api, models
+from lrm_jax import __main__, api
 from lrm_jax.commands import reconstruct
 from lrm_jax.images import cutout, load
 from lrm_jax.mesh import surface
 from lrm_jax.ops import cameras
 from lrm_jax.parallel import messages
-from lrm_jax.types import Cameras, InputError, Views
+from lrm_jax.types import Cameras, InputError
 from lrm_jax.weights import loading, model_file
 
 
@@ -45,31 +46,9 @@ def lrm(tmp_path, monkeypatch, capfd):
     return run
 
 
-def ball(colour=(220, 120, 40), size: int = 48) -> np.ndarray:
-    rgba = np.zeros((size, size, 4), np.uint8)
-    y, x = np.mgrid[:size, :size] - (size - 1) / 2
-    rgba[x**2 + y**2 < (0.4 * size) ** 2] = [*colour, 255]
-    return rgba
-
-
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory) -> str:
-    """A model file of the tiny variant with random weights, whose field crosses its level."""
-    model = models.build(
-        "triposr", "tiny", surface_level=0.37
-    )  # exp(-1): the density where the decoder says 0
-    source = Views(rgb=jnp.zeros((1, 1, 32, 32, 3)), cameras=cameras.orbit(1, 2.0, 0.0, 40.0))
-    rays = cameras.pixel_rays(jax.tree.map(lambda x: x[None], source.cameras), 2, 2)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), source, rays)["params"]
-    rng = np.random.default_rng(0)
-
-    def draw(x):
-        return rng.normal(scale=1 / np.sqrt(x.shape[-2] if x.ndim > 1 else 100), size=x.shape)
-
-    params = jax.tree.map(lambda x: jnp.asarray(draw(x), x.dtype), shapes)
-    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    model_file.save_model(path, model, params, {})
-    return str(path)
+    return str(random_model(tmp_path_factory.mktemp("weights") / "tiny.safetensors"))
 
 
 def save(path: Path | str, rgba: np.ndarray, **kw) -> str:

@@ -70,7 +70,7 @@ def test_baked_surface_is_the_same_surface(baked):
 def test_decimation_bounds_the_faces_and_keeps_the_surface():
     vertices, faces = lattice.extract(jax.jit(field), 40, 0.87, 0.0)
     assert len(faces) > 3000
-    few_vertices, few = decimated(vertices, faces, 1000)
+    few_vertices, few = surface.decimated(vertices, faces, 1000)
     assert len(few) <= 1000
     shape = trimesh.Trimesh(few_vertices, few, process=False)
     assert shape.is_watertight
@@ -117,7 +117,7 @@ def test_textured_obj_reloads_with_its_image(baked, tmp_path):
 
 
 def test_png_of_obj_is_the_texture(baked):
-    image = Image.open(io.BytesIO(formats.to_obj(baked)["surface.png"]))
+    image = Image.open(io.BytesIO(formats.to_obj(baked)["mesh.png"]))
     np.testing.assert_array_equal(np.asarray(image), baked.texture)
 
 

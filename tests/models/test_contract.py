@@ -53,9 +53,8 @@ def spread(tree, num_scenes):
 @functools.cache
 def tiny(name):
     model = models.build(name, "tiny")
-    source, rays = jax.tree.map(
-        np.asarray, jax.jit(lambda: (source_of(model, 2), rays_of(2, 3, 8, 4)))()
-    )
+    rays = jax.jit(lambda: rays_of(2, 3, 8, 4))()
+    source, rays = jax.tree.map(np.asarray, (source_of(model, 2), rays))
     return model, jax.jit(model.init)(jax.random.key(0), source, rays)["params"], source, rays
 
 
@@ -71,7 +70,7 @@ def apply(model, params, *args, method):
 @pytest.mark.parametrize(("name", "variant"), VARIANTS)
 def test_every_variant_has_the_contract_s_shapes(name, variant):
     model = models.build(name, variant)
-    source, rays = jax.eval_shape(lambda: (source_of(model, 1), rays_of(1, 2, 8, 16)))
+    source, rays = source_of(model, 1), jax.eval_shape(lambda: rays_of(1, 2, 8, 16))
     if hasattr(model, "prepare"):
         assert source.rgb.shape == (1, 1, model.image_size, model.image_size, 3)
         assert source.cameras.c2w.shape == (1, 1, 4, 4)

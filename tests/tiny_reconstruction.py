@@ -1,0 +1,36 @@
+"""A tiny model with a surface, and an image of a ball: what tests of reconstruction share."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lrm_jax import models
+from lrm_jax.ops import cameras
+from lrm_jax.types import Views
+from lrm_jax.weights import model_file
+
+
+def ball(colour=(220, 120, 40), size: int = 48) -> np.ndarray:
+    rgba = np.zeros((size, size, 4), np.uint8)
+    y, x = np.mgrid[:size, :size] - (size - 1) / 2
+    rgba[x**2 + y**2 < (0.4 * size) ** 2] = [*colour, 255]
+    return rgba
+
+
+def random_model(path: Path, **fields) -> Path:
+    """A model file of TripoSR's tiny variant with random weights, whose field crosses its level."""
+    # exp(-1): the density where the decoder says 0.
+    model = models.build("triposr", "tiny", **{"surface_level": 0.37} | fields)
+    source = Views(rgb=jnp.zeros((1, 1, 32, 32, 3)), cameras=cameras.orbit(1, 2.0, 0.0, 40.0))
+    rays = cameras.pixel_rays(jax.tree.map(lambda x: x[None], source.cameras), 2, 2)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), source, rays)["params"]
+    rng = np.random.default_rng(0)
+
+    def draw(x):
+        return rng.normal(scale=1 / np.sqrt(x.shape[-2] if x.ndim > 1 else 100), size=x.shape)
+
+    params = jax.tree.map(lambda x: jnp.asarray(draw(x), x.dtype), shapes)
+    model_file.save_model(path, model, params, {})
+    return path
