@@ -13,7 +13,7 @@ turned so that the first source is at azimuth 0; steps, rate and batch of the 51
 the data of the bundled model: of four batches three of rendered objects and one of procedural shapes.
 `--config.data.name=procedural --config.data.mix=()` needs no files at all.
 
-`:nano` is for comparison with a TripoSR of 4.6 M parameters, which README names: as many samples of the same data, 3.5 M parameters, one source view, 128 px, two CPU
+`:nano` is for comparison with a TripoSR of 4.6 M parameters, which docs/evaluation.md names: as many samples of the same data, 3.5 M parameters, one source view, 128 px, two CPU
 cores; run it with the variables that configs/nano.py names.
 
 Expected: `:nano` reaches 15.7 dB on side views of held-out objects (that TripoSR 15.4, the mean image 13.1), as soft shapes, in

@@ -19,7 +19,7 @@ with AVX-512):
 
 Expected: the 32,000 samples take 90 minutes of two cores, and the 59,200 of `:fine` took two hours of two faster
 ones. The bundled model, trained with 272,000 in all, has 18.1 dB and F@0.2 0.90 on side views of a pack that it never saw, and
-the mean object 13.7 dB and 0.49: lrm_jax/assets/README.md tells how.
+the mean object 13.7 dB and 0.49: docs/model_card.md tells how.
 """
 
 from configs.common import base, check_size, shrink

@@ -1,4 +1,4 @@
-"""The README's way from 3D files to a model, command by command, with the run killed on the way."""
+"""The way of docs/training.md from 3D files to a model, command by command, with the run killed on the way."""
 
 import json
 import os
@@ -19,8 +19,8 @@ TIMES = ("samples_per_second", "mfu", "data_wait")
 
 
 def commands(folder):
-    """The README's commands by their program, writing into `folder` instead of `runs/toys`."""
-    text = (ROOT / "README.md").read_text()
+    """The page's commands by their program, writing into `folder` instead of `runs/toys`."""
+    text = (ROOT / "docs" / "training.md").read_text()
     block = re.search(r"<!-- journey -->\s*```sh\n(.*?)```", text, re.S)[1]
     lines = block.replace("\\\n", " ").strip().splitlines()
     words = [[w.replace("runs/toys", str(folder)) for w in shlex.split(x, comments=True)] for x in lines]  # fmt: skip

@@ -27,9 +27,7 @@ def premultiplied(views: Views) -> Rendering:
     return Rendering(rgb=rgb * alpha[..., None], alpha=alpha)
 
 
-def blend(
-    rendering: Rendering, background: Float[Array | np.ndarray, "*B"] | float
-) -> Rendering:
+def blend(rendering: Rendering, background: Float[Array | np.ndarray, "*B"] | float) -> Rendering:
     """A rendering's premultiplied colour on `background` ([B V 1 1 3], or a grey); as it is where the family draws its own."""
     if rendering.alpha is None:
         return rendering

@@ -1,0 +1,45 @@
+"""A folder of posed images of NeRF's kind: what tests of captures and of LVSM share."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from lrm_jax.ops import cameras, conventions
+
+
+def ring(num_views: int = 4, share: float = 0.4, centre=(2.0, 1.0, 0.0)) -> np.ndarray:
+    """Poses around a point, over a share of a circle."""
+    c2w = np.array(cameras.orbit(round(num_views / share), 2.0, 20.0, 40.0).c2w[:num_views])
+    c2w[:, :3, 3] += centre
+    return c2w.astype(np.float64)
+
+
+def image(view: int, width: int = 24, height: int = 18) -> np.ndarray:
+    y, x = np.mgrid[:height, :width]
+    channels = [x * 10, y * 12, np.full_like(x, 40 * view)]
+    return np.stack(channels, axis=-1).clip(0, 255).astype(np.uint8)
+
+
+def write_transforms(
+    folder: str, c2w: np.ndarray, convention: str = "opengl-c2w", **fields
+) -> None:
+    """A scene of NeRF's kind."""
+    Path(folder, "images").mkdir(parents=True, exist_ok=True)
+    for v in range(len(c2w)):
+        Image.fromarray(image(v)).save(Path(folder, "images", f"{v}.png"))
+    frames = [
+        {"file_path": f"images/{v}.png", "transform_matrix": x.tolist()}
+        for v, x in enumerate(conventions.write(c2w, convention))
+    ]
+    content = {
+        "fl_x": 30.0,
+        "fl_y": 30.0,
+        "cx": 12.0,
+        "cy": 9.0,
+        "w": 24,
+        "h": 18,
+        "frames": frames,
+    }
+    Path(folder, "transforms.json").write_text(json.dumps(content | fields))
