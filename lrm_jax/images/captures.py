@@ -19,6 +19,7 @@ from PIL import Image
 from lrm_jax.images import colmap
 from lrm_jax.images.cutout import blend
 from lrm_jax.images.load import has_alpha, load_image
+from lrm_jax.images.png import to_uint8
 from lrm_jax.ops import conventions
 from lrm_jax.ops.cameras import opengl_to_opencv
 from lrm_jax.types import InputError
@@ -163,8 +164,8 @@ def read_image(frames: Frames, view: int) -> np.ndarray:
     image = frames.images[view]
     if isinstance(image, Path):
         rgba = load_image(image)
-        # Rounded, and not changed where opaque.
-        rgb = (blend(rgba, 1.0) * 255 + 0.5).astype(np.uint8) if has_alpha(rgba) else rgba[..., :3]
+        # Not changed where opaque.
+        rgb = to_uint8(blend(rgba, 1.0)) if has_alpha(rgba) else rgba[..., :3]
         name = image.name
     else:
         name = f"frame {view}"

@@ -2,6 +2,7 @@
 
 import tempfile
 
+import jax
 import numpy as np
 from PIL import Image
 
@@ -14,6 +15,7 @@ def png(image: np.ndarray) -> bytes:
         return file.read()
 
 
-def to_uint8(image: np.ndarray) -> np.ndarray:
-    """[0, 1] to [0, 255], rounded."""
-    return np.round(np.clip(image, 0, 1) * 255).astype(np.uint8)
+def to_uint8(image: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
+    """[0, 1] to [0, 255], rounded. JAX's arrays stay JAX's, also in jitted code."""
+    xp = image.__array_namespace__()
+    return xp.round(xp.clip(image, 0, 1) * 255).astype(xp.uint8)

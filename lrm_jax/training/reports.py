@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from clu import parameter_overview as clu_overview
 from PIL import Image
 
+from lrm_jax.images.png import to_uint8
 from lrm_jax.images.sheets import depth_images
 from lrm_jax.ops.compositing import on_background
 from lrm_jax.parallel.whole_files import write_file
@@ -89,17 +89,14 @@ def grid_images(batch: Batch, rendering: Rendering) -> dict[str, jax.Array]:
         step = -(-max(x.shape[2:4]) // GRID_SIDE)
         return x[:, :, ::step, ::step]
 
-    def colour(rgb):
-        return jnp.round(jnp.clip(rgb, 0, 1) * 255).astype(jnp.uint8)
-
     def on_white(views: Views):
         alpha = None if views.alpha is None else fewer(views.alpha)
-        return colour(on_background(views.replace(rgb=fewer(views.rgb), alpha=alpha), 1.0).rgb)
+        return to_uint8(on_background(views.replace(rgb=fewer(views.rgb), alpha=alpha), 1.0).rgb)
 
     images = {
         "source": on_white(batch.source)[:, :1],
         "target": on_white(batch.target),
-        "render": colour(fewer(rendering.rgb)),
+        "render": to_uint8(fewer(rendering.rgb)),
     }
     if rendering.depth is not None:
         images |= {"depth": fewer(rendering.depth), "alpha": fewer(rendering.alpha)}

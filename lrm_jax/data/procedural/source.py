@@ -15,6 +15,7 @@ import numpy as np
 from lrm_jax.data import Source
 from lrm_jax.data.elements import make_recipe
 from lrm_jax.data.procedural import assembly, blueprints, raytrace
+from lrm_jax.images.png import to_uint8
 from lrm_jax.ops import cameras as cameras_lib
 from lrm_jax.ops import srgb
 from lrm_jax.types import Batch, Cameras, InputError, Views
@@ -261,7 +262,7 @@ def _image(scene: assembly.Scene, camera: Cameras, size: int) -> tuple[jax.Array
     rgb, alpha = rgb.reshape(size, size, 3), alpha.reshape(size, size)
     straight = jnp.clip(rgb / jnp.maximum(alpha, 1e-6)[..., None], 0, 1)
     colour = srgb.from_linear(straight)
-    return tuple(jnp.round(a * 255).astype(jnp.uint8) for a in (colour, alpha))
+    return to_uint8(colour), to_uint8(alpha)
 
 
 def _light(hits: raytrace.Hits, normal: jax.Array) -> jax.Array:
