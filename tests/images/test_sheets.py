@@ -1,10 +1,8 @@
-"""Files written whole, and images, videos and pages that open."""
+"""Files written whole, and images and videos that open."""
 
-import base64
 import errno
 import io
 import os
-import re
 import time
 
 import imageio_ffmpeg
@@ -13,7 +11,6 @@ import pytest
 from PIL import Image
 
 from lrm_jax.images import sheets, video
-from lrm_jax.mesh import viewer
 from lrm_jax.parallel import messages, whole_files
 from lrm_jax.types import InputError
 
@@ -125,13 +122,3 @@ def test_a_film_that_ffmpeg_cannot_write_is_an_error(monkeypatch, tmp_path):
     monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", lambda: str(failing))
     with pytest.raises(InputError, match="No space left on device.*: free some space in"):
         video.turntable(np.zeros((2, 8, 8, 3), np.uint8))
-
-
-def test_viewer_has_the_surface_and_asks_for_nothing_else():
-    glb = b"glTF" + bytes(range(200))
-    page = viewer.viewer_html(glb, "<a & $GLB>", distance=3, fov_y_deg=40.0).decode()
-    assert "<title>&lt;a &amp; $GLB&gt;</title>" in page
-    assert "distance: 3.0}" in page and "FOV_Y = 40.0 *" in page
-    (inside,) = re.findall(r'atob\("([^"]*)"\)', page)
-    assert base64.b64decode(inside) == glb
-    assert not re.search(r"https?:|<(script|link|img|iframe)[^>]*(src|href)=|@import|fetch\(", page)
