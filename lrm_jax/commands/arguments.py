@@ -1,4 +1,4 @@
-"""Checks of arguments that the commands share."""
+"""Checks of arguments that several commands share."""
 
 import argparse
 
@@ -6,8 +6,9 @@ from lrm_jax.types import InputError
 
 
 def check_ranges(args: argparse.Namespace, **limits: tuple[float, float]) -> None:
-    """Raises InputError for a number of the command line that is outside its (low, high); None is inside."""
+    """Raises InputError if an argument is outside its (low, high). An argument that is None is not checked."""
     for name, (low, high) in limits.items():
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
-            raise InputError(f"--{name} {value} is out of range: choose {low} to {high}")
+            flag = name.replace("_", "-")
+            raise InputError(f"--{flag} {value} is out of range: choose {low} to {high}")
