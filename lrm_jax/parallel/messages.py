@@ -1,4 +1,4 @@
-"""What a long job says on stderr while it runs: its stages, and bars."""
+"""What a long job says on stderr while it runs: the stages of a command, and the progress of a loop."""
 
 import contextlib
 import sys
@@ -7,12 +7,15 @@ from collections.abc import Iterable, Iterator
 
 from tqdm import tqdm
 
+DELAY = 2.0  # seconds: a shorter loop shows nothing
+INTERVAL = 10.0  # seconds between two lines in a log file
+
 
 class Stages:
-    """The steps of a command: each is named on stderr when it starts, and timed.
+    """The stages of a command. Each is named on stderr when it starts, and timed.
 
     stages = Stages()
-    with stages("encode"):
+    with stages("encode", " 4 images", first=" (compiling)"):
         ...
     stages.seconds  # {"encode": 1.2}; a stage entered twice adds up
     """
@@ -26,21 +29,58 @@ class Stages:
         return time.perf_counter() - self._start
 
     def say(self, message: str) -> None:
-        """One line on stderr, with the time since the start before it."""
+        """Prints one line on stderr, after the time since the start."""
         print(f"[{self.elapsed():6.1f} s] {message}", file=sys.stderr, flush=True)
 
     @contextlib.contextmanager
-    def __call__(self, name: str, detail: str = "") -> Iterator[None]:
-        self.say(name + detail)
+    def __call__(self, name: str, detail: str = "", first: str = "") -> Iterator[None]:
+        """Runs a stage.
+
+        Args:
+          name: the key in `seconds`.
+          detail: printed after the name.
+          first: printed after the detail the first time that a stage of this name starts, and not again.
+        """
+        self.say(name + detail + (first if name not in self.seconds else ""))
+        self.seconds.setdefault(name, 0.0)
         start = time.perf_counter()
         try:
             yield
         finally:
-            spent = time.perf_counter() - start
-            self.seconds[name] = self.seconds.get(name, 0.0) + spent
+            self.seconds[name] += time.perf_counter() - start
 
 
 def progress(iterable: Iterable, total: int | None = None, label: str = "") -> Iterable:
-    """The iterable, with a bar on stderr once it has run for two seconds; the bar goes when it is done."""
-    quiet = {} if sys.stderr.isatty() else {"mininterval": 10}  # a log file wants few lines
-    return tqdm(iterable, label, total, delay=2, leave=False, file=sys.stderr, **quiet)
+    """Passes the items on, and shows on stderr how far the loop is once it has run for DELAY seconds.
+
+    On a terminal this is a bar, which disappears at the end. Anywhere else it is whole lines: one at most every INTERVAL
+    seconds, and one at the end with the total time.
+
+    Args:
+      total: number of items; None: `len(iterable)`, or unknown.
+    """
+    if sys.stderr.isatty():
+        return tqdm(iterable, label, total, delay=DELAY, leave=False, file=sys.stderr)
+    if total is None and hasattr(iterable, "__len__"):
+        total = len(iterable)
+    return _lines(iterable, total, label)
+
+
+def _lines(iterable: Iterable, total: int | None, label: str) -> Iterator:
+    start = last = time.perf_counter()
+    count = 0
+
+    def tell(now: float) -> None:
+        name, of_total = (f"{label}: " if label else ""), ("" if total is None else f" of {total}")
+        print(f"{name}{count}{of_total} ({now - start:.1f} s)", file=sys.stderr, flush=True)
+
+    for item in iterable:
+        now = time.perf_counter()
+        if count and now - last >= INTERVAL:
+            tell(now)
+            last = now
+        yield item
+        count += 1
+    now = time.perf_counter()
+    if now - start >= DELAY:
+        tell(now)
