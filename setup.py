@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 
 setup(
     name="lrm_jax",
-    version="0.1.0",
+    version="0.2.0",
     description="Feed-forward 3D reconstruction in JAX: LRM, OpenLRM, TripoSR, LVSM, with two-way PyTorch checkpoints",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

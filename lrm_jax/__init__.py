@@ -1,3 +1,23 @@
-"""Feed-forward 3D reconstruction in JAX. Start at `lrm_jax.types`, then `lrm_jax.models`."""
+"""Feed-forward 3D reconstruction in JAX. Start at `lrm_jax.api`, then `lrm_jax.types` and `lrm_jax.models`."""
 
-__version__ = "0.1.0"
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lrm_jax.api import Model, Scene, load, orbit
+    from lrm_jax.types import Cameras, InputError
+
+__version__ = "0.2.0"
+__all__ = ["Cameras", "InputError", "Model", "Scene", "load", "orbit"]
+
+
+def __getattr__(name: str):
+    """The public names, imported when they are first used: JAX takes seconds, and `lrm --help` must not."""
+    if name not in __all__:
+        raise AttributeError(f"module 'lrm_jax' has no attribute {name!r}")
+    room = "types" if name in ("Cameras", "InputError") else "api"
+    return getattr(importlib.import_module(f"lrm_jax.{room}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -47,10 +47,7 @@ def test_the_example_is_reconstructed_with_its_silhouette(bundled, path):
     )
     wanted = recentre.recenter_foreground(image, 0.85)
     small = [
-        np.asarray(resize.resize_bilinear(jnp.asarray(x[..., 3:4].repeat(3, -1) / 255.0), 48))[
-            ..., 0
-        ]
-        > 0.5
+        np.asarray(resize.resize_bilinear(x[..., 3:4].repeat(3, -1) / 255.0, 48))[..., 0] > 0.5
         for x in (seen, wanted)
     ]
     overlap = (small[0] & small[1]).sum() / (small[0] | small[1]).sum()

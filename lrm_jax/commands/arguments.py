@@ -1,8 +1,21 @@
-"""Checks of arguments that several commands share."""
+"""Arguments that several commands share, and checks of them."""
 
 import argparse
 
 from lrm_jax.types import InputError
+
+# The help of --weights.
+WEIGHTS = (
+    "model file, checkpoint of TripoSR, OpenLRM or LVSM, folder with one, training run (runs/x, or runs/x@5000 at a step), or "
+    "hf:ORG/NAME (default: the small bundled model)"
+)
+
+
+def parser(name: str, about: str) -> argparse.ArgumentParser:
+    """A parser whose --help shows `about`, the docstring of a command, as it is."""
+    return argparse.ArgumentParser(
+        prog=name, description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
 
 def check_ranges(args: argparse.Namespace, **limits: tuple[float, float]) -> None:

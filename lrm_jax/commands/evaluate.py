@@ -79,11 +79,7 @@ def main(argv: list[str]) -> int:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The arguments, checked."""
-    parser = argparse.ArgumentParser(
-        prog="lrm evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = arguments.parser("lrm evaluate", __doc__)
     add = parser.add_argument
     add(
         "--data",
@@ -101,12 +97,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         type=int,
         help="number of views of an object that the model is given, if its family takes posed views (default: as in training)",
     )
-    add(
-        "--weights",
-        help="model to evaluate: a model file, a reference checkpoint or its folder, the workdir of `lrm train`, or "
-        "hf:ORG/NAME "
-        "(default: the bundled model)",
-    )
+    add("--weights", help=arguments.WEIGHTS)
     add("--out", type=Path, default=Path("out"), help="write the results here (default: out)")
     add(
         "--split",

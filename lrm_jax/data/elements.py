@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from lrm_jax.images.recentre import foreground_square
-from lrm_jax.ops import cameras
+from lrm_jax.ops import cameras, normalization
 from lrm_jax.types import Batch, Cameras, InputError, Views
 
 
@@ -138,7 +138,9 @@ def assemble(
     source: Images, target: Images, c2w: np.ndarray, recipe: Recipe, mirrored: bool
 ) -> Batch:
     """The element with these images, without the B axis. c2w [V 4 4]: of the target views, the sources among them first."""
-    motion = world_motion(c2w[0], source.fxfycxcy[0], recipe.normalize, recipe.assumed_camera)
+    motion = normalization.object_motion(
+        c2w[0], source.fxfycxcy[0], recipe.normalize, recipe.assumed_camera
+    )
     c2w = cameras.move_poses(motion, c2w)
     if mirrored:
         c2w = _mirror(c2w)
@@ -178,7 +180,7 @@ def make(
             boxes.append(box)
     crops, shrunk = np.stack(crops), np.stack(shrunk)
     fxfycxcy = fxfycxcy[targets].astype(np.float32)
-    cropped = crop_intrinsics(fxfycxcy[: len(views)], np.stack(boxes))
+    cropped = cameras.crop_intrinsics(fxfycxcy[: len(views)], np.stack(boxes))
     return assemble(
         Images(crops[..., :3], crops[..., 3], cropped),
         Images(shrunk[..., :3], shrunk[..., 3], fxfycxcy),
@@ -223,38 +225,6 @@ def recentered(
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
     return square, np.array([*corner, *square.shape[:2]]) / np.tile(rgba.shape[:2], 2)
-
-
-def crop_intrinsics(fxfycxcy: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """`ops.cameras.crop_cameras` of intrinsics [V 4] for boxes [V 4], (top, left, height, width) as fractions of the whole."""
-    corner, extent = boxes[:, 1::-1], boxes[:, :1:-1]
-    focal, centre = fxfycxcy[:, :2], fxfycxcy[:, 2:]
-    return np.concatenate([focal / extent, (centre - corner) / extent], axis=1).astype(np.float32)
-
-
-def world_motion(
-    c2w: np.ndarray,
-    fxfycxcy: np.ndarray,
-    normalize: str | None,
-    assumed_camera: tuple[float, float] | None = None,
-) -> np.ndarray:
-    """The similarity [4 4], float32, into whose world a scene is moved, given the camera of its first source: see `Recipe`.
-
-    Raises:
-      InputError: "image", of a camera that looks away from the origin.
-    """
-    if normalize is None:
-        return np.eye(4, dtype=np.float32)
-    c2w, fxfycxcy = c2w.astype(float), fxfycxcy.astype(float)
-    if normalize == "azimuth":
-        motion = cameras.azimuth_motion(c2w)
-    elif normalize == "source":
-        motion = cameras.source_motion(c2w)
-    else:
-        motion = cameras.image_motion(c2w, fxfycxcy, *assumed_camera)
-        if not np.linalg.det(motion[:3, :3]) > 0:
-            raise InputError("the first source's camera looks away from the origin")
-    return motion.astype(np.float32)
 
 
 def _mirror(c2w: np.ndarray) -> np.ndarray:

@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lrm_jax.data import Source, colmap, elements, pipeline, splits
+from lrm_jax.data import Source, elements, pipeline, splits
+from lrm_jax.images import colmap
 from lrm_jax.images.load import load_image
 from lrm_jax.ops import paths
 from lrm_jax.types import Batch, InputError

@@ -13,14 +13,13 @@ from pathlib import Path
 
 import grain
 import numpy as np
-from PIL import Image
 
-from lrm_jax.data import Source, elements, pipeline, scene_files
+from lrm_jax.data import Source, pipeline, scene_files
+from lrm_jax.images import captures
+from lrm_jax.ops import cameras, normalization
 from lrm_jax.types import Batch, Cameras, InputError, Views
 
 NORMALIZATIONS = ("all_views", "source_views", None)
-MARGIN = 1.35  # the largest coordinate of a camera is 1 / MARGIN
-WIDTH_STEP = 8  # LVSM's patch: what the width of a resized image is rounded to
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +60,7 @@ def make(
       num_source: views that are given. One: an end of the window.
       num_target: as in all sources there are num_source + num_target target views: LVSM's 6 for 2 sources are num_target = 4.
       source_size, target_size: side of the square images, pixels; the same.
-      normalize: see `world_motion`.
+      normalize: see `ops.normalization.scene_motion`.
       min_gap, max_gap: frames from one end of a window to the other, both cut to what the video has.
 
     Raises:
@@ -132,7 +131,7 @@ def evaluation_views(
       root: scenes in one of the layouts of `scene_files`; both of its splits are looked through.
       index_path: {scene: {"context": [i, j], "target": [a, b, c]} or null}, JSON.
       size: side of the square images, pixels.
-      normalize: see `world_motion`; LVSM's published numbers and weights are of "all_views".
+      normalize: see `ops.normalization.scene_motion`; LVSM's published numbers and weights are of "all_views".
 
     Raises:
       InputError: no such file or folder, not such an index, or none of its scenes is in the folder.
@@ -251,7 +250,7 @@ def draw(
 
 
 def assemble(
-    frames: scene_files.Frames,
+    frames: captures.Frames,
     views: Sequence[int],
     num_source: int,
     targets: Sequence[int],
@@ -268,81 +267,22 @@ def assemble(
       InputError: an image cannot be read, or the cameras cannot be normalised.
     """
     views = np.asarray(views)
-    motion, scale = world_motion(frames.c2w[views], num_source, normalize)
+    motion, scale = normalization.scene_motion(frames.c2w[views], num_source, normalize)
     c2w = motion @ frames.c2w[views]
     c2w[:, :3, 3] *= scale
     sources, targets = np.arange(num_source), np.asarray(targets)
     crops = {
-        view: crop(scene_files.read_image(frames, view), size)
+        view: captures.crop(captures.read_image(frames, view), size)
         for view in {*views[sources].tolist(), *views[targets].tolist()}
     }
 
     def chosen(which: np.ndarray) -> Views:
         rgb, boxes = zip(*(crops[view] for view in views[which].tolist()), strict=True)
-        fxfycxcy = elements.crop_intrinsics(frames.fxfycxcy[views[which]], np.stack(boxes))
-        cameras = Cameras(c2w=c2w[which].astype(np.float32), fxfycxcy=fxfycxcy)
-        return Views(rgb=np.stack(rgb), cameras=cameras)
+        fxfycxcy = cameras.crop_intrinsics(frames.fxfycxcy[views[which]], np.stack(boxes))
+        seen_by = Cameras(c2w=c2w[which].astype(np.float32), fxfycxcy=fxfycxcy)
+        return Views(rgb=np.stack(rgb), cameras=seen_by)
 
     return Batch(source=chosen(sources), target=chosen(targets))
-
-
-def crop(rgb: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The middle of an image [H W 3], [size size 3], and its (top, left, height, width) as fractions of the whole.
-
-    The shorter side becomes `size`, the longer one the nearest multiple of WIDTH_STEP: not quite to scale, which the fractions
-    account for.
-    """
-    height, width = rgb.shape[:2]
-    if height <= width:
-        height, width = size, _rounded(size / height * width, size)
-    else:
-        height, width = _rounded(size / width * height, size), size
-    resized = Image.fromarray(rgb).resize((width, height), Image.Resampling.LANCZOS)
-    top, left = (height - size) // 2, (width - size) // 2
-    box = np.array([top / height, left / width, size / height, size / width])
-    return np.asarray(resized)[top : top + size, left : left + size], box
-
-
-def _rounded(length: float, size: int) -> int:
-    return max(size, round(length / WIDTH_STEP) * WIDTH_STEP)
-
-
-def world_motion(
-    c2w: np.ndarray, num_source: int, normalize: str | None
-) -> tuple[np.ndarray, float]:
-    """(rigid motion [4 4] to be multiplied from the left to all poses, factor of their positions after it).
-
-    The mean position becomes the origin, the mean forward and downward directions z and y, and the largest coordinate of any position
-    1 / MARGIN.
-
-    Args:
-      c2w: [V 4 4], the first `num_source` of the sources.
-      normalize: "all_views": of all views, those asked for included, as LVSM's checkpoints were trained and evaluated: a
-        prediction then depends on what else is asked for. "source_views": of the sources alone: it does not. None: the world
-        is as it was.
-
-    Raises:
-      InputError: the cameras look in opposite directions, or all stand at one place.
-    """
-    if normalize is None:
-        return np.eye(4), 1.0
-    c2w = c2w[:num_source] if normalize == "source_views" else c2w
-    forward = c2w[:, :3, 2].mean(0)
-    right = np.cross(c2w[:, :3, 1].mean(0), forward)
-    if np.linalg.norm(right) < 1e-6:
-        raise InputError("the cameras' mean direction is not defined: they look in opposite ones")
-    forward /= np.linalg.norm(forward)
-    right /= np.linalg.norm(right)
-    rotation = np.stack([right, np.cross(forward, right), forward])
-    motion = np.eye(4)
-    motion[:3, :3] = rotation
-    motion[:3, 3] = -rotation @ c2w[:, :3, 3].mean(0)
-    positions = c2w[:, :3, 3] @ rotation.T + motion[:3, 3]
-    farthest = np.abs(positions).max()
-    # Against the size of the coordinates it is a rounding error.
-    if farthest <= 1e-9 * max(1.0, np.abs(c2w[:, :3, 3]).max()):
-        raise InputError("the cameras stand at one place: there is no length to normalise by")
-    return motion, 1 / (MARGIN * farthest)
 
 
 def check_normalize(normalize: str | None, num_source: int) -> None:

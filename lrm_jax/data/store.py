@@ -22,6 +22,7 @@ import numpy as np
 import tqdm
 
 from lrm_jax.data import elements, folders
+from lrm_jax.ops.cameras import crop_intrinsics
 from lrm_jax.types import InputError
 
 MAX_COPIED = 2**30  # bytes of a store in memory that each process of the loader may have a copy of
@@ -149,7 +150,7 @@ def _build(root: Path, uids: tuple[str, ...], settings: Settings, folder: Path) 
             c2w=c2w.astype(np.float32),
             fxfycxcy=fxfycxcy.astype(np.float32),
             source_row=source_row,
-            source_fxfycxcy=elements.crop_intrinsics(fxfycxcy[is_source], boxes),
+            source_fxfycxcy=crop_intrinsics(fxfycxcy[is_source], boxes),
             **arrays,
         )
         if unfinished is not None:

@@ -27,7 +27,7 @@ from lrm_jax.evaluation.scores import (
 )
 from lrm_jax.mesh import lattice
 from lrm_jax.metrics import mean_object, surface_metrics
-from lrm_jax.ops import cameras
+from lrm_jax.ops import cameras, normalization
 from lrm_jax.ops.compositing import on_background
 from lrm_jax.parallel import messages
 from lrm_jax.types import Cameras, InputError, Views
@@ -180,8 +180,10 @@ def motion_to_model(
     c2w, fxfycxcy = np.asarray(camera.c2w), np.asarray(camera.fxfycxcy)
     ratio = getattr(model, "foreground_ratio", None)
     _, box = elements.recentered(source, ratio, "source")
-    cropped = elements.crop_intrinsics(fxfycxcy[None], box[None])[0]
-    motion = elements.world_motion(c2w, cropped, alignment.normalize, alignment.assumed_camera)
+    cropped = cameras.crop_intrinsics(fxfycxcy[None], box[None])[0]
+    motion = normalization.object_motion(
+        c2w, cropped, alignment.normalize, alignment.assumed_camera
+    )
     motion = motion.astype(np.float64)
     if alignment.normalize == "image" or alignment.scale == "data":
         return motion
@@ -325,8 +327,8 @@ def posed_by_views(posed: PosedViews, item: HeldOut) -> PosedObject:
     """An object for a model that takes posed views: images and cameras as in training."""
     crops = [elements.source_crop(rgba, posed.source_size, posed.foreground_ratio, item.uid) for rgba in item.sources]  # fmt: skip
     images, boxes = (np.stack(x) for x in zip(*crops, strict=True))
-    fxfycxcy = elements.crop_intrinsics(item.source_cameras.fxfycxcy, boxes)
-    motion = elements.world_motion(item.source_camera.c2w, fxfycxcy[0], posed.normalize)
+    fxfycxcy = cameras.crop_intrinsics(item.source_cameras.fxfycxcy, boxes)
+    motion = normalization.object_motion(item.source_camera.c2w, fxfycxcy[0], posed.normalize)
     motion = motion.astype(np.float64)
     source_cameras = Cameras(c2w=move_poses(motion, item.source_cameras.c2w), fxfycxcy=fxfycxcy)
     targets = item.target_cameras.replace(c2w=move_poses(motion, item.target_cameras.c2w))

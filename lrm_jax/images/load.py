@@ -2,28 +2,38 @@
 
 import logging
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
+from lrm_jax.images.png import to_uint8
 from lrm_jax.types import InputError
 
 MAX_PIXELS = 100_000_000
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 _log = logging.getLogger(__name__)
 
 
-def load_image(path: str | Path) -> UInt8[np.ndarray, "H W 4"]:
-    """Reads an image as 8-bit sRGB with straight alpha, 255 where the file has none.
+def load_image(image: str | Path | Image.Image | np.ndarray) -> UInt8[np.ndarray, "H W 4"]:
+    """An image as 8-bit sRGB with straight alpha, 255 where it has none.
+
+    Args:
+      image: a file's path, a PIL image, or an array [H W], [H W 3] or [H W 4]: uint8, or floats in [0, 1].
 
     Any file that Pillow reads: 16-bit ones are scaled to 8 bits, grey, palette and CMYK ones become RGB, the EXIF
     orientation is applied, of an animation the first frame is taken, with a note to the log.
 
     Raises:
-      InputError: no such file, not an image, damaged, without a defined range (32-bit), or over 100 megapixels.
+      InputError: an array of another shape or range; no such file, not an image, damaged, without a defined range (32-bit), or over 100 megapixels.
     """
-    path = Path(path)
+    if isinstance(image, np.ndarray):
+        return _from_array(image)
+    if isinstance(image, Image.Image):
+        return _decode(image, "the image")
+    path = Path(image)
     if path.is_dir():
         raise InputError(f"{path} is a folder: give the image files in it")
     try:
@@ -32,8 +42,8 @@ def load_image(path: str | Path) -> UInt8[np.ndarray, "H W 4"]:
         with warnings.catch_warnings():
             # Pillow warns below its own limit; ours is checked before any pixel is decoded.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                return _decode(image, path)
+            with Image.open(path) as opened:
+                return _decode(opened, path)
     except InputError:
         raise
     except FileNotFoundError:
@@ -53,12 +63,49 @@ def load_image(path: str | Path) -> UInt8[np.ndarray, "H W 4"]:
         ) from None
 
 
+def find_images(names: Sequence[str | Path]) -> list[Path]:
+    """The files that are named, and the images in the folders that are named.
+
+    Raises:
+      InputError: a folder without images.
+    """
+    paths = []
+    for path in map(Path, names):
+        if path.is_dir():
+            found = sorted(x for x in path.iterdir() if x.suffix.lower() in SUFFIXES)
+            if not found:
+                raise InputError(
+                    f"{path} has no images: name a folder with {', '.join(sorted(SUFFIXES))} files"
+                )
+            paths += found
+        else:
+            paths.append(path)
+    return paths
+
+
 def has_alpha(rgba: UInt8[np.ndarray, "H W 4"]) -> bool:
     """Whether any pixel is not opaque: an image with an alpha channel of 255 throughout has no foreground cut out."""
     return bool((rgba[..., 3] < 255).any())
 
 
-def _decode(image: Image.Image, path: Path) -> UInt8[np.ndarray, "H W 4"]:
+def _from_array(image: np.ndarray) -> UInt8[np.ndarray, "H W 4"]:
+    if image.ndim == 2:
+        image = np.repeat(image[..., None], 3, axis=-1)
+    if image.ndim != 3 or image.shape[-1] not in (3, 4) or 0 in image.shape:
+        raise InputError(
+            f"an array of shape {list(image.shape)} is no image: give [height, width, 3 or 4]"
+        )
+    if np.issubdtype(image.dtype, np.floating):
+        if not (image.min() >= 0 and image.max() <= 1):  # NaN is neither
+            raise InputError("an array of floats must lie in [0, 1]: divide by 255, or give uint8")
+        image = to_uint8(image)
+    elif image.dtype != np.uint8:
+        raise InputError(f"an array of {image.dtype} is no image: give uint8, or floats in [0, 1]")
+    opaque = np.full((*image.shape[:2], 1), 255, np.uint8)
+    return image.copy() if image.shape[-1] == 4 else np.concatenate([image, opaque], axis=-1)
+
+
+def _decode(image: Image.Image, path: Path | str) -> UInt8[np.ndarray, "H W 4"]:
     if image.width * image.height > MAX_PIXELS:
         raise _too_large(path)
     if getattr(image, "n_frames", 1) > 1:
@@ -79,7 +126,7 @@ def _decode(image: Image.Image, path: Path) -> UInt8[np.ndarray, "H W 4"]:
     return np.array(image.convert("RGBA"))
 
 
-def _too_large(path: Path) -> InputError:
+def _too_large(path: Path | str) -> InputError:
     return InputError(
         f"{path} has over {MAX_PIXELS // 10**6} megapixels: scale it down, 1024 pixels a side are plenty"
     )

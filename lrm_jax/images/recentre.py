@@ -15,6 +15,14 @@ def check_square(size: int) -> None:
         )
 
 
+def pad_to_square(rgba: UInt8[np.ndarray, "H W 4"]) -> UInt8[np.ndarray, "S S 4"]:
+    """Adds transparent pixels on both sides of the shorter axis."""
+    height, width = rgba.shape[:2]
+    check_square(max(height, width))
+    down, right = max(width - height, 0), max(height - width, 0)
+    return np.pad(rgba, ((down // 2, down - down // 2), (right // 2, right - right // 2), (0, 0)))
+
+
 def recenter_foreground(
     rgba: UInt8[np.ndarray, "H W 4"], ratio: float
 ) -> UInt8[np.ndarray, "S S 4"]:

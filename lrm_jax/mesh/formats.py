@@ -19,7 +19,15 @@ from lrm_jax.images.png import png
 from lrm_jax.mesh.surface import Surface
 from lrm_jax.ops import srgb
 
+FORMATS = ("glb", "obj", "ply")
 LINES = 2**16  # lines of text that are formatted at once
+
+
+def write(surface: Surface, kind: str, name: str = "mesh") -> dict[str, bytes]:
+    """The files of a mesh in one of FORMATS, by their names; the first is `name` with the format as its suffix."""
+    if kind == "obj":
+        return to_obj(surface, name)
+    return {f"{name}.{kind}": to_glb(surface) if kind == "glb" else to_ply(surface)}
 
 
 def to_glb(surface: Surface) -> bytes:
@@ -34,7 +42,7 @@ def to_glb(surface: Surface) -> bytes:
         "asset": {"version": "2.0", "generator": "lrm_jax"},
         "scene": 0,
         "scenes": [{"nodes": [0]}],
-        "nodes": [{"mesh": 0, "name": "surface"}],
+        "nodes": [{"mesh": 0, "name": "mesh"}],
         "materials": [{"pbrMetallicRoughness": shading, "doubleSided": True}],
     }
     images = []
@@ -88,7 +96,7 @@ def _pack_glb(tree: dict, buffers: list[bytes]) -> bytes:
     return struct.pack("<4sII", b"glTF", 2, 12 + len(chunks)) + chunks
 
 
-def to_obj(surface: Surface, name: str = "surface") -> dict[str, bytes]:
+def to_obj(surface: Surface, name: str = "mesh") -> dict[str, bytes]:
     """A Wavefront .obj file, y up, and with a texture its .mtl and .png: the files' names and contents.
 
     Without a texture, sRGB colours follow the positions: most programs read them there, though the format's manual has none.

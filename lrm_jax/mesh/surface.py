@@ -68,3 +68,24 @@ def paint(
     """Adds normals, and the colours that `color`: xyz[Q 3] -> sRGB[Q 3] in [0, 1] has at the vertices."""
     rgb = sample(color, vertices, chunk=chunk, progress=progress)
     return Surface(vertices, faces, to_uint8(rgb), vertex_normals(vertices, faces))
+
+
+def turned(surface: Surface, degrees: float) -> Surface:
+    """The surface turned about the world's z axis, counter-clockwise seen from above."""
+    cos, sin = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+    rotation = np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]], np.float32)
+    return dataclasses.replace(
+        surface, vertices=surface.vertices @ rotation.T, normals=surface.normals @ rotation.T
+    )
+
+
+def decimated(
+    vertices: Float32[np.ndarray, "N 3"], faces: Int32[np.ndarray, "M 3"], max_faces: int
+) -> tuple[Float32[np.ndarray, "n 3"], Int32[np.ndarray, "m 3"]]:
+    """At most about `max_faces` triangles (quadric decimation), and only vertices that one of them has."""
+    if len(faces) > max_faces:
+        import fast_simplification  # here: few meshes are so large
+
+        vertices, faces = fast_simplification.simplify(vertices, faces, target_count=max_faces)
+    used, faces = np.unique(faces, return_inverse=True)
+    return vertices[used].astype(np.float32), faces.reshape(-1, 3).astype(np.int32)

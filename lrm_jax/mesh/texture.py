@@ -11,12 +11,11 @@ from jaxtyping import Bool, Float, Float32, Int32, UInt32
 from scipy import ndimage
 
 from lrm_jax.images.png import to_uint8
-from lrm_jax.mesh.surface import Surface, paint, sample
+from lrm_jax.mesh.surface import Surface, decimated, paint, sample
 from lrm_jax.types import InputError
 
-MAX_FACES = (
-    20_000  # xatlas 0.0.11 takes seconds for these, and dies of a segmentation fault at 82,000
-)
+# xatlas 0.0.11 takes seconds for these, and dies of a segmentation fault at 82,000
+MAX_FACES = 20_000
 GROUP = 2**19  # texels of triangles' boxes looked at together
 
 # In a process of its own, which may crash without taking this one along.
@@ -38,10 +37,11 @@ def bake_texture(
     color: Callable,
     size: int,
     *,
+    max_faces: int = MAX_FACES,
     chunk: int = 2**15,
     progress: Callable | None = None,
 ) -> Surface:
-    """The surface with at most 20,000 faces (quadric decimation), cut open into a texture of the colour field at its texels.
+    """The surface with at most `max_faces` (quadric decimation), cut open into a texture of the colour field at its texels.
 
     Texels between the charts repeat the nearest one inside, so that filtering finds no seams.
 
@@ -56,7 +56,7 @@ def bake_texture(
     Raises:
       InputError: the atlas could not be made.
     """
-    vertices, faces = _decimate(surface.vertices, surface.faces)
+    vertices, faces = decimated(surface.vertices, surface.faces, max_faces)
     whole = paint(vertices, faces, color, chunk=chunk, progress=progress)
     sources, faces, uv = _unwrap(vertices, faces, size)
     vertices = vertices[sources]
@@ -72,17 +72,6 @@ def bake_texture(
     return Surface(
         vertices, faces, whole.colors[sources], whole.normals[sources], uv, texture[rows, columns]
     )
-
-
-def _decimate(
-    vertices: Float32[np.ndarray, "N 3"], faces: Int32[np.ndarray, "M 3"]
-) -> tuple[Float32[np.ndarray, "n 3"], Int32[np.ndarray, "m 3"]]:
-    if len(faces) > MAX_FACES:
-        import fast_simplification  # here: few surfaces are so large
-
-        vertices, faces = fast_simplification.simplify(vertices, faces, target_count=MAX_FACES)
-    used, faces = np.unique(faces, return_inverse=True)
-    return vertices[used].astype(np.float32), faces.reshape(-1, 3).astype(np.int32)
 
 
 def _unwrap(
@@ -104,7 +93,7 @@ def _unwrap(
             ] or f"ended with code {done.returncode}"
             raise InputError(
                 f"no texture atlas for {len(faces)} faces: xatlas {cause}: leave the texture out and keep the vertex colours, "
-                "or extract the surface at a lower resolution"
+                "or ask for fewer faces"
             )
         with np.load(found) as result:
             sources, faces, uv = (result[name] for name in ("sources", "faces", "uv"))

@@ -10,7 +10,7 @@ A family is a linen module in `models/<name>.py` with these members; rendering, 
 | `__call__` | `(source: Views, rays: Rays) -> Rendering` | `render(encode(source), rays)`: for `init` |
 | `prepare` (optional) | `(rgba: list of uint8[H W 4]) -> Views[B 1 H W]` | single-image families: images as `encode` wants them, with the camera that the family takes them to be seen from |
 | `image_size` | class field | side of the source images in pixels |
-| `foreground_ratio` (optional) | class field | with `prepare`: the share of the side that it makes the object fill; absent means that it does not crop |
+| `foreground_ratio` (optional) | class field | with `prepare`: the share of the side that it makes the object fill; absent or None means that it does not crop |
 | `surface_level`, `radius` | class fields | with `query`: the field's value at the surface, and half the side of the cube around the origin that it fills |
 | `VARIANTS` | `dict[str, dict]` | field overrides of each published size, and `"tiny"` |
 | `from_torch(state, model)` / `to_torch(params, model)` | dict of NumPy arrays <-> params | renames, transposes, (un)stacks only: exact inverses |

@@ -137,19 +137,16 @@ class LRM(nn.Module):
 
     def prepare(self, rgba: list[np.ndarray]) -> Views:
         """Images as the reference prepares them: on white, resized without antialiasing; padded to a square first."""
-        images = [cutout.blend(_pad_to_square(x), self.background) for x in rgba]
-        rgb = jnp.stack([resize.resize_bicubic(jnp.asarray(x), self.image_size) for x in images])
-        camera = cameras.look_at(
-            jnp.array([0.0, -self.source_distance, 0.0]), jnp.zeros(3), jnp.array([0.0, 0.0, 1.0])
+        images = [cutout.blend(recentre.pad_to_square(x), self.background) for x in rgba]
+        rgb = np.stack([resize.resize_bicubic(x, self.image_size) for x in images])
+        eye, up = jnp.array([0.0, -self.source_distance, 0.0]), jnp.array([0.0, 0.0, 1.0])
+        camera = np.asarray(cameras.look_at(eye, jnp.zeros(3), up))
+        intrinsics = np.float32([self.source_focal, self.source_focal, 0.5, 0.5])
+        seen_by = Cameras(
+            c2w=np.broadcast_to(camera, (len(rgba), 1, 4, 4)),
+            fxfycxcy=np.broadcast_to(intrinsics, (len(rgba), 1, 4)),
         )
-        focal = self.source_focal
-        return Views(
-            rgb=rgb[:, None],
-            cameras=Cameras(
-                c2w=jnp.broadcast_to(camera, (len(rgba), 1, 4, 4)),
-                fxfycxcy=jnp.broadcast_to(jnp.array([focal, focal, 0.5, 0.5]), (len(rgba), 1, 4)),
-            ),
-        )
+        return Views(rgb=rgb[:, None], cameras=seen_by)
 
     def _raw_field(self, projected, layers, xyz_Q3):
         raw_density, raw_rgb = triplane.evaluate(
@@ -202,14 +199,6 @@ class LRM(nn.Module):
 def _mid_density(raw_RS):
     """Parity: the density of an interval is the softplus of the mean of its ends' raw values, as in EG3D."""
     return nn.softplus(0.5 * (raw_RS[:, :-1] + raw_RS[:, 1:]) - 1.0)
-
-
-def _pad_to_square(rgba):
-    """Adds transparent pixels: the reference would stretch the image."""
-    height, width = rgba.shape[:2]
-    recentre.check_square(max(height, width))
-    down, right = max(width - height, 0), max(height - width, 0)
-    return np.pad(rgba, ((down // 2, down - down // 2), (right // 2, right - right // 2), (0, 0)))
 
 
 def camera_vector(source: Cameras, numbers: int) -> Float[Array, "*B F"]:

@@ -70,7 +70,7 @@ class TripoSR(nn.Module):
     symmetric: bool = False  # the mirrored image has the mirrored planes
     upsample: int = 2
     norm_groups: int = 32
-    foreground_ratio: float = 0.85
+    foreground_ratio: float | None = 0.85  # None: images keep their place in the square
     background: float = 0.5
     ray_chunk: int | None = None  # rays rendered at a time; None: as suits the device
     remat: bool = True  # False: a small model, whose activations fit
@@ -129,14 +129,15 @@ class TripoSR(nn.Module):
 
     def prepare(self, rgba: list[np.ndarray]) -> Views:
         """Images as the reference prepares them: foreground centred at 85% of a square, on grey, 8 bits, antialiased resize."""
-        squares = [recentre.recenter_foreground(x, self.foreground_ratio) for x in rgba]
+        if self.foreground_ratio is None:
+            squares = [recentre.pad_to_square(x) for x in rgba]
+        else:
+            squares = [recentre.recenter_foreground(x, self.foreground_ratio) for x in rgba]
         floats = [cutout.composite(x, self.background).astype(np.float32) / 255 for x in squares]
-        rgb = jnp.stack([resize.resize_bilinear(jnp.asarray(x), self.image_size) for x in floats])
-        return Views(rgb=rgb[:, None], cameras=self._source_cameras(len(rgba)))
-
-    def _source_cameras(self, batch: int):
+        rgb = np.stack([resize.resize_bilinear(x, self.image_size) for x in floats])
         camera = cameras.orbit(1, self.source_distance, self.source_elevation, self.source_fov)
-        return jax.tree.map(lambda x: jnp.broadcast_to(x[None], (batch, *x.shape)), camera)
+        seen_by = jax.tree.map(lambda x: np.broadcast_to(x, (len(rgba), *x.shape)), camera)
+        return Views(rgb=rgb[:, None], cameras=seen_by)
 
     def _field(self, projected, layers, xyz_Q3):
         raw_density, raw_rgb = triplane.evaluate(

@@ -101,6 +101,18 @@ def orbit(
     return Cameras(c2w=_pose(eye, right, forward), fxfycxcy=intrinsics)
 
 
+def orbit_of(camera: Cameras) -> dict[str, float]:
+    """The arguments of `orbit`, but the number of views, whose first camera stands where Cameras[] stands."""
+    x, y, z = np.asarray(camera.c2w)[:3, 3].tolist()
+    distance = float(np.linalg.norm([x, y, z]))
+    return {
+        "distance": distance,
+        "elevation_deg": float(np.degrees(np.arcsin(z / distance))),
+        "azimuth_deg": float(np.degrees(np.arctan2(y, x))),
+        "fov_y_deg": float(np.degrees(2 * np.arctan(0.5 / float(camera.fxfycxcy[1])))),
+    }
+
+
 def field_of_view(fov_y_deg: float, aspect: float = 1.0) -> Float[Array, "4"]:
     """Intrinsics of a centred camera with the full vertical field of view `fov_y_deg` and width / height = `aspect`."""
     focal = 0.5 / np.tan(np.radians(fov_y_deg) / 2)
@@ -152,6 +164,13 @@ def crop_cameras(
     corner, extent = top_left[..., ::-1], size[..., ::-1]
     intrinsics = jnp.concatenate([focal / extent, (centre - corner) / extent], axis=-1)
     return Cameras(c2w=cameras.c2w, fxfycxcy=intrinsics)
+
+
+def crop_intrinsics(fxfycxcy: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """`crop_cameras` of NumPy intrinsics [V 4] for boxes [V 4], (top, left, height, width) as fractions of the whole."""
+    corner, extent = boxes[:, 1::-1], boxes[:, :1:-1]
+    focal, centre = fxfycxcy[:, :2], fxfycxcy[:, 2:]
+    return np.concatenate([focal / extent, (centre - corner) / extent], axis=1).astype(np.float32)
 
 
 def plucker(rays: Rays) -> Float[Array, "*B 6"]:

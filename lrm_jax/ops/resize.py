@@ -1,27 +1,44 @@
-"""Resizing as the references do it."""
+"""Resizing as the references do it. NumPy, on the host: an image of another size compiles nothing anew."""
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 
-def resize_bilinear(rgb: Float[Array, "*B H W 3"], size: int) -> Float[Array, "*B size size 3"]:
+def resize_bilinear(
+    rgb: Float[np.ndarray, "*B H W 3"], size: int
+) -> Float[np.ndarray, "*B size size 3"]:
     """Bilinear resize to a square, pixel centres at +0.5, with a low-pass filter where it shrinks.
 
     torch's `interpolate(mode="bilinear", align_corners=False, antialias=True)`: TripoSR's. The aspect is not kept.
     """
-    return jax.image.resize(rgb, (*rgb.shape[:-3], size, size, 3), "linear", antialias=True)
+    return _apply(_bilinear_weights, rgb, size)
 
 
-def resize_bicubic(rgb: Float[Array, "*B H W 3"], size: int) -> Float[Array, "*B size size 3"]:
+def resize_bicubic(
+    rgb: Float[np.ndarray, "*B H W 3"], size: int
+) -> Float[np.ndarray, "*B size size 3"]:
     """Bicubic resize to a square that maps corner pixels to corner pixels, without a low-pass filter, kept in [0, 1].
 
     torch's `interpolate(mode="bicubic", align_corners=True)` and a clamp: OpenLRM's. The aspect is not kept.
     """
-    rows, columns = (jnp.asarray(_bicubic_weights(n, size)) for n in rgb.shape[-3:-1])
-    resized = jnp.einsum("ih,jw,...hwc->...ijc", rows, columns, rgb, precision="highest")
-    return resized.clip(0, 1)
+    return _apply(_bicubic_weights, rgb, size).clip(0, 1)
+
+
+def _apply(weights, rgb, size):
+    """Rows, then columns, each a product with a matrix [size_out size_in]."""
+    height, width = rgb.shape[-3:-1]
+    rows, columns = weights(height, size), weights(width, size)
+    resized = rows @ rgb.reshape(*rgb.shape[:-3], height, width * 3)
+    return columns @ resized.reshape(*rgb.shape[:-3], size, width, 3)
+
+
+def _bilinear_weights(size_in: int, size_out: int) -> Float[np.ndarray, "size_out size_in"]:
+    """A triangle as wide as an output pixel, at least as an input pixel; what of it lies outside the image is left out."""
+    scale = size_in / size_out
+    centre = (np.arange(size_out) + 0.5) * scale
+    distance = np.abs(np.arange(size_in) + 0.5 - centre[:, None]) / max(scale, 1)
+    weights = np.maximum(1 - distance, 0)
+    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
 
 
 def _bicubic_weights(size_in: int, size_out: int) -> Float[np.ndarray, "size_out size_in"]:

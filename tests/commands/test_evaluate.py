@@ -157,7 +157,7 @@ def test_a_model_of_images_worlds_is_evaluated_in_them(tmp_path):
     posed = objects.posed_by_image(model, alignment, item)
     # The crop shows what is near the origin as the assumed camera does.
     box = np.array(elements.source_crop(item.source, 32, 0.85, "a")[1])
-    cropped = elements.crop_intrinsics(item.source_camera.fxfycxcy[None], box[None])
+    cropped = cameras.crop_intrinsics(item.source_camera.fxfycxcy[None], box[None])
     pose = objects.move_poses(posed.to_model, item.source_camera.c2w[None])
     seen = Cameras(c2w=jnp.asarray(pose), fxfycxcy=jnp.asarray(cropped))
     x, _, z = pose[0, :3, 3]

@@ -11,10 +11,9 @@ import pytest
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
-from lrm_jax import __main__, models
-from lrm_jax.commands import synthesize
-from lrm_jax.data import scenes
-from lrm_jax.ops import cameras, conventions
+from lrm_jax import __main__, api, models
+from lrm_jax.images import captures
+from lrm_jax.ops import cameras, conventions, normalization
 from lrm_jax.types import Views
 from lrm_jax.weights import model_file
 
@@ -128,7 +127,7 @@ def test_frames_film_sheet_and_report_are_written(lrm, weights):
     summary = json.loads(Path("out/report.json").read_text())
     assert summary["source"]["views"] == [0, 2, 3] and summary["frames"] == 3
     assert summary["source"]["images"] == ["0.png", "2.png", "3.png"]
-    assert {"read", "load", "encode", "render", "write", "total"} == set(summary["seconds"])
+    assert {"read", "load", "render", "write", "total"} == set(summary["seconds"])
     assert summary["model"]["family"] == "lvsm" and "mean source camera" in summary["world"]
 
 
@@ -147,11 +146,11 @@ def test_frames_are_what_the_model_draws_with_cameras_normalised_by_the_sources(
     write_transforms("scene", c2w)
     assert lrm("--weights", weights, "--frames", "4") == (0, [])
     model, params, _ = model_file.load_model(weights)
-    motion, scale = scenes.world_motion(c2w, 4, "source_views")
+    motion, scale = normalization.scene_motion(c2w, 4, "source_views")
     poses = motion @ c2w
     poses[:, :3, 3] *= scale
     np.testing.assert_allclose(np.abs(poses[:, :3, 3]).max(), 1 / 1.35, rtol=1e-6)
-    images, boxes = zip(*(scenes.crop(image(v), 16) for v in range(4)), strict=True)
+    images, boxes = zip(*(captures.crop(image(v), 16) for v in range(4)), strict=True)
     # 24 x 18 becomes 21.3 x 16, rounded to 24 x 16, and cropped to 16 x 16.
     np.testing.assert_allclose(boxes[0], [0, 1 / 6, 1, 2 / 3])
     intrinsics = np.tile([30 / 16, 30 / 18, 0.5, 0.5], (4, 1))
@@ -191,16 +190,16 @@ def test_a_stated_convention_is_taken():
     for written in conventions.MEANINGS:
         matrices = conventions.write(c2w, written)
         misread = conventions.read(matrices, "opengl-c2w")
-        taken = synthesize.in_convention(misread, "opengl-c2w", written)
+        taken = captures.in_convention(misread, "opengl-c2w", written)
         np.testing.assert_allclose(taken, c2w, atol=1e-12)
     # Though it is in doubt, which goes to the log.
-    np.testing.assert_array_equal(synthesize.in_convention(c2w, "opengl-c2w", "opengl-c2w"), c2w)
+    np.testing.assert_array_equal(captures.in_convention(c2w, "opengl-c2w", "opengl-c2w"), c2w)
 
 
 def test_objects_keep_the_world_of_training():
-    scene = synthesize.Scene([0], ["0.png"], [], ring(1), np.ones((1, 4)))
+    scene = captures.Capture([0], ["0.png"], [], ring(1), np.ones((1, 4)))
     training = {"config": {"data": {"name": "objects", "normalize": None}}}
-    motion, scale, words = synthesize.world_of(scene, training)
+    motion, scale, words = api.capture_world(scene, training)
     assert scale == 1 and "the poses' own" in words
     np.testing.assert_array_equal(motion, np.eye(4))
 
@@ -210,7 +209,7 @@ def test_objects_keep_the_world_of_training():
     [(None, 3, [0, 1, 2]), (None, 31, list(range(0, 31, 2))), ("2", 5, [0, 4]), ("4,0", 5, [4, 0])],
 )
 def test_views_are_chosen(views, count, expected):
-    assert synthesize.choose(views, count) == expected
+    assert captures.choose(views, count) == expected
 
 
 def change(**fields):
@@ -278,4 +277,4 @@ def test_a_family_of_single_images_is_sent_to_reconstruct(lrm, tmp_path):
     model_file.save_model(path, *init("triposr", 32), {})
     write_transforms("scene", ring())
     code, errors = lrm("--weights", str(path))
-    assert code == 2 and "triposr reconstructs from one image: use lrm reconstruct" in errors[0]
+    assert code == 2 and "triposr reconstructs from one image: use `reconstruct`" in errors[0]

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lrm_jax.data import colmap, mvimgnet, pipeline
+from lrm_jax.data import mvimgnet, pipeline
+from lrm_jax.images import colmap
 from lrm_jax.types import InputError
 
 WIDTH, HEIGHT, FOCAL = 60, 100, 70.0

@@ -16,6 +16,7 @@ from tiny_objects import FIELDS, POINT, VIEWS, pose_at, write_object
 
 from lrm_jax.data import Source, elements, folders, objects, splits, store
 from lrm_jax.ops import cameras as cameras_lib
+from lrm_jax.ops import normalization
 from lrm_jax.types import Batch, Cameras, InputError
 
 
@@ -111,7 +112,7 @@ def test_a_camera_that_looks_away_has_no_image_of_the_world():
         cameras_lib.look_at(jax.numpy.array([3.0, 0, 0]), jax.numpy.array([6.0, 0, 1]))
     )
     with pytest.raises(InputError, match="looks away from the origin"):
-        elements.world_motion(away, np.array([1.0, 1, 0.5, 0.5]), "image", (3.0, 40.0))
+        normalization.object_motion(away, np.array([1.0, 1, 0.5, 0.5]), "image", (3.0, 40.0))
 
 
 @pytest.mark.parametrize("assumed_camera", [None, (3.0, 20.0, 40.0)])
@@ -175,7 +176,7 @@ def test_numpy_cameras_are_those_of_ops():
         Cameras(jax.numpy.asarray(c2w), fxfycxcy), boxes[:, :2], boxes[:, 2:]
     )
     np.testing.assert_allclose(
-        elements.crop_intrinsics(np.asarray(fxfycxcy), np.asarray(boxes)),
+        cameras_lib.crop_intrinsics(np.asarray(fxfycxcy), np.asarray(boxes)),
         cropped.fxfycxcy,
         rtol=1e-6,
     )
@@ -229,7 +230,7 @@ def test_samples_are_a_function_of_seed_and_position(root):
 def test_an_epoch_shows_every_object_once_and_another_order_next(root):
     data = make(root)
     count = len(data.names)
-    shade = [float(data.views[i].source.rgb[..., 1].max()) for i in range(4 * count)]
+    shade = [float(data.elements[i].source.rgb[..., 1].max()) for i in range(4 * count)]
     epochs = np.reshape(shade, (4, count))
     assert len(set(epochs[0])) == count
     np.testing.assert_array_equal(np.sort(epochs), np.tile(np.sort(epochs[0]), (4, 1)))

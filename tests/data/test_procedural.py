@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lrm_jax.data import elements, pipeline
+from lrm_jax.data import pipeline
 from lrm_jax.data.procedural import assembly, blueprints, raytrace
 from lrm_jax.data.procedural import source as procedural
 from lrm_jax.ops import cameras as cameras_lib
+from lrm_jax.ops import normalization
 from lrm_jax.types import InputError
 
 FIELDS = dict(seed=3, num_target=2, source_size=48, target_size=24)
@@ -178,7 +179,9 @@ def test_images_give_the_world_that_they_give_objects_of_files():
 
     (_, there), (source, target) = (cameras_of(x.finish) for x in made)
     for i in range(2):
-        motion = elements.world_motion(source.c2w[i, 0], source.fxfycxcy[i, 0], "image", assumed)
+        motion = normalization.object_motion(
+            source.c2w[i, 0], source.fxfycxcy[i, 0], "image", assumed
+        )
         wanted = cameras_lib.move_poses(motion, target.c2w[i])
         np.testing.assert_allclose(there.c2w[i], wanted, atol=1e-4)  # float32
 

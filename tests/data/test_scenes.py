@@ -23,6 +23,8 @@ from scene_folders import (
 )
 
 from lrm_jax.data import pipeline, scene_files, scenes
+from lrm_jax.images import captures
+from lrm_jax.ops import normalization
 from lrm_jax.types import InputError
 from lrm_jax.weights import tensor_files
 
@@ -46,7 +48,7 @@ def test_every_layout_gives_the_cameras_and_images_that_were_written(tmp_path, l
     assert [place.name for place in places] == ["attic", "barn"]
     for seed, place in enumerate(places):
         frames = place.read()
-        shown = [scene_files.read_image(frames, view) for view in range(NUM_FRAMES)]
+        shown = [captures.read_image(frames, view) for view in range(NUM_FRAMES)]
         assert list(frame_of(np.stack(shown), seed)) == list(range(NUM_FRAMES))
         # float32 in pixelSplat's files, at coordinates of 10.
         np.testing.assert_allclose(frames.c2w, trajectory(seed), atol=1e-5)
@@ -69,7 +71,7 @@ def test_lvsm_intrinsics_may_be_fractions_and_paths_relative(tmp_path):
     (place,) = scene_files.find(tmp_path, "all")
     frames = place.read()
     np.testing.assert_allclose(frames.fxfycxcy, np.tile(fractions(), (2, 1)))
-    assert frame_of(scene_files.read_image(frames, 1)[None]) == [1]
+    assert frame_of(captures.read_image(frames, 1)[None]) == [1]
 
 
 def test_fields_of_view_alone_are_enough_and_what_is_transparent_is_white(tmp_path):
@@ -86,7 +88,7 @@ def test_fields_of_view_alone_are_enough_and_what_is_transparent_is_white(tmp_pa
     assert place.name == tmp_path.name
     np.testing.assert_allclose(frames.fxfycxcy, [[0.5, 0.5 * WIDTH / HEIGHT, 0.5, 0.5]])
     np.testing.assert_array_equal(frames.c2w[0], np.diag([1, -1, -1, 1]))
-    rgb = scene_files.read_image(frames, 0)
+    rgb = captures.read_image(frames, 0)
     np.testing.assert_array_equal(rgb[:, : WIDTH // 2], rgba[:, : WIDTH // 2, :3])
     np.testing.assert_array_equal(rgb[:, WIDTH // 2 :], 255)
 
@@ -155,9 +157,9 @@ def test_cropped_cameras_see_what_the_crop_shows(size):
     width, height = size
     x, y = np.meshgrid((np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height)
     rgb = np.stack([255 * x, 255 * y, 0 * x], -1).round().astype(np.uint8)
-    cropped, (top, left, box_height, box_width) = scenes.crop(rgb, 16)
+    cropped, (top, left, box_height, box_width) = captures.crop(rgb, 16)
     assert cropped.shape == (16, 16, 3)
-    assert round(16 / min(box_height, box_width)) % scenes.WIDTH_STEP == 0
+    assert round(16 / min(box_height, box_width)) % captures.WIDTH_STEP == 0
     assert max(box_height, box_width) == 1  # the shorter side is whole
     along = (np.arange(16) + 0.5) / 16
     # Within the middle: LANCZOS's kernel is cut off at the image's edges. 2 levels: rounding, twice.
@@ -179,7 +181,7 @@ def test_intrinsics_are_scaled_and_shifted_with_the_crop(tmp_path):
 @pytest.mark.parametrize("normalize", ["all_views", "source_views"])
 def test_the_mean_pose_is_the_identity_and_the_largest_coordinate_has_a_margin(normalize):
     c2w = trajectory()[[2, 9, 4, 6, 7]]
-    motion, scale = scenes.world_motion(c2w, 2, normalize)
+    motion, scale = normalization.scene_motion(c2w, 2, normalize)
     moved = motion @ c2w
     moved[:, :3, 3] *= scale
     by = moved[:2] if normalize == "source_views" else moved
@@ -205,7 +207,7 @@ def test_the_world_does_not_matter(normalize):
     copy[:, :3, 3] *= 7.5
     normalized = []
     for poses in (c2w, copy):
-        motion, scale = scenes.world_motion(poses, 2, normalize)
+        motion, scale = normalization.scene_motion(poses, 2, normalize)
         poses = motion @ poses
         poses[:, :3, 3] *= scale
         normalized.append(poses)
@@ -214,7 +216,7 @@ def test_the_world_does_not_matter(normalize):
 
 def test_only_normalised_by_the_sources_a_view_does_not_depend_on_what_else_is_asked_for(tmp_path):
     write_nerfstudio(tmp_path, "attic", 0)
-    frames = scene_files.read_folder(tmp_path / "attic")
+    frames = captures.read_folder(tmp_path / "attic")
     for normalize, same in (("source_views", True), ("all_views", False)):
         few = scenes.assemble(frames, [1, 9, 4], 2, [2], 16, normalize)
         many = scenes.assemble(frames, [1, 9, 4, 13, 12], 2, [2, 3, 4], 16, normalize)
@@ -232,11 +234,11 @@ def test_poses_without_a_direction_or_a_length_are_refused():
     c2w = trajectory()[[0, 0]]
     for normalize in ("all_views", "source_views"):
         with pytest.raises(InputError, match="stand at one place"):
-            scenes.world_motion(c2w, 2, normalize)
+            normalization.scene_motion(c2w, 2, normalize)
     opposite = np.stack([c2w[0], c2w[0] @ np.diag([-1, 1, -1, 1])])
     with pytest.raises(InputError, match="opposite"):
-        scenes.world_motion(opposite, 2, "all_views")
-    motion, scale = scenes.world_motion(c2w, 2, None)
+        normalization.scene_motion(opposite, 2, "all_views")
+    motion, scale = normalization.scene_motion(c2w, 2, None)
     assert scale == 1 and np.array_equal(motion, np.eye(4))
 
 
@@ -302,16 +304,16 @@ def test_bad_cameras_are_one_line(tmp_path):
     ):
         path.write_text(json.dumps(good | change))
         with pytest.raises(InputError, match=cause):
-            scene_files.read_folder(tmp_path / "attic")
+            captures.read_folder(tmp_path / "attic")
     path.write_text(json.dumps(good | dict(w=HEIGHT, h=WIDTH, cx=10, cy=10)))
-    frames = scene_files.read_folder(tmp_path / "attic")
+    frames = captures.read_folder(tmp_path / "attic")
     with pytest.raises(InputError, match="frame_0.png is 48x32, which has not the proportions"):
-        scene_files.read_image(frames, 0)
+        captures.read_image(frames, 0)
     path.write_text("[")
     with pytest.raises(InputError, match="transforms.json cannot be read"):
-        scene_files.read_folder(tmp_path / "attic")
+        captures.read_folder(tmp_path / "attic")
     with pytest.raises(InputError, match="neither transforms.json nor"):
-        scene_files.read_folder(tmp_path)
+        captures.read_folder(tmp_path)
 
 
 def test_bad_chunks_and_frames_of_re10k_are_one_line(tmp_path):
@@ -351,7 +353,7 @@ def test_a_real_torch_file_is_read_without_torch(tmp_path):
     scene_files._chunk.cache_clear()
     (place,) = scene_files.find(tmp_path, "all")
     frames = place.read()
-    assert frame_of(scene_files.read_image(frames, 1)[None]) == [1]
+    assert frame_of(captures.read_image(frames, 1)[None]) == [1]
     np.testing.assert_allclose(frames.c2w, trajectory(0, 2), atol=1e-5)  # float32
 
 
@@ -370,7 +372,7 @@ def test_evaluation_views_are_those_of_the_index_and_none_is_dropped(tmp_path, c
     assert name == "b"
     assert list(frame_of(batch.source.rgb, 1)) == [1, 9]
     assert list(frame_of(batch.target.rgb, 1)) == [2, 5, 8]
-    motion, scale = scenes.world_motion(trajectory(1)[[1, 9, 2, 5, 8]], 2, "all_views")
+    motion, scale = normalization.scene_motion(trajectory(1)[[1, 9, 2, 5, 8]], 2, "all_views")
     wanted = motion @ trajectory(1)[[2, 5, 8]]
     wanted[:, :3, 3] *= scale
     np.testing.assert_allclose(batch.target.cameras.c2w, wanted, atol=1e-5)  # float32

@@ -67,11 +67,10 @@ def test_baked_surface_is_the_same_surface(baked):
     np.testing.assert_allclose(baked.colors / 255, color(baked.vertices), atol=0.51 / 255)  # bytes
 
 
-def test_decimation_bounds_the_faces_and_keeps_the_surface(monkeypatch):
+def test_decimation_bounds_the_faces_and_keeps_the_surface():
     vertices, faces = lattice.extract(jax.jit(field), 40, 0.87, 0.0)
-    monkeypatch.setattr(texture, "MAX_FACES", 1000)
     assert len(faces) > 3000
-    few_vertices, few = texture._decimate(vertices, faces)
+    few_vertices, few = decimated(vertices, faces, 1000)
     assert len(few) <= 1000
     shape = trimesh.Trimesh(few_vertices, few, process=False)
     assert shape.is_watertight

@@ -195,7 +195,7 @@ def _crop(cameras: Cameras, outline: jax.Array, ratio: float) -> Cameras:
 
 
 def _normalized_poses(cameras: Cameras, sources: Cameras, normalize: str | None, assumed_camera):
-    """The poses [V 4 4] in the world that `elements.world_motion` leads to; the first cameras are the sources, uncropped."""
+    """The poses [V 4 4] in the world that `normalization.object_motion` leads to; the first cameras are the sources, uncropped."""
     if normalize is None:
         return cameras.c2w
     c2w = sources.c2w[0]

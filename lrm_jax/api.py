@@ -1,0 +1,461 @@
+"""The library: a model from any weights, scenes from images, meshes and views from scenes. The commands use it, too.
+
+    model = lrm_jax.load("hf:stabilityai/TripoSR", dtype="bfloat16")
+    scene = model.reconstruct("chair.png")
+    scene.mesh(resolution=256, texture=1024).export("chair.glb")
+    frames = scene.render(lrm_jax.orbit(24), size=512)
+
+Programs are compiled once for each shape: for the model's image size, whatever the size of the image; for each size of rendered
+views; and for the chunks of points that meshes are made from. All of this process's devices share the work.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import UInt8
+from PIL import Image
+
+from lrm_jax.images import camera_paths, captures, cutout, recentre
+from lrm_jax.images.load import load_image
+from lrm_jax.images.png import to_uint8
+from lrm_jax.mesh import lattice
+from lrm_jax.mesh.surface import Surface, decimated, paint, turned
+from lrm_jax.mesh.texture import MAX_FACES, bake_texture
+from lrm_jax.ops import cameras as ops_cameras
+from lrm_jax.ops import normalization
+from lrm_jax.parallel import batch_axes, messages, sharding
+from lrm_jax.types import Cameras, InputError, Rendering, Views
+from lrm_jax.weights import loading
+
+CHUNK = 2**15  # points in one call of the field: as suits the caches of a CPU
+MAX_BATCH = 8  # images of a list that a device encodes at once
+FRAMES_TOGETHER = 4  # of a video by a family that draws views without a surface in between
+RECENTERED = 0.85  # of the square's side: what an object fills after recentring, where its family does not say
+
+ImageLike = str | Path | Image.Image | np.ndarray
+
+
+def load(weights: str | Path | None = None, *, dtype: str | None = None) -> "Model":
+    """Loads a model.
+
+    Args:
+      weights: a model file of ours, a reference's checkpoint (TripoSR, OpenLRM, LVSM), a folder with one, a training run ("runs/x",
+        or "runs/x@5000" at a step), `hf:ORG/NAME`, `hf:ORG/NAME/FILE`, or None for the small model that comes with the package.
+      dtype: what it computes in: "float32", "bfloat16" or "float16". None: as the weights say, which is float32 where they do not.
+
+    Raises:
+      InputError: no such file, damaged, of no known family, or with other tensors than its family has.
+    """
+    weights = None if weights is None else str(weights)
+    return Model(
+        *(loading.load_weights(weights, dtype) if dtype else loading.load_weights(weights))
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Orbit:
+    """Cameras around an object. What is None is as the camera that an image is taken to be seen by, where the first one stands."""
+
+    num_views: int
+    elevation: float | None = None  # degrees above the horizon
+    distance: float | None = None  # from the origin, world units
+    fov: float | None = None  # full vertical field of view, degrees
+
+    def around(self, source: Cameras) -> Cameras:
+        """Cameras[V], the first at the azimuth of `source` (Cameras[]), the next counter-clockwise seen from above."""
+        chosen = {
+            "elevation_deg": self.elevation,
+            "distance": self.distance,
+            "fov_y_deg": self.fov,
+        }
+        chosen = {name: value for name, value in chosen.items() if value is not None}
+        return ops_cameras.orbit(self.num_views, **ops_cameras.orbit_of(source) | chosen)
+
+
+def orbit(
+    num_views: int,
+    *,
+    elevation: float | None = None,
+    distance: float | None = None,
+    fov: float | None = None,
+) -> Orbit:
+    """`num_views` cameras evenly around an object, for `Scene.render`; the first one sees the side that the image shows.
+
+    Args:
+      elevation: degrees above the horizon, -90 to 90. None: the image's.
+      distance: from the origin, in units of the model's world. None: the image's.
+      fov: full vertical field of view in degrees. None: the image's.
+
+    Raises:
+      InputError: a number that is out of range.
+    """
+    limits = {"num_views": (1, 100_000), "elevation": (-90, 90), "distance": (1e-3, 1e6), "fov": (0.1, 179)}  # fmt: skip
+    for name, (low, high) in limits.items():
+        value = locals()[name]
+        if value is not None and not low <= value <= high:
+            raise InputError(f"orbit: {name} {value} is out of range: choose {low} to {high}")
+    return Orbit(num_views, elevation, distance, fov)
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedImage:
+    """An image as a model takes it."""
+
+    rgba: np.ndarray  # uint8 [H W 4], the object cut out
+    source: Views  # NumPy [1 1 S S 3], with the camera that the family takes it to be seen by
+
+
+class Model:
+    """A model with its weights, on all devices of this process.
+
+    Attributes:
+      module: the flax module; `module.apply({"params": params}, ..., method="encode")`, see `lrm_jax.models`.
+      params: its parameters, float32.
+      info: what is known of it: `family`, `variant`, `path`, `training` and what was `assumed`.
+    """
+
+    def __init__(self, module: nn.Module, params: dict, info: dict):
+        self.module, self.info = module, info
+        self._device_mesh = sharding.make_device_mesh(devices=jax.local_devices())
+        self._everywhere = NamedSharding(self._device_mesh, PartitionSpec())
+        self._params = jax.device_put(params, self._everywhere)
+        self._encode = sharding.jit(self._encode_batch)
+        self._render = sharding.jit(self._render_views, static_argnames="size")
+        self._query = sharding.jit(self._query_points)
+
+    @property
+    def params(self) -> dict:
+        """The parameters on the first device."""
+        return jax.tree.map(lambda x: x.addressable_data(0), self._params)
+
+    # -- from images
+
+    def reconstruct(
+        self,
+        image: ImageLike | Sequence[ImageLike],
+        *,
+        recenter: bool | None = None,
+        remove_background: bool = False,
+    ) -> "Scene | list[Scene]":
+        """The 3D scene of an image; of a list of images a list of scenes, in batches that all devices share.
+
+        Args:
+          image: a path, a PIL image, or an array [H W 3 or 4], uint8 or floats in [0, 1]. An alpha channel shows what the object is;
+            without one, a background of one colour is taken away.
+          recenter: whether the object is moved to the middle and scaled to fill 85% of it. None: as the model's original does.
+          remove_background: cut the object out with rembg where there is no alpha channel.
+
+        Raises:
+          InputError: an image that cannot be read or shows no object, or a model that takes posed views (`synthesize`).
+        """
+        if not isinstance(image, list | tuple):
+            return self.encode([self.prepare(image, recenter, remove_background)])[0]
+        prepared = [self.prepare(x, recenter, remove_background) for x in image]
+        devices = self._device_mesh.size
+        size = -(-len(prepared) // -(-len(prepared) // (MAX_BATCH * devices) or 1))
+        size = -(-size // devices) * devices if size >= devices else size
+        groups = [prepared[start : start + size] for start in range(0, len(prepared), size or 1)]
+        return [scene for group in groups for scene in self.encode(group, size)]
+
+    def prepare(
+        self, image: ImageLike, recenter: bool | None = None, remove_background: bool = False
+    ) -> PreparedImage:
+        """An image, read, cut out, placed and resized on the host; the arguments and errors of `reconstruct`."""
+        self.check_takes_images()
+        name = str(image) if isinstance(image, str | Path) else "the image"
+        rgba = cutout.cut_out(load_image(image), name, remove_background)
+        module, placed = self.module, rgba
+        ratio = getattr(module, "foreground_ratio", None)
+        if recenter and ratio is None:
+            placed = recentre.recenter_foreground(rgba, RECENTERED)
+        elif recenter is False and ratio is not None:
+            module = module.clone(foreground_ratio=None)
+        return PreparedImage(rgba, jax.tree.map(np.asarray, module.prepare([placed])))
+
+    def encode(self, images: list[PreparedImage], batch_size: int | None = None) -> list["Scene"]:
+        """The scenes of prepared images, as one batch; filled up to `batch_size`, so that a smaller last one is not compiled anew."""
+        size = max(batch_size or 0, len(images))
+        padded = [x.source for x in images + images[-1:] * (size - len(images))]
+        source = jax.tree.map(lambda *x: np.concatenate(x), *padded)
+        encoded = self._encode_on_devices(source, size)
+        return [
+            Scene(self, x.rgba, jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], encoded), camera)
+            for i, x in enumerate(images)
+            for camera in [jax.tree.map(lambda leaf: leaf[0, 0], x.source.cameras)]
+        ]
+
+    def check_takes_images(self) -> None:
+        """Raises InputError where the model does not make scenes from single images."""
+        if not (hasattr(self.module, "prepare") and hasattr(self.module, "query")):
+            raise InputError(
+                f"{self._name()} draws views of a scene from posed images and makes no mesh: use `synthesize`, or weights of another family"
+            )
+
+    # -- from posed images
+
+    def synthesize(
+        self,
+        source: str | Path | captures.Capture,
+        *,
+        path: str | Path | camera_paths.CameraPath = "interpolate",
+        views: int | str | Sequence[int] | None = None,
+        num_frames: int = 60,
+        convention: str | None = None,
+        together: int = FRAMES_TOGETHER,
+    ) -> UInt8[np.ndarray, "N S S 3"]:
+        """The frames of a camera path through a scene that posed images show; of families that draw views directly (LVSM).
+
+        Args:
+          source: a folder with transforms.json, or COLMAP's sparse/0 and images, or what `captures.read_capture` read of one.
+          path: "interpolate", "orbit", "spiral", a transforms.json with poses in the source's world, or a `CameraPath`.
+          views: how many of the images are given to the model, evenly spread, or the numbers of which ones. None: at most 16.
+          num_frames: N, where the path does not say.
+          together: frames that each device renders at once.
+          convention: of the poses, one of `ops.conventions.MEANINGS`. None: that of their format.
+
+        Returns:
+          N images of the model's size, on white.
+
+        Raises:
+          InputError: bad cameras or images, a path that they do not determine, or a model that takes single images (`reconstruct`).
+        """
+        self.check_takes_captures()
+        if not isinstance(source, captures.Capture):
+            source = captures.read_capture(Path(source), views, convention)
+        if not isinstance(path, camera_paths.CameraPath):
+            path = camera_paths.camera_path(source, str(path), num_frames, convention)
+        motion, scale, _ = capture_world(source, self.info["training"])
+        given = source_views(source, self.module.image_size, motion, scale)
+        encoded = self._encode_on_devices(given, 1)
+        along = Cameras(
+            c2w=to_model(path.c2w, motion, scale),
+            fxfycxcy=camera_paths.intrinsics_along(path, given.cameras.fxfycxcy[0]),
+        )
+        size = self.module.image_size
+        frames = self.render_views(encoded, along, size, together, "frames")
+        return np.stack([to_uint8(frame.rgb) for frame in frames])
+
+    def check_takes_captures(self) -> None:
+        """Raises InputError where the model does not draw views of scenes from posed images."""
+        if hasattr(self.module, "prepare"):
+            raise InputError(
+                f"{self._name()} reconstructs from one image: use `reconstruct`, or give weights of LVSM"
+            )
+
+    # -- on the devices
+
+    def _name(self):
+        return f"{self.info['path']}: {self.info['family']}"
+
+    def _encode_on_devices(self, source: Views, batch: int) -> Any:
+        """The scene [B ...] on the host. What the devices do not divide is encoded by the first."""
+        if batch % self._device_mesh.size:
+            return jax.device_get(self._encode(self.params, source))
+        split = NamedSharding(self._device_mesh, PartitionSpec(sharding.AXES))
+        with jax.set_mesh(self._device_mesh):
+            return jax.device_get(self._encode(self._params, jax.device_put(source, split)))
+
+    def _encode_batch(self, params, source: Views):
+        return self.module.apply({"params": params}, source, method="encode")
+
+    def render_views(
+        self, encoded: Any, cameras: Cameras, size: int, together: int = 1, label: str = "views"
+    ) -> Iterator[Rendering]:
+        """What Cameras[V] see of an encoded scene [1 ...], one after the other: NumPy [size size ...], premultiplied colour.
+
+        Args:
+          together: views that each device renders at once.
+
+        Raises:
+          InputError: it is not finite.
+        """
+        count, devices = len(cameras.c2w), self._device_mesh.size
+        step = min(together, -(-count // devices)) * devices
+        scene = jax.device_put(encoded, self._everywhere)
+        cameras = jax.tree.map(np.asarray, cameras)
+        views = messages.progress(range(count), count, label)
+        for view in views:
+            if view % step == 0:
+                # The last views are filled up with the last camera, so that nothing is compiled anew.
+                chosen = np.minimum(np.arange(view, view + step), count - 1)
+                some = jax.tree.map(lambda x, chosen=chosen: x[chosen], cameras)
+                with jax.set_mesh(self._device_mesh):
+                    rendered = jax.device_get(self._render(self._params, scene, some, size=size))
+                if not np.isfinite(rendered.rgb).all():
+                    raise InputError(
+                        "what the model renders is not finite: its weights are damaged, take others"
+                    )
+            yield jax.tree.map(lambda x, i=view % step: x[i], rendered)
+
+    def _render_views(self, params, scene, cameras: Cameras, size: int) -> Rendering:
+        def render(shared, cameras: Cameras):
+            params, scene = shared
+            rays = jax.tree.map(lambda x: x[None], ops_cameras.pixel_rays(cameras, size, size))
+            rendering = self.module.apply({"params": params}, scene, rays, method="render")
+            return jax.tree.map(lambda x: x[0].astype(jnp.float32), rendering)
+
+        return batch_axes.split_batch(render, (params, scene), cameras)
+
+    def query(self, encoded: Any, xyz: np.ndarray) -> tuple[jax.Array, jax.Array]:
+        """Field [Q] and sRGB colour [Q 3] of an encoded scene [1 ...] at points [Q 3]; compiled for each Q."""
+        with jax.set_mesh(self._device_mesh):
+            return self._query(self._params, encoded, xyz)
+
+    def _query_points(self, params, scene, xyz):
+        def query(shared, xyz):
+            params, scene = shared
+            field, rgb = self.module.apply({"params": params}, scene, xyz[None], method="query")
+            return field[0], rgb[0]
+
+        return batch_axes.split_batch(query, (params, scene), xyz)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """One object in the world of its model, from `Model.reconstruct`. Arrays are NumPy's."""
+
+    model: Model
+    image: np.ndarray  # uint8 [H W 4], the object cut out
+    encoded: Any  # the family's scene [1 ...]
+    camera: Cameras  # [] that the image is taken to be seen by
+
+    def render(
+        self, cameras: Orbit | Cameras | None = None, size: int = 256
+    ) -> UInt8[np.ndarray, "V size size 4"]:
+        """Views, sRGB with straight alpha.
+
+        Args:
+          cameras: `lrm_jax.orbit(...)`, or Cameras[V] in the model's world. None: the camera of the image, one view.
+          size: pixels along a side.
+        """
+        return np.stack([to_rgba(x) for x in self.renderings(cameras, size)])
+
+    def renderings(
+        self, cameras: Orbit | Cameras | None = None, size: int = 256
+    ) -> Iterator[Rendering]:
+        """The views of `render` in turn, as float32: premultiplied colour, alpha, and depth along the rays in world units."""
+        return self.model.render_views(self.encoded, self.cameras(cameras), size)
+
+    def cameras(self, cameras: Orbit | Cameras | None) -> Cameras:
+        """Cameras[V] of what `render` takes."""
+        if cameras is None:
+            return jax.tree.map(lambda x: x[None], self.camera)
+        return cameras.around(self.camera) if isinstance(cameras, Orbit) else cameras
+
+    def mesh(
+        self,
+        resolution: int = 256,
+        *,
+        level: float | None = None,
+        texture: int | None = None,
+        faces: int | None = None,
+        dense: bool = False,
+    ):
+        """The coloured mesh as a `trimesh.Trimesh` (`mesh.mesh.Mesh`), z up, the side that the image shows towards -y.
+
+        Args:
+          resolution: grid points along a side of the model's cube.
+          level: the field's value at the surface. None: the model's.
+          texture: side of a texture in texels. None: vertex colours.
+          faces: the mesh is reduced to at most about so many triangles. None: all, with a texture 20,000.
+          dense: evaluate the whole grid, not only around the surface.
+
+        Raises:
+          InputError: the field does not cross the level, or no texture could be made.
+        """
+        from lrm_jax.mesh.mesh import Mesh  # here: trimesh takes a second to import
+
+        return Mesh.of(self.surface(resolution, level, texture, faces, dense))
+
+    def surface(
+        self,
+        resolution: int = 256,
+        level: float | None = None,
+        texture_size: int | None = None,
+        max_faces: int | None = None,
+        dense: bool = False,
+    ) -> Surface:
+        """`mesh` as plain arrays."""
+        module, devices = self.model.module, self.model._device_mesh.size
+        scene = jax.device_put(self.encoded, self.model._everywhere)
+        chunk = -(-CHUNK // devices) * devices
+        options = {"chunk": chunk, "progress": messages.progress}
+        level = module.surface_level if level is None else level
+
+        def field(xyz):
+            return self.model.query(scene, xyz)[0]
+
+        def color(xyz):
+            return self.model.query(scene, xyz)[1]
+
+        vertices, triangles = lattice.extract(
+            field, resolution, module.radius, level, dense=dense, **options
+        )
+        if max_faces is not None and not texture_size:
+            vertices, triangles = decimated(vertices, triangles, max_faces)
+        found = paint(vertices, triangles, color, **options)
+        if texture_size:
+            limit = MAX_FACES if max_faces is None else max_faces
+            found = bake_texture(found, color, texture_size, max_faces=limit, **options)
+        return turned(found, -90 - ops_cameras.orbit_of(self.camera)["azimuth_deg"])
+
+
+def to_rgba(rendering: Rendering) -> UInt8[np.ndarray, "*B 4"]:
+    """sRGB with straight alpha, of premultiplied colour."""
+    alpha = rendering.alpha[..., None]
+    straight = np.divide(rendering.rgb, alpha, out=np.zeros_like(rendering.rgb), where=alpha > 0)
+    return to_uint8(np.concatenate([straight, alpha], axis=-1))
+
+
+# -- the world of a capture
+
+
+def capture_world(capture: captures.Capture, training: dict) -> tuple[np.ndarray, float, str]:
+    """(rigid motion [4 4] from the capture's world to the model's, factor of positions after it, what it is in words).
+
+    Raises:
+      InputError: the source cameras do not determine it.
+    """
+    normalize = loading.training_data(training).get("normalize", "source_views")
+    if normalize not in ("all_views", "source_views"):
+        words = f"the poses' own, turned as in training (data.normalize={normalize})"
+        motion = normalization.object_motion(capture.c2w[0], capture.fxfycxcy[0], normalize)
+        return motion.astype(float), 1.0, words
+    if len(capture.c2w) < 2:
+        raise InputError(
+            f"{capture.names[0]} is the only source view: give two or more, whose distance is the unit of length"
+        )
+    # Not "all_views": a frame would depend on what other frames there are.
+    motion, scale = normalization.scene_motion(capture.c2w, len(capture.c2w), "source_views")
+    return motion, scale, "that of the mean source camera"
+
+
+def to_model(c2w: np.ndarray, motion: np.ndarray, scale: float) -> np.ndarray:
+    """Poses [N 4 4] of the capture's world in the model's, float32."""
+    c2w = motion @ c2w
+    c2w[:, :3, 3] *= scale
+    return c2w.astype(np.float32)
+
+
+def crop_images(capture: captures.Capture, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The middle squares, uint8 [V size size 3], and their boxes [V 4], see `captures.crop`."""
+    images, boxes = zip(*(captures.crop(image, size) for image in capture.images), strict=True)
+    return np.stack(images), np.stack(boxes)
+
+
+def source_views(capture: captures.Capture, size: int, motion: np.ndarray, scale: float) -> Views:
+    """What the model is given, NumPy [1 V size size 3] in [0, 1]: the middle square of each image."""
+    images, boxes = crop_images(capture, size)
+    seen_by = Cameras(
+        c2w=to_model(capture.c2w, motion, scale),
+        fxfycxcy=ops_cameras.crop_intrinsics(capture.fxfycxcy, boxes),
+    )
+    rgb = images.astype(np.float32) / 255
+    return jax.tree.map(lambda x: x[None], Views(rgb=rgb, cameras=seen_by))

@@ -1,0 +1,75 @@
+"""In which world a scene's poses are given: motions that take its first source, or all its cameras, to where a model has them.
+
+NumPy, worked out once on the host.
+"""
+
+import numpy as np
+
+from lrm_jax.ops import cameras
+from lrm_jax.types import InputError
+
+MARGIN = 1.35  # of a scene, the largest coordinate of a camera is 1 / MARGIN
+
+
+def object_motion(
+    c2w: np.ndarray,
+    fxfycxcy: np.ndarray,
+    normalize: str | None,
+    assumed_camera: tuple[float, float] | None = None,
+) -> np.ndarray:
+    """The similarity [4 4], float32, into whose world a scene is moved, given the camera of its first source: see
+    `data.elements.Recipe`.
+
+    Raises:
+      InputError: "image", of a camera that looks away from the origin.
+    """
+    if normalize is None:
+        return np.eye(4, dtype=np.float32)
+    c2w, fxfycxcy = c2w.astype(float), fxfycxcy.astype(float)
+    if normalize == "azimuth":
+        motion = cameras.azimuth_motion(c2w)
+    elif normalize == "source":
+        motion = cameras.source_motion(c2w)
+    else:
+        motion = cameras.image_motion(c2w, fxfycxcy, *assumed_camera)
+        if not np.linalg.det(motion[:3, :3]) > 0:
+            raise InputError("the first source's camera looks away from the origin")
+    return motion.astype(np.float32)
+
+
+def scene_motion(
+    c2w: np.ndarray, num_source: int, normalize: str | None
+) -> tuple[np.ndarray, float]:
+    """(rigid motion [4 4] to be multiplied from the left to all poses, factor of their positions after it).
+
+    The mean position becomes the origin, the mean forward and downward directions z and y, and the largest coordinate of any position
+    1 / MARGIN.
+
+    Args:
+      c2w: [V 4 4], the first `num_source` of the sources.
+      normalize: "all_views": of all views, those asked for included, as LVSM's checkpoints were trained and evaluated: a
+        prediction then depends on what else is asked for. "source_views": of the sources alone: it does not. None: the world
+        is as it was.
+
+    Raises:
+      InputError: the cameras look in opposite directions, or all stand at one place.
+    """
+    if normalize is None:
+        return np.eye(4), 1.0
+    c2w = c2w[:num_source] if normalize == "source_views" else c2w
+    forward = c2w[:, :3, 2].mean(0)
+    right = np.cross(c2w[:, :3, 1].mean(0), forward)
+    if np.linalg.norm(right) < 1e-6:
+        raise InputError("the cameras' mean direction is not defined: they look in opposite ones")
+    forward /= np.linalg.norm(forward)
+    right /= np.linalg.norm(right)
+    rotation = np.stack([right, np.cross(forward, right), forward])
+    motion = np.eye(4)
+    motion[:3, :3] = rotation
+    motion[:3, 3] = -rotation @ c2w[:, :3, 3].mean(0)
+    positions = c2w[:, :3, 3] @ rotation.T + motion[:3, 3]
+    farthest = np.abs(positions).max()
+    # Against the size of the coordinates it is a rounding error.
+    if farthest <= 1e-9 * max(1.0, np.abs(c2w[:, :3, 3]).max()):
+        raise InputError("the cameras stand at one place: there is no length to normalise by")
+    return motion, 1 / (MARGIN * farthest)
