@@ -10,22 +10,24 @@ import sys
 from pathlib import Path
 
 import lrm_jax
-from lrm_jax.types import InputError
 
+# JAX takes a second to import: nothing here may import it before a command runs.
 COMMANDS = {
-    "reconstruct": "images to surfaces, videos and viewer pages",
-    "synthesize": "posed images of a scene to new views along a camera path",
-    "convert": "checkpoints between PyTorch's layouts and ours",
+    "reconstruct": "turn images of objects into meshes, videos and viewer pages",
+    "synthesize": "render new views of a scene from images with known cameras",
+    "convert": "convert checkpoints between PyTorch's layouts and ours",
     "train": "train a model from a config",
-    "evaluate": "compare a model with objects that are known from all sides",
+    "evaluate": "compare a model with ground truth: held-out views and surfaces",
 }
 USAGE = "\n".join(
     [
-        "usage: lrm <command> [arguments]    (lrm <command> --help tells more)",
+        "usage: lrm <command> [arguments]    (lrm <command> --help shows the arguments)",
         "",
         *(f"  {name:<12} {text}" for name, text in COMMANDS.items()),
         "",
         "  --version    print the version",
+        "",
+        "Exit code: 0 everything was done; 1 some inputs failed, the others are done; 2 nothing could be done, or wrong usage.",
     ]
 )
 REMEDIES = {
@@ -42,8 +44,13 @@ REMEDIES = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command. Exit codes: 0 done; 2 the input or the disk is at fault, one line on stderr; 130 interrupted; 143 `lrm train`
-    after SIGTERM, saved."""
+    """Runs a command.
+
+    Returns:
+      The exit code: 0 everything was done; 1 some inputs failed, the others are done (`lrm train --dry_run`: the run does not
+      fit in memory); 2 nothing could be done, or wrong usage: one line on stderr says why; 130 interrupted; 143 `lrm train`
+      has saved after SIGTERM.
+    """
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(USAGE)
@@ -52,12 +59,21 @@ def main(argv: list[str] | None = None) -> int:
         print(f"lrm_jax {lrm_jax.__version__}")
         return 0
     if argv[0] not in COMMANDS:
-        return _fail(f"no command {argv[0]!r}: there are {', '.join(COMMANDS)}")
+        return _fail(f"no command {argv[0]!r}: choose one of {', '.join(COMMANDS)}")
+    return _run(argv[0], argv[1:])
+
+
+def _run(command: str, argv: list[str]) -> int:
+    """Runs a command, and turns the errors that a user can mend into one line and an exit code."""
     logging.basicConfig(format="lrm: %(message)s", level=logging.WARNING)
     try:
         _use_compilation_cache()
-        return importlib.import_module(f"lrm_jax.commands.{argv[0]}").main(argv[1:])
-    except InputError as error:
+        return importlib.import_module(f"lrm_jax.commands.{command}").main(argv)
+    except ValueError as error:
+        from lrm_jax.types import InputError
+
+        if not isinstance(error, InputError):
+            raise
         return _fail(str(error))
     except OSError as error:
         if error.errno is None:
@@ -69,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
         if not str(error).startswith("RESOURCE_EXHAUSTED"):
             raise
         reason = str(error).splitlines()[0]
-        return _fail(f"not enough memory ({reason}): ask for less at a time, as a smaller --batch")
+        return _fail(f"not enough memory ({reason}): use a smaller batch, image or resolution")
     except KeyboardInterrupt:
         print("lrm: interrupted", file=sys.stderr)
         return 130
@@ -81,7 +97,7 @@ def _fail(message: str) -> int:
 
 
 def _use_compilation_cache() -> None:
-    """Keeps compiled programs between runs, in LRM_JAX_CACHE or ~/.cache/lrm_jax; not where that cannot be written."""
+    """Keeps compiled programs between runs, in LRM_JAX_CACHE or ~/.cache/lrm_jax. Does nothing if that cannot be written."""
     import jax
 
     try:
@@ -89,7 +105,7 @@ def _use_compilation_cache() -> None:
         # A program compiled for one processor may not run on another that shares the home folder.
         folder = folder / hashlib.sha256(_processor().encode()).hexdigest()[:12]
         folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # nobody's home folder is known
+    except (OSError, RuntimeError):  # the home folder is not known
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

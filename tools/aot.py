@@ -15,7 +15,9 @@ time that its arithmetic, its memory and its links each allow. Counts are read f
 (tools/hlo.py); products are priced by the tiles that they fill, and lookups, which a chip does beside nothing else, by what their
 compiler or a measurement says of them (tools/chips.py). The inputs of a Pallas kernel are taken to be read once, unless its
 cost estimate says more; what it looks up or adds within is not known.
-Nothing is measured. Exit code 1: it does not fit. JAX takes 75 % of a GPU's memory, unless XLA_PYTHON_CLIENT_MEM_FRACTION says more.
+Nothing is measured. JAX takes 75 % of a GPU's memory, unless XLA_PYTHON_CLIENT_MEM_FRACTION says more.
+
+Exit code: 0 both programs fit; 1 one does not fit; 2 wrong usage, or a compiled program that cannot be read.
 """
 
 import argparse
@@ -44,7 +46,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )  # fmt: skip
-    parser.add_argument("--topology", required=True, help="v4:4x4x4, v5e:16x16, h100:8, a100:16x8, ...; or cpu")  # fmt: skip
+    parser.add_argument("--topology", required=True, help="chips to compile for: v4:4x4x4, v5e:16x16, h100:8, a100:16x8, ...; or cpu")  # fmt: skip
     args, rest = parser.parse_known_args(argv)
     jax.config.update("jax_platforms", "cpu")
     try:

@@ -1,9 +1,11 @@
-"""One model from several: the mean of their weights, a uniform soup (https://arxiv.org/abs/2203.05482, section 2).
+"""Averages the weights of several models into one: a uniform soup (https://arxiv.org/abs/2203.05482, section 2).
 
     python tools/average_weights.py soup.safetensors runs/first runs/second nano.safetensors --variant nano-symmetric
 
-They must have been trained on from the same model: the mean of models that have not is worth nothing. The record of training is
-that of the first; its `averaged` has all paths, and `steps` is the sum of their steps.
+The models must have been fine-tuned from the same model: otherwise their mean is useless. The record of training is that of the
+first; its `averaged` has all paths, and `steps` is the sum of their steps.
+
+Exit code: 0 written; 2 nothing was written.
 """
 
 import argparse
@@ -23,16 +25,18 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("dst", type=Path, help="the model file to write")
-    parser.add_argument("src", nargs="+", help="what `lrm reconstruct --weights` takes")
-    parser.add_argument("--variant", help="of the family, with the same parameters: the model to write (default: the first's)")  # fmt: skip
+    parser.add_argument("dst", type=Path, help="model file to write")
+    parser.add_argument(
+        "src", nargs="+", help="models to average, as for `lrm reconstruct --weights`"
+    )
+    parser.add_argument("--variant", help="variant of the family, with the same parameters, to write (default: that of the first model)")  # fmt: skip
     args = parser.parse_args(argv)
     try:
         model, params, training = average(args.src)
         if args.variant is not None:
             model = with_variant(model, args.variant)
         model_file.save_model(args.dst, model, params, training)
-    except (InputError, ValueError) as error:
+    except (InputError, ValueError, OSError) as error:
         print(f"average_weights: {error}", file=sys.stderr)
         return 2
     print(args.dst)

@@ -16,6 +16,8 @@ Children run with GLIBC_TUNABLES=glibc.malloc.hugetlb=1 unless you set that vari
 which page faults take up to a fifth of the time on a CPU.
 
 Times and rates are medians of a few runs, compiled before: machines are shared and noisy, so compare ratios within one run.
+
+Exit code: 0 every family is timed; 1 some families failed, the others are timed; 2 none could be timed, or wrong usage.
 """
 
 import argparse
@@ -56,7 +58,7 @@ VIEW_STAGES = (*(f"{x}-{n}" for n in NUM_VIEWS for x in ("encode", "frame")), "g
 
 
 def main() -> int:
-    """Runs each family in a process of its own, so that its peak memory is its own, and prints a table.
+    """Runs each family in a process of its own, so that its peak memory is its own, and prints a table. Returns the exit code.
 
     This process leaves the accelerator to them.
     """
@@ -68,24 +70,31 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "families", nargs="*", default=DEFAULT, help=f"default: {' '.join(DEFAULT)}"
+        "families",
+        nargs="*",
+        default=DEFAULT,
+        metavar="FAMILY:VARIANT",
+        help=f"models to time (default: {' '.join(DEFAULT)})",
     )
     parser.add_argument(
         "--stages",
         type=lambda names: names.split(","),
-        help=f"of {', '.join(STAGES)}; LVSM: of {', '.join(VIEW_STAGES)}; default: all",
+        help=f"stages to time, separated by commas: {', '.join(STAGES)}; for LVSM {', '.join(VIEW_STAGES)} (default: all)",
     )
     parser.add_argument(
         "--repeats",
         type=int,
         default=7,
-        help="runs after the first (default: 7)",
+        help="number of timed runs after the first (default: 7)",
     )
     parser.add_argument(
-        "--dtype", default="float32", choices=["float32", "bfloat16"], help="of the computation"
+        "--dtype",
+        default="float32",
+        choices=["float32", "bfloat16"],
+        help="number format of the computation (default: float32)",
     )
     parser.add_argument(
-        "--json", type=Path, help="also write the rows here, with machine and versions"
+        "--json", type=Path, help="also write the rows to this file, with machine and versions"
     )
     parser.add_argument(
         "--one", action="store_true", help=argparse.SUPPRESS
@@ -99,24 +108,27 @@ def main() -> int:
         return 0
     print(f"{'family':28s} {'stage':9s} {'seconds':>8s} {'TFLOP':>7s} {'of rate':>8s} {'GB':>6s}")
     environment = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", **os.environ}
-    rows, where = [], None
+    rows, where, failed = [], None, []
     for family in args.families:
         stages = args.stages or (VIEW_STAGES if family.startswith("lvsm:") else STAGES)
         command = [sys.executable, __file__, "--one", family, "--stages", ",".join(stages)]
         command += ["--dtype", args.dtype, "--repeats", str(args.repeats)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as child:
-            where = json.loads(child.stdout.readline() or "null")
+            where = json.loads(child.stdout.readline() or "null") or where
             for line in child.stdout:
                 rows.append(json.loads(line))
                 print_row(rows[-1])
         if child.returncode:
-            return child.returncode
+            print(f"bench: {family}: its process ended with {child.returncode}", file=sys.stderr)
+            failed.append(family)
+    if not rows:
+        return 2
     print(where)
     if args.json:
         report = {"machine": where, "commit": commit(), "dtype": args.dtype, "rows": rows}
         args.json.write_text(json.dumps(report, indent=1) + "\n")
         print(f"wrote {args.json}")
-    return 0
+    return 1 if failed else 0
 
 
 def measure(name: str, stages: list[str], repeats: int, dtype: str):

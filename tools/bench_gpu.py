@@ -12,6 +12,8 @@ are kept in LRM_JAX_CACHE (~/.cache/lrm_jax), so that a second run has time for 
 
 This file as a program is such a process: `python tools/bench_gpu.py WORK ...` prints a JSON line for the machine, and one for each
 of the works.
+
+Exit code: 0 every work has a result; 1 some have none; 2 none has one, no GPU, or wrong usage.
 """
 
 import argparse
@@ -44,14 +46,26 @@ class NoGpuError(Exception):
 
 
 def main(argv: list[str]) -> int:
-    """Runs the steps. Returns the exit code: 0; 1 where some have no result; 2 without a GPU."""
+    """Runs the steps. Returns the exit code: 0; 1 if some have no result; 2 if none has one, or without a GPU."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("words", nargs="*", help="of the names of works (default: all works)")
-    parser.add_argument("--minutes", type=float, default=4.0, help="for all of it (default: 4)")
     parser.add_argument(
-        "--out", type=Path, default=Path("out/bench_gpu.jsonl"), help="JSON lines are added to it"
+        "words",
+        nargs="*",
+        help="run only works whose names have one of these words (default: all works)",
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=4.0,
+        help="start no more works after this time (default: 4)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("out/bench_gpu.jsonl"),
+        help="append the results to this file, as JSON lines",
     )
     args = parser.parse_args(argv)
     steps = [x for x in STEPS if not args.words or any(word in x.work for word in args.words)]
@@ -76,7 +90,7 @@ def main(argv: list[str]) -> int:
     failed = sum("failed" in row for row in rows)
     seconds = time.monotonic() - start
     print(f"{len(rows) - failed} of {len(rows)} works in {seconds:.0f} s: {args.out}; {rows[-1].get('machine', '')}")  # fmt: skip
-    return 1 if failed else 0
+    return 2 if failed == len(rows) else 1 if failed else 0
 
 
 # -- the parent

@@ -6,7 +6,9 @@ thousand objects or for images too large for a decoded cache; for small data `--
 
 Every image is decoded once, to know that it is whole. Objects that cannot be used are left out and named on stderr. The
 data set appears in OUT when it is complete. Which objects are held out for "val" (8 %, variants of an object on one side) is
-decided by their names at reading, as for FOLDER. Exit code 0: built; 1: built, and objects were left out; 2: nothing built.
+decided by their names at reading, as for FOLDER.
+
+Exit code: 0 built of all objects; 1 some objects could not be used, built of the others; 2 nothing was built, or wrong usage; 130 interrupted.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""A trained TripoSR with smaller patches and more tokens a plane, to train on from.
+"""Gives a trained TripoSR smaller patches and more tokens per plane, as a start for more training.
 
     python tools/finer_tokens.py runs/nano runs/start.safetensors --variant nano-fine
     lrm train --config configs/nano.py:fine --workdir runs/fine --config.train.init_from=runs/start.safetensors
@@ -11,6 +11,8 @@ Nothing is learnt here, but what was learnt is kept as far as it fits:
 * a plane's token stands for a smaller square: the upsampler's kernel is the middle of what one token told, interpolated.
 
 All other fields of the models must be the same.
+
+Exit code: 0 written; 2 nothing was written.
 """
 
 import argparse
@@ -31,15 +33,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("src", help="what `lrm reconstruct --weights` takes")
-    parser.add_argument("dst", type=Path, help="the model file to write")
-    parser.add_argument("--variant", required=True, help="of TripoSR: the model to write")
+    parser.add_argument("src", help="trained model, as for `lrm reconstruct --weights`")
+    parser.add_argument("dst", type=Path, help="model file to write")
+    parser.add_argument("--variant", required=True, help="variant of TripoSR to write")
     args = parser.parse_args(argv)
     try:
         fine = models.build("triposr", args.variant)
         coarse, params, info = loading.load_weights(args.src)
         model_file.save_model(args.dst, fine, refine(params, coarse, fine), info["training"])
-    except (InputError, ValueError) as error:
+    except (InputError, ValueError, OSError) as error:
         print(f"finer_tokens: {error}", file=sys.stderr)
         return 2
     print(args.dst)

@@ -21,7 +21,10 @@ Views with even numbers then have an elevation in [5, 35] degrees, as photograph
 
 Two back ends have the same cameras, light, depth and normals: embree (needs nothing, on a CPU, without OpenGL; matt, no shadows)
 and Blender's Cycles (shadows, reflections, the file's whole material; bpy in an environment of its own, see `--blender`).
-A run that was interrupted goes on where it was. Exit code 0: all is there; 1: some objects failed; 2: nothing could be done.
+A run that was interrupted goes on where it stopped.
+
+Exit code: 0 every object is rendered; 1 some objects failed, the others are rendered; 2 no object could be rendered, wrong usage, or the
+disk stopped the run; 130 interrupted.
 """
 
 import os
@@ -54,8 +57,8 @@ def render_all(
     workers: int,
     limit: int | None,
     blender: cycles.Blender | None = None,
-) -> dict[str, list[str]]:
-    """Renders what is not there yet. Returns cause -> uids of those that could not be."""
+) -> tuple[int, dict[str, list[str]]]:
+    """Renders what is not there yet. Returns the number of all objects, and cause -> uids of those that could not be rendered."""
     objects = dict(list(find_objects(source).items())[:limit])
     prepare_folder(out, settings)
     missing = {uid: where for uid, where in objects.items() if not is_finished(out, uid)}
@@ -73,36 +76,51 @@ def render_all(
     finally:
         bar.close()
         causes = write_failures(out, failures)
-    return causes
+    return len(objects), causes
 
 
 def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Settings]:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
-        epilog="What is not given of the settings is the protocol's.",
+        epilog="Settings that are not given are those of the protocol. "
+        + " ".join(__doc__.split("\n\n")[-1].split()),
     )
     add = parser.add_argument
     add("source", type=Path, metavar="IN", help="a 3D file, a .zip, or a folder")
-    add("out", type=Path, metavar="OUT", help="output folder; what is there already is kept")
-    add("--protocol", choices=PROTOCOLS, default="default", help="whose cameras, box and light")
+    add("out", type=Path, metavar="OUT", help="output folder; objects that it has already are kept")
+    add(
+        "--protocol",
+        choices=PROTOCOLS,
+        default="default",
+        help="cameras, box and light: the default ones, or those of a paper",
+    )
     add("--views", type=int, help="images of each object (default protocol: 32)")
     add("--size", type=int, help="side of an image in pixels (256)")
     pair = {"type": float, "nargs": 2, "metavar": ("LO", "HI")}
-    add("--distance", **pair, help="of the cameras from the origin (3 3; the object's radius is 1)")
-    add("--elevation", **pair, help="degrees, of the odd views (-30 75)")
+    add(
+        "--distance",
+        **pair,
+        help="distance of the cameras from the origin (3 3; the object has radius 1)",
+    )
+    add("--elevation", **pair, help="elevation of the odd views in degrees (-30 75)")
     add("--fov", type=float, help="full vertical field of view in degrees (40)")
-    add("--lighting", choices=("fixed", "varied"), help="varied: each object has its own (fixed)")
+    add("--lighting", choices=("fixed", "varied"), help="varied: different for each object (fixed)")
     add("--geometry", action="store_true", help="write depth and normals as well")
-    add("--backend", choices=("embree", "cycles"), default="embree")
+    add(
+        "--backend",
+        choices=("embree", "cycles"),
+        default="embree",
+        help="renderer: embree on a CPU, or Blender's Cycles (default: embree)",
+    )
     add(
         "--blender",
         metavar="PYTHON",
-        help=f"for Cycles: a Python that has bpy, made by: {cycles.INSTALL}",
+        help=f"for Cycles: a Python with bpy, installed by: {cycles.INSTALL}",
     )
-    add("--samples", type=int, help="for Cycles: samples a pixel (32)")
-    add("--workers", type=int, default=2, help="processes")
-    add("--seed", type=int, default=0)
-    add("--limit", type=int, help="only the first N objects")
+    add("--samples", type=int, help="for Cycles: samples per pixel (32)")
+    add("--workers", type=int, default=2, help="number of processes (default: 2)")
+    add("--seed", type=int, default=0, help="random seed of cameras and light (default: 0)")
+    add("--limit", type=int, metavar="N", help="render only the first N objects")
     args = parser.parse_args(argv)
     protocol = PROTOCOLS[args.protocol]
     if args.elevation is not None and protocol.elevation is None:
@@ -154,7 +172,9 @@ def main(argv: list[str] | None = None) -> int:
         if settings.backend == "cycles":
             threads = max(1, (os.cpu_count() or 1) // args.workers)
             blender = cycles.find_blender(args.blender, threads)
-        causes = render_all(args.source, args.out, settings, args.workers, args.limit, blender)
+        count, causes = render_all(
+            args.source, args.out, settings, args.workers, args.limit, blender
+        )
     except InputError as error:
         print(f"render_objects: {error}", file=sys.stderr)
         return 2
@@ -163,19 +183,22 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         stopped = f"stopped: {cause_of(error)}"
     else:
-        return _report(args.out, causes)
+        return _report(args.out, count, causes)
     print(
         f"render_objects: {stopped}: what is rendered is kept, run again to go on", file=sys.stderr
     )
     return 130 if stopped == "interrupted" else 2
 
 
-def _report(out: Path, causes: dict[str, list[str]]) -> int:
+def _report(out: Path, count: int, causes: dict[str, list[str]]) -> int:
     """Says what was written and what was not. Returns the exit code."""
     for cause, uids in causes.items():
         names = ", ".join(uids[:3]) + (" ..." if len(uids) > 3 else "")
         print(f"skipped {len(uids)}: {cause}: {names}", file=sys.stderr)
     failed = sum(map(len, causes.values()))
+    if failed == count:
+        print(f"render_objects: none of {count} objects could be rendered", file=sys.stderr)
+        return 2
     print(f"wrote {out}" + (f"; {failed} failed, see {out / 'failures.json'}" if failed else ""))
     return 1 if failed else 0
 

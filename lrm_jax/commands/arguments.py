@@ -1,17 +1,8 @@
-"""Checks of arguments that the commands share."""
+"""Arguments that several commands share, and checks of them."""
 
 import argparse
 
 from lrm_jax.types import InputError
-
-
-def check_ranges(args: argparse.Namespace, **limits: tuple[float, float]) -> None:
-    """Raises InputError for a number of the command line that is outside its (low, high); None is inside."""
-    for name, (low, high) in limits.items():
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            raise InputError(f"--{name} {value} is out of range: choose {low} to {high}")
-
 
 # The help of --weights.
 WEIGHTS = (
@@ -25,3 +16,12 @@ def parser(name: str, about: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
         prog=name, description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+
+
+def check_ranges(args: argparse.Namespace, **limits: tuple[float, float]) -> None:
+    """Raises InputError if an argument is outside its (low, high). An argument that is None is not checked."""
+    for name, (low, high) in limits.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            flag = name.replace("_", "-")
+            raise InputError(f"--{flag} {value} is out of range: choose {low} to {high}")

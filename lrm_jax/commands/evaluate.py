@@ -1,15 +1,20 @@
-"""`lrm evaluate`: how near a model comes to objects that are known from all sides, or to videos of scenes.
+"""Compare a model with ground truth: held-out views and surfaces of objects, or held-out views of scenes.
 
     lrm evaluate --data data/kaykit --split val --baseline-data data/kaykit         the bundled model
     lrm evaluate --weights hf:stabilityai/TripoSR --data data/gso --lpips lpips_vgg16.safetensors
     lrm evaluate --weights scene_decoder_only_256.pt --data data/re10k --index evaluation_index_re10k.json
 
-One view of each object is given to the model, or to a family that takes posed views (LVSM) as many as it was trained with.
-Other views are compared with what it renders (PSNR, SSIM, LPIPS, foreground IoU), the surface that it finds with the true one
-(Chamfer distance, F-scores), and both with the mean object, a guess that looks at no image. With --index, views of scenes
-are compared: given and asked for are those that pixelSplat's index names, of all scenes, and the guess is the nearest given image.
-Prints a table; leaves `evaluation.json` and `evaluation.html`. An object that cannot be read is named and
-left out of the means; one of which the model makes no surface is named, and has F-scores of 0.
+Objects (--data): the model is given one view of each object, or as many as in training if its family takes posed views (LVSM).
+The model's renderings are compared with other views (PSNR, SSIM, LPIPS, foreground IoU), and its mesh with points of the true
+surface (Chamfer distance, F-scores). The baseline is the mean object: the mean of the images and sizes of other objects.
+
+Scenes (--data with --index): the index names the views that the model is given and the views that it must predict. All its scenes
+are evaluated. The baseline is the given image whose camera is nearest.
+
+Prints a table and writes `evaluation.json` and `evaluation.html` to --out. An object that cannot be used is named on stderr and left
+out of the means. If the model makes no surface of an object, its F-scores are 0.
+
+Exit code: 0 every object was evaluated; 1 some could not be used, the others are evaluated; 2 none could be used, or wrong usage.
 """
 
 import argparse
@@ -29,7 +34,11 @@ from lrm_jax.weights import loading
 
 
 def main(argv: list[str]) -> int:
-    """Runs `lrm evaluate`. Returns the exit code: 0 where at least one object could be evaluated."""
+    """Runs `lrm evaluate`. Returns the exit code: 0, or 1 if some objects or scenes could not be used.
+
+    Raises:
+      InputError: none could be used.
+    """
     args = parse(argv)
     stages = messages.Stages()
     whole_files.check_writable(args.out)
@@ -62,72 +71,75 @@ def main(argv: list[str]) -> int:
     files = {"evaluation.json": text.encode(), "evaluation.html": page}
     whole_files.write_files(args.out, files)
     print(report_page.table(summary))
-    stages.say(f"done: {', '.join(str(args.out / name) for name in files)}")
-    return 0
+    failed = f", {count - len(results)} could not be used" if len(results) < count else ""
+    paths = " and ".join(str(args.out / name) for name in files)
+    stages.say(f"done: {len(results)} of {count} evaluated{failed}: {paths}")
+    return 1 if failed else 0
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The arguments, checked."""
-    parser = argparse.ArgumentParser(
-        prog="lrm evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = arguments.parser("lrm evaluate", __doc__)
     add = parser.add_argument
     add(
         "--data",
         type=Path,
         required=True,
-        help="folder of rendered objects (tools/render_objects.py); with --index, of scenes",
+        help="folder of rendered objects, as tools/render_objects.py writes it; with --index, folder of scenes",
     )
     add(
         "--index",
         metavar="FILE",
-        help="pixelSplat's file of the views of each scene: evaluate scenes, with a family that takes posed views",
+        help="evaluate scenes: pixelSplat's JSON file that names the views of each. The model must take posed views",
     )
     add(
         "--sources",
         type=int,
-        help="views of an object that are given, to a family that takes posed views (default: as in training)",
+        help="number of views of an object that the model is given, if its family takes posed views (default: as in training)",
     )
-    add(
-        "--weights",
-        help="model file, reference checkpoint, folder, training workdir, or hf:ORG/NAME (default: the bundled model)",
-    )
-    add("--out", type=Path, default=Path("out"), help="folder for the results (default: out)")
+    add("--weights", help=arguments.WEIGHTS)
+    add("--out", type=Path, default=Path("out"), help="write the results here (default: out)")
     add(
         "--split",
         choices=("all", "val", "train"),
         default="all",
-        help="which objects: val are those that training on this folder holds out (default: all)",
+        help="objects to evaluate: val are those that `lrm train` holds out of this folder, train the others (default: all)",
     )
-    add("--views", type=int, default=8, help="target views of each object (default: 8)")
+    add(
+        "--views",
+        type=int,
+        default=8,
+        help="number of views of each object to compare (default: 8)",
+    )
     add(
         "--size",
         type=int,
-        help="side of the compared images (default: 128; with --index, that of the model's)",
+        help="height and width of the compared images in pixels (default: 128; with --index, the size of the model's images)",
     )
     add(
         "--resolution",
         type=int,
         default=128,
-        help="lattice points along an axis of the surface's grid (default: 128)",
+        help="grid points along each axis when the mesh is extracted (default: 128)",
     )
     add(
-        "--lpips", metavar="FILE", help=f"weights of LPIPS; without, it is left out: {lpips.REMEDY}"
+        "--lpips",
+        metavar="FILE",
+        help=f"weights of LPIPS. Without this file LPIPS is not computed: {lpips.REMEDY}",
     )
     add(
         "--baseline-data",
         type=Path,
         metavar="DIR",
-        help="folder whose training objects the mean object is made of (default: the other evaluated objects, which favours it)",
+        help="make the mean object of the training objects in this folder (default: of the other evaluated objects, which makes "
+        "the baseline better than it should be)",
     )
     add(
         "--scale",
         choices=("data", "image"),
-        help="data: objects have the size in the model's world that they have in the data's, as where it was trained by `lrm train`; "
-        "image: the size that they seem to have from the source camera that the model assumes (default: data for models that "
-        "were trained so, image for the references' checkpoints and for models trained with data.normalize=image)",
+        help="size of an object in the model's world. data: the size that it has in the data, for models that were trained so by "
+        "`lrm train`. image: the size that it appears to have in the image, seen by the camera that the model assumes, for "
+        "reference checkpoints and for models trained with data.normalize=image (default: as the model was trained)",
     )
     args = parser.parse_args(argv)
     for name in ("split", "views", "sources", "resolution", "scale", "baseline_data"):
@@ -142,7 +154,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def tell(skipped: dict[str, str]) -> None:
-    """What is left out of the means, on stderr: one line for a cause."""
+    """Says on stderr which objects are left out, of all means or of some: one line for each cause."""
     by_cause = {}
     for uid, cause in skipped.items():
         by_cause.setdefault(cause, []).append(uid)

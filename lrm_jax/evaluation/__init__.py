@@ -1,1 +1,1 @@
-"""What `lrm evaluate` does: objects, scenes, their scores, and the page that shows them."""
+"""The evaluation behind `lrm evaluate`: of objects, of scenes, their scores, and the page that shows them."""

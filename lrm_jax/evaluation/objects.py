@@ -1,4 +1,4 @@
-"""The evaluation of objects that are known from all sides: their views, and their surfaces. The command is in `commands/evaluate.py`."""
+"""Evaluates a model on objects: held-out views, and points of the true surface. The command is in `commands/evaluate.py`."""
 
 import argparse
 import collections
@@ -17,7 +17,14 @@ from lrm_jax import models
 from lrm_jax.data import elements, held_out
 from lrm_jax.data.held_out import HeldOut
 from lrm_jax.evaluation import report_page
-from lrm_jax.evaluation.scores import Programs, Result, compiled, image_protocol, on_white
+from lrm_jax.evaluation.scores import (
+    COMPILING,
+    Programs,
+    Result,
+    compiled,
+    image_protocol,
+    on_white,
+)
 from lrm_jax.mesh import lattice
 from lrm_jax.metrics import mean_object, surface_metrics
 from lrm_jax.ops import cameras, normalization
@@ -26,26 +33,26 @@ from lrm_jax.parallel import messages
 from lrm_jax.types import Cameras, InputError, Views
 from lrm_jax.weights import loading
 
-# Families whose world is that of the source camera; the others' is upright, with the source at azimuth 0.
+# Families whose world is that of the source camera. The world of the others is upright, with the source at azimuth 0.
 SEEN_BY_SOURCE = ("lrm",)
 BATCH = 4  # objects that go through the model together, or as many more as there are devices
 
-# The protocol's words for `elements.Recipe.normalize`, and for --scale.
+# How the protocol describes `elements.Recipe.normalize`, and --scale.
 WORLDS = {
     "source": "that of the source camera (0, -d, 0), looking along +y",
-    "azimuth": "the data's, turned about its vertical so that the source camera is at azimuth 0",
-    "image": "that in which the image looks as if taken by the camera that the model assumes, at the true elevation",
+    "azimuth": "the data's, rotated about its vertical axis so that the source camera is at azimuth 0",
+    "image": "the world in which the camera that the model assumes, at the true elevation, would take the source image",
     None: "the data's",
 }
 SCALES = {
     "data": "as in the data",
-    "image": "by the size in the source image: that which the model's assumed source camera would see",
+    "image": "from the size in the source image, seen by the camera that the model assumes",
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class PosedViews:
-    """How training gives views to a family that takes them with their cameras: fields of the config's `data`."""
+    """How training gives views to a family that takes posed views: fields of the config's `data`."""
 
     num_source: int
     source_size: int
@@ -55,9 +62,9 @@ class PosedViews:
 
 
 class Alignment(NamedTuple):
-    """How the world of the data is brought to that of a model that takes single images."""
+    """How the world of the data is mapped to the world of a model that takes single images."""
 
-    normalize: str | None  # and the next: of `elements.Recipe`
+    normalize: str | None  # this and the next field: see `elements.Recipe`
     assumed_camera: tuple[float, float] | None
     scale: str  # "data" or "image": --scale
 
@@ -71,12 +78,18 @@ def evaluate(
     args: argparse.Namespace,
     stages: messages.Stages,
 ) -> tuple[dict[str, Result], dict[str, str], dict[str, str | dict]]:
-    """Results by uid, causes by uid of what is absent (the whole object, or its surface metrics), and the protocol.
+    """Evaluates the objects in `folders`.
 
     Args:
-      network: LPIPS's, or None.
-      info: what `convert.load_weights` says of the model.
-      args: the command's; `sources` and `size` are None where they were not given.
+      network: weights of LPIPS, or None.
+      info: as `loading.load_weights` returns it.
+      args: of the command. `sources` and `size` are None if they were not given; they are set here.
+
+    Returns:
+      Results by uid; by uid why an object has no result, or no surface metrics; and the protocol.
+
+    Raises:
+      InputError: an argument does not fit the model.
     """
     args.size = args.size or 128
     low, high = held_out.SOURCE_ELEVATION
@@ -87,44 +100,46 @@ def evaluate(
         args.sources = 1
         alignment = alignment_of(model, info["training"], args.scale)
         pose = functools.partial(posed_by_image, model, alignment)
-        how = f"one view {band}, drawn by the object's name, prepared as `lrm reconstruct` does"
+        how = f"one view {band}, chosen by a hash of the object's name, prepared as in `lrm reconstruct`"
         normalize, scale = alignment.normalize, alignment.scale
     else:
         if args.scale is not None:
-            raise InputError(f"--scale: {info['family']} is given true cameras: leave it out")
+            raise InputError(f"--scale: {info['family']} takes true cameras: leave it out")
         posed = posed_views(info)
         args.sources = args.sources or posed.num_source
         pose = functools.partial(posed_by_views, posed)
-        how = f"{args.sources} views {band}, the first drawn by the object's name, with their true cameras, as in training"
+        how = f"{args.sources} views {band}, the first chosen by a hash of the object's name, with their true cameras, as in training"
         normalize, scale = posed.normalize, "data"
     programs = compiled(model, params, network, args.size)
-    with stages("average", " the mean object"):
+    with stages("average", " other objects, for the baseline"):
         others, baseline_from = baseline_objects(args, folders)
         read = (item for _, item in read_ahead(others, args) if isinstance(item, HeldOut))
         mean = mean_object.average(read, args.size)
-    with stages("evaluate", f" {len(folders)} objects of {args.data}"):
+    with stages("evaluate", f" {len(folders)} objects of {args.data}", first=COMPILING):
         results, skipped = score(model, programs, mean, folders, pose, args)
     words = {
         "source": how,
-        "targets": f"{args.views} other views, spread over their order, drawn by the object's name, {args.size} x {args.size} pixels, on white",
+        "targets": f"{args.views} other views, one of each part of their order, chosen by a hash of the object's name, {args.size} x {args.size} pixels, on white",
         "world": f"the model's is {WORLDS[normalize]}; scale: {SCALES[scale]}",
         **image_protocol(args.lpips is not None),
-        "iou": "of the foregrounds (alpha above 0.5) of a view; a family without alpha has none",
-        "surface": f"where the field is {getattr(model, 'surface_level', None)}, on {args.resolution}^3 lattice points"
+        "iou": "of the foregrounds (alpha above 0.5), for each view; not for families without alpha",
+        "surface": f"where the field is {getattr(model, 'surface_level', None)}, on a grid of {args.resolution}^3 points"
         if hasattr(model, "query")
         else "this family has none",
         "surface metrics": surface_metrics.PROTOCOL,
-        "empty surfaces": "have F-scores of 0 and no Chamfer distance",
-        "unaligned": "the same surface metrics in the data's own world and unit: nothing is normalised or aligned",
-        "baseline": f"the mean {baseline_from}; of two guesses at the images, and two at the surface, the better one",
+        "empty surfaces": "F-scores of 0, and no Chamfer distance",
+        "unaligned": "the same surface metrics in the world and unit of the data, without normalisation or alignment",
+        "baseline": f"the mean {baseline_from}; the better of two predictions of the images, and of two of the surface",
     }
     return results, skipped, words
 
 
 def baseline_objects(args: argparse.Namespace, folders: list[Path]) -> tuple[list[Path], str]:
-    """The objects that the mean object is made of, and what to say about them."""
+    """The folders of the objects that the mean object is made of, and what the protocol says of them."""
     if args.baseline_data is None:
-        where = "of the other evaluated objects, which favours it: give --baseline-data"
+        where = (
+            "of the other evaluated objects, which makes the baseline better: give --baseline-data"
+        )
         return folders, where
     others = held_out.find(args.baseline_data, "train")
     return others, f"of the {len(others)} training objects of {args.baseline_data}"
@@ -134,16 +149,16 @@ def baseline_objects(args: argparse.Namespace, folders: list[Path]) -> tuple[lis
 
 
 def alignment_of(model, training: dict, scale: str | None) -> Alignment:
-    """The world of a model that takes single images, by its record of training; {}: a reference's.
+    """The world of a model that takes single images, from its record of training ({} for a reference checkpoint).
 
     Raises:
-      InputError: its scale is not the one asked for.
+      InputError: `scale` is not the one that it was trained with.
     """
     trained = loading.training_data(training)
     if trained.get("normalize") == "image":
         if scale == "data":
             raise InputError(
-                "--scale data: this model was trained where the image gives the scale (data.normalize=image): leave it out"
+                "--scale data: this model was trained with the scale of the image (data.normalize=image): leave it out"
             )
         return Alignment("image", tuple(trained["assumed_camera"]), "image")
     usual = "source" if models.name_of(model) in SEEN_BY_SOURCE else "azimuth"
@@ -155,12 +170,12 @@ def alignment_of(model, training: dict, scale: str | None) -> Alignment:
 def motion_to_model(
     model, source: np.ndarray, camera: Cameras, assumed: Cameras, alignment: Alignment
 ) -> np.ndarray:
-    """The similarity [4 4] that takes points of the data's world to where the model has them, given the source view.
+    """The similarity [4 4] from the world of the data to the world of the model, for one source view.
 
     Args:
       source: uint8 [H H 4], the whole source image.
-      camera: the true one of the source image.
-      assumed: the one that `model.prepare` takes the image that it has made of it to be seen by.
+      camera: the true camera of the source image.
+      assumed: the camera that `model.prepare` assumes for the image that it crops from `source`.
     """
     c2w, fxfycxcy = np.asarray(camera.c2w), np.asarray(camera.fxfycxcy)
     ratio = getattr(model, "foreground_ratio", None)
@@ -178,21 +193,21 @@ def motion_to_model(
 
 
 def move_poses(motion: np.ndarray, c2w: np.ndarray) -> np.ndarray:
-    """Poses [*B 4 4] in the world that a similarity [4 4] leads to, float32."""
+    """Poses [*B 4 4] after a similarity [4 4] of the world, float32."""
     return cameras.move_poses(motion, c2w.astype(np.float64)).astype(np.float32)
 
 
-# -- object by object
+# -- one object at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class PosedObject:
-    """One object as the model is given it: cameras in its world."""
+    """One object, with cameras in the world of the model."""
 
     item: HeldOut
     source: Views  # [1 N]
     targets: Cameras  # [V]
-    to_model: np.ndarray  # [4 4] from the data's world to the model's
+    to_model: np.ndarray  # [4 4] from the world of the data to the world of the model
 
 
 def score(
@@ -203,19 +218,19 @@ def score(
     pose: Callable[[HeldOut], PosedObject],
     args: argparse.Namespace,
 ) -> tuple[dict[str, Result], dict[str, str]]:
-    """Results and causes of absence by uid, see `evaluate`."""
+    """The results and causes of `evaluate`."""
     results, skipped, jobs = {}, {}, {}
     batch_size = -(-BATCH // programs.num_devices) * programs.num_devices
-    # Each device has a thread that looks for surfaces; they are aligned beside it.
+    # One thread for each device extracts meshes; other threads compare them meanwhile.
     with ThreadPoolExecutor(programs.num_devices) as devices, ThreadPoolExecutor() as pool:
         items = posed_objects(folders, skipped, pose, args)
         while group := list(itertools.islice(items, batch_size)):
             scenes, found = predict(programs, mean, group, batch_size)
-            known = []  # whose surface is compared
+            known = []  # objects whose true surface is known
             for x, scene, result in zip(group, scenes, found, strict=False):
                 uid = x.item.uid
                 if result is None:
-                    skipped[uid] = "what the model renders of it is not finite"
+                    skipped[uid] = "the model renders values that are not finite"
                     continue
                 results[uid] = result
                 if programs.field is None:
@@ -243,7 +258,7 @@ def score(
 def read_ahead(
     folders: list[Path], args: argparse.Namespace
 ) -> Iterator[tuple[Path, HeldOut | InputError]]:
-    """Each object in turn, or what is wrong with it; threads decode the next ones meanwhile."""
+    """Each object in turn, or what is wrong with it. Threads read the next ones meanwhile."""
 
     def read(folder: Path) -> HeldOut | InputError:
         try:
@@ -265,7 +280,7 @@ def posed_objects(
     pose: Callable[[HeldOut], PosedObject],
     args: argparse.Namespace,
 ) -> Iterator[PosedObject]:
-    """The objects that can be evaluated; notes the others."""
+    """The objects that can be evaluated. The others are added to `skipped`."""
     for folder, item in read_ahead(folders, args):
         if not isinstance(item, HeldOut):
             skipped[folder.name] = str(item)
@@ -281,7 +296,7 @@ def posed_objects(
 
 
 def posed_by_image(model, alignment: Alignment, item: HeldOut) -> PosedObject:
-    """The source image as the model takes it, and the cameras in its world."""
+    """An object for a model that takes one image."""
     view = jax.tree.map(np.asarray, model.prepare([item.source]))
     assumed = jax.tree.map(lambda x: x[0, 0], view.cameras)
     motion = motion_to_model(model, item.source, item.source_camera, assumed, alignment)
@@ -293,7 +308,7 @@ def posed_by_image(model, alignment: Alignment, item: HeldOut) -> PosedObject:
 
 
 def posed_views(info: dict) -> PosedViews:
-    """The record that training left with a model.
+    """How training gave views to a model, from its record of training.
 
     Raises:
       InputError: there is none, or it was not trained on objects.
@@ -302,14 +317,14 @@ def posed_views(info: dict) -> PosedViews:
     names = [field.name for field in dataclasses.fields(PosedViews)]
     if not set(names) <= set(data):
         raise InputError(
-            f"{info['path']}: {info['family']} takes views with cameras, and how objects were given to this one is not known: "
-            "give a model that `lrm train` has trained on objects, or evaluate scenes with --index"
+            f"{info['path']}: {info['family']} takes posed views, and it is not known how this model was given views of objects: "
+            "use a model that `lrm train` has trained on objects, or evaluate scenes with --index"
         )
     return PosedViews(**{name: data[name] for name in names})
 
 
 def posed_by_views(posed: PosedViews, item: HeldOut) -> PosedObject:
-    """The source images and the cameras as training has them."""
+    """An object for a model that takes posed views: images and cameras as in training."""
     crops = [elements.source_crop(rgba, posed.source_size, posed.foreground_ratio, item.uid) for rgba in item.sources]  # fmt: skip
     images, boxes = (np.stack(x) for x in zip(*crops, strict=True))
     fxfycxcy = cameras.crop_intrinsics(item.source_cameras.fxfycxcy, boxes)
@@ -327,8 +342,8 @@ def posed_by_views(posed: PosedViews, item: HeldOut) -> PosedObject:
 def predict(
     programs: Programs, mean, group: list[PosedObject], batch_size: int
 ) -> tuple[list, list[Result | None]]:
-    """The scene [1 ...] of each, and what their images score; None where these are not finite."""
-    # Filled up, so that a last group of fewer objects is not compiled anew.
+    """The scene [1 ...] of each object, and the scores of its images: None if these are not finite."""
+    # Padded: a smaller last group would be compiled again.
     full = group + group[-1:] * (batch_size - len(group))
     source = jax.tree.map(lambda *x: np.concatenate(x), *(x.source for x in full))
     cameras = jax.tree.map(lambda *x: np.stack(x), *(x.targets for x in full))
@@ -361,7 +376,7 @@ def predict(
 def surface_points(
     model, programs: Programs, resolution: int, object_and_scene: tuple[PosedObject, Any]
 ) -> tuple[np.ndarray | None, str]:
-    """Points [NUM_POINTS 3] on the surface of a scene [1 ...], in the world of the data; None, and why, where it has none."""
+    """Points [NUM_POINTS 3] on the surface of a scene [1 ...], in the world of the data; or None, and why it has no surface."""
     x, scene = object_and_scene
     field = functools.partial(programs.field, scene)
     rng = np.random.default_rng(0)
@@ -377,7 +392,7 @@ def surface_points(
 def score_surface(
     points: np.ndarray | None, item: HeldOut, mean: mean_object.MeanObject
 ) -> tuple[dict[str, float], dict[str, float], dict[str, dict[str, float]]]:
-    """Scores of predicted points (None: an empty surface): aligned, unaligned, and those of the guesses at the surface."""
+    """Scores of predicted points (None: an empty surface): aligned, unaligned, and the aligned ones of the baselines."""
     count = surface_metrics.NUM_POINTS
     truth = np.random.default_rng(0).permutation(item.points)[:count]
     shapes = mean_object.shapes(mean, item, count, np.random.default_rng(0))

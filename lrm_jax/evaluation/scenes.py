@@ -1,4 +1,4 @@
-"""The evaluation of scenes, on the views that pixelSplat's index names. The command is in `commands/evaluate.py`."""
+"""Evaluates a model on scenes, on the views that pixelSplat's index names. The command is in `commands/evaluate.py`."""
 
 import argparse
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import numpy as np
 
 from lrm_jax.data import scenes
 from lrm_jax.evaluation import report_page
-from lrm_jax.evaluation.scores import Programs, Result, compiled, image_protocol
+from lrm_jax.evaluation.scores import COMPILING, Programs, Result, compiled, image_protocol
 from lrm_jax.parallel import messages
 from lrm_jax.types import Batch, InputError, Views
 from lrm_jax.weights import loading
@@ -17,7 +17,7 @@ from lrm_jax.weights import loading
 def evaluate(
     model, params, network, info: dict, args: argparse.Namespace, stages: messages.Stages
 ) -> tuple[dict[str, Result], dict[str, str], dict[str, str]]:
-    """Results by scene, causes of absence by scene, and the protocol. The arguments: see `evaluate_objects.evaluate`."""
+    """Results by scene; by scene why it has no result; and the protocol. For the arguments see `objects.evaluate`."""
     if hasattr(model, "prepare"):
         raise InputError(
             f"{info['family']} reconstructs objects from one image: evaluate it without --index"
@@ -28,11 +28,11 @@ def evaluate(
     views = scenes.evaluation_views(args.data, args.index, args.size, normalize)
     programs = compiled(model, params, network, args.size)
     results, skipped = {}, dict.fromkeys(views.absent, f"absent from {args.data}")
-    with stages("evaluate", f" {len(views)} scenes of {args.data} (compiled first)"):
+    with stages("evaluate", f" {len(views)} scenes of {args.data}", first=COMPILING):
         for names, batches in groups(views, programs.num_devices, skipped):
             for name, result in zip(names, score(programs, batches), strict=True):
                 if result is None:
-                    skipped[name] = "what the model renders of it is not finite"
+                    skipped[name] = "the model renders values that are not finite"
                 else:
                     results[name] = result
     source = "the views that the index calls context"
@@ -41,7 +41,7 @@ def evaluate(
         "targets": f"the views that the index calls target, {args.size} x {args.size} pixels",
         "world": f"poses are normalised by {normalize.replace('_', ' ')}",
         **image_protocol(args.lpips is not None),
-        "baseline": "for each target the source image whose camera stands nearest to it",
+        "baseline": "for each target, the source image whose camera is nearest",
     }
     return results, skipped, words
 
@@ -49,7 +49,7 @@ def evaluate(
 def groups(
     views: scenes.EvaluationViews, size: int, skipped: dict[str, str]
 ) -> Iterator[tuple[list[str], list[Batch]]]:
-    """The scenes that can be read, up to `size` in a row that have as many views; notes the others."""
+    """The scenes that can be read, in groups of up to `size` neighbours with equal numbers of views. The others are added to `skipped`."""
     names, batches = [], []
     for i in messages.progress(range(len(views)), len(views), "scenes"):
         try:
@@ -67,13 +67,13 @@ def groups(
 
 
 def num_views(batch: Batch) -> tuple[int, int]:
-    """Of the sources and of the targets of a scene [V]."""
+    """How many sources and targets a scene [V] has."""
     return len(batch.source.rgb), len(batch.target.rgb)
 
 
 def score(programs: Programs, batches: list[Batch]) -> list[Result | None]:
-    """Scenes [V], one on each device, all their targets at once; None for one of which what is rendered is not finite."""
-    # Filled up, so that every device has one.
+    """The result of each scene [V], one scene on each device; None if its renderings are not finite."""
+    # Padded, so that every device has a scene.
     full = batches + batches[-1:] * (programs.num_devices - len(batches))
     whole = jax.tree.map(lambda *x: np.stack(x), *full)
     source, target = (x.rgb.astype(np.float32) / 255 for x in (whole.source, whole.target))

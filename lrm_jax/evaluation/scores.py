@@ -1,4 +1,4 @@
-"""What `lrm evaluate` measures: a model's images on the device, and the means over objects or scenes."""
+"""What `lrm evaluate` computes: renderings and their scores, on the devices; and means over objects or scenes."""
 
 import dataclasses
 import functools
@@ -18,15 +18,16 @@ from lrm_jax.types import Cameras, Views
 
 IMAGE_NAMES = ("psnr", "ssim", "lpips", "iou")
 NAMES = (*IMAGE_NAMES, *surface_metrics.NAMES)
+COMPILING = " (the first batch takes longer: it is compiled)"
 
 
 @dataclasses.dataclass
 class Result:
-    """What is known of one object. Values that do not exist are absent."""
+    """The scores of one object or scene. A score that does not exist has no entry."""
 
     scores: dict[str, float]
-    guesses: dict[str, dict[str, float]]  # scores of the mean object's, by name
-    strip: bytes  # its images, for the page
+    guesses: dict[str, dict[str, float]]  # scores of the baselines, by name
+    strip: bytes  # its images, for the page: see `report_page.strip`
     unaligned: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
@@ -34,17 +35,17 @@ class Result:
 class Programs:
     """The model and the metrics, each compiled for one shape."""
 
-    num_devices: int  # that a batch is split over: B is a multiple
+    num_devices: int  # a batch is split over them: B is a multiple
     # (source Views[B 1], Cameras[B V]) -> the scene [1 ...] of each, rgb on white [B V S S 3], alpha [B V S S] or None
     predict: Callable
     compare: Callable  # (rgb, alpha or None, true rgb, true alpha) -> dict of [B V]
-    compare_guess: Callable  # the same without LPIPS, which takes longer than all else
-    # (scene [1 ...], xyz [Q 3]) -> [Q], on the scene's device; None: the family has no surface
+    compare_guess: Callable  # the same without LPIPS, which takes longer than everything else
+    # (scene [1 ...], xyz [Q 3]) -> [Q], on the device of the scene; None: the family has no surface
     field: Callable | None
 
 
 def compiled(model, params, network, size: int) -> Programs:
-    """The programs for images of a size, on all devices; `network` is of LPIPS, or None."""
+    """The programs for images of size x size pixels, on all devices. `network`: weights of LPIPS, or None."""
     device_mesh = sharding.make_device_mesh()
     params = jax.device_put(params, NamedSharding(device_mesh, PartitionSpec()))
     params_of = batch_axes.by_device(params, device_mesh)
@@ -78,7 +79,7 @@ def compiled(model, params, network, size: int) -> Programs:
         if alpha is not None:
             found["iou"] = image_metrics.iou(alpha, target_alpha)
         if network is not None:
-            # Elsewhere than on a CPU the products would be of less than float32.
+            # Accelerators would otherwise multiply with less than float32 precision.
             with jax.default_matmul_precision("highest"):
                 found["lpips"] = lpips.distance(network, rgb, target_rgb)
         return found
@@ -101,21 +102,23 @@ def compiled(model, params, network, size: int) -> Programs:
 
 
 def image_protocol(with_lpips: bool) -> dict[str, str]:
-    """What is measured of images, in words."""
+    """What the protocol says of the image metrics."""
     return {
-        "psnr": "dB, of a view; an object's value is the mean over its target views",
-        "ssim": "Gaussian window of 11 pixels, sigma 1.5, of a view, in colour",
-        "lpips": "VGG16, version 0.1, of a view" if with_lpips else f"not computed: {lpips.REMEDY}",
+        "psnr": "dB, for each view; the value of an object or a scene is the mean over its target views",
+        "ssim": "Gaussian window of 11 pixels, sigma 1.5, for each view, in colour",
+        "lpips": "VGG16, version 0.1, for each view"
+        if with_lpips
+        else f"not computed: {lpips.REMEDY}",
     }
 
 
 def on_white(premultiplied: np.ndarray) -> np.ndarray:
-    """[*B 4] to [*B 3]."""
+    """Premultiplied RGBA [*B 4] on white: [*B 3]."""
     return premultiplied[..., :3] + (1 - premultiplied[..., 3:])
 
 
 def summarize(results: dict[str, Result], skipped: dict[str, str]) -> dict:
-    """Means over the objects that have a value, and all that they are made of; None: no object has it."""
+    """Means and medians over the objects that have a score, and the scores of each object; None: no object has it."""
     scores = {uid: x.scores for uid, x in results.items()}
     unaligned = {uid: x.unaligned for uid, x in results.items() if x.unaligned}
     return {
@@ -133,7 +136,7 @@ def summarize(results: dict[str, Result], skipped: dict[str, str]) -> dict:
 
 
 def baseline(guesses: list[dict[str, dict[str, float]]]) -> dict:
-    """The means of all guesses [object][guess][value], and those of the better guess at images and at surfaces."""
+    """The mean scores of each baseline, and of the best ones at images and at surfaces, from [object][baseline][score]."""
 
     def values(name):
         return surface_metrics.NAMES if name in mean_object.SHAPES else IMAGE_NAMES
@@ -153,7 +156,7 @@ def baseline(guesses: list[dict[str, dict[str, float]]]) -> dict:
 def over(
     rows: Iterable[dict[str, float]], function: Callable, names: tuple[str, ...] = NAMES
 ) -> dict[str, float | None]:
-    """The mean, or the median, of each value over the objects that have it."""
+    """The mean or the median of each score, over the objects that have it; None: no object has it."""
     rows = list(rows)
     columns = {name: [x[name] for x in rows if name in x] for name in names}
     return {name: float(function(x)) if x else None for name, x in columns.items()}

@@ -167,7 +167,9 @@ def test_a_model_of_images_worlds_is_evaluated_in_them(tmp_path):
     np.testing.assert_allclose(
         cameras.project(seen, points)[0], cameras.project(assumed, points)[0], atol=1e-3
     )
-    with pytest.raises(InputError, match="--scale data: this model was trained where the image"):
+    with pytest.raises(
+        InputError, match="--scale data: this model was trained with the scale of the image"
+    ):
         objects.alignment_of(model, {"config": {"data": data}}, "data")
 
 
@@ -207,7 +209,11 @@ def test_a_model_file_with_bad_objects_beside_good_ones(lrm, tmp_path):
     Path("data/no_image/rgba/002.png").write_bytes(b"no image")
     Image.fromarray(np.zeros((SIZE, SIZE, 4), np.uint8)).save("data/clear/rgba/001.png")
     code, stdout, stderr = lrm("--data", "data", "--weights", "tiny.safetensors", "--out", "x/y")
-    assert code == 0 and "Traceback" not in stderr
+    assert code == 1 and "Traceback" not in stderr  # some objects were lost
+    assert "done: 2 of 6 evaluated, 4 could not be used: " in stderr.splitlines()[-1]
+    assert (
+        stderr.count("(the first batch takes longer: it is compiled)") == 1 and "\r" not in stderr
+    )
     summary = read_summary("x/y/evaluation.json")
     assert set(summary["objects"]) == {"good", "no_points"}
     causes = {
@@ -392,7 +398,8 @@ def test_all_scenes_of_an_index_count_and_absent_ones_are_named(lrm, monkeypatch
     views = dict(context=[0, 4], target=[1, 3])
     Path("index.json").write_text(json.dumps(dict.fromkeys("abcd", views) | {"e": None}))
     code, stdout, stderr = lrm("--data", "data", "--index", "index.json", "--size", "32", model=Grey())  # fmt: skip
-    assert code == 0 and "nearest image (baseline)" in stdout
+    assert code == 1 and "nearest image (baseline)" in stdout
+    assert "done: 2 of 4 evaluated, 2 could not be used" in stderr
     summary = read_summary()
 
     def psnr(a, b):
@@ -406,7 +413,13 @@ def test_all_scenes_of_an_index_count_and_absent_ones_are_named(lrm, monkeypatch
     assert set(summary["skipped"]) == {"c", "d"} and summary["count"]["psnr"] == 2
     assert "absent" in summary["skipped"]["d"] and "3.png" in summary["skipped"]["c"]
     assert summary["mean"]["iou"] is None and "all views" in summary["protocol"]["world"]
-    code, _, stderr = lrm("--data", "data", "--index", "index.json", model=Oracle())
+    argv = ["--data", "data", "--index", "index.json"]
+    Path("index.json").write_text(json.dumps({"a": views}))
+    assert lrm(*argv, "--size", "32", model=Grey())[0] == 0
+    Path("index.json").write_text(json.dumps({"c": views}))
+    code, _, stderr = lrm(*argv, "--size", "32", model=Grey())
+    assert code == 2 and stderr.splitlines()[-1].startswith("lrm: error: data: none of 1 objects")
+    code, _, stderr = lrm(*argv, model=Oracle())
     assert code == 2 and "without --index" in stderr
 
 
@@ -463,6 +476,15 @@ def test_the_world_of_training_is_that_of_evaluation():
     record = {"config": {"data": {"normalize": "source"}}}
     assert objects.alignment_of(model, record, None).normalize == "source"
     assert objects.alignment_of(model, {}, None).normalize == "azimuth"
+
+
+def test_the_help_says_the_exit_codes(capsys):
+    with pytest.raises(SystemExit) as stop:
+        __main__.main(["evaluate", "--help"])
+    printed = capsys.readouterr().out
+    assert stop.value.code == 0 and printed.count("Exit code: 0 ") == 1
+    for word in ("picture", "film", "lattice", "choose of"):
+        assert word not in printed
 
 
 @pytest.mark.parametrize("option", ["--scale=data", "--views=3", "--baseline-data=x"])

@@ -41,6 +41,14 @@ def test_the_mean_of_two_is_a_model_file_that_names_both(tmp_path, monkeypatch, 
     )  # fmt: skip
 
 
+def test_a_place_that_cannot_be_written_is_said_in_one_line(tmp_path, capsys):
+    saved(tmp_path / "0.safetensors", 0)
+    (tmp_path / "file").touch()
+    assert main([str(tmp_path / "file" / "soup.safetensors"), str(tmp_path / "0.safetensors")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("average_weights: ") and error.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("fields", "options", "message"),
     [

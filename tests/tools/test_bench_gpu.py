@@ -104,6 +104,20 @@ def test_results_are_written_and_printed_as_they_come(monkeypatch, tmp_path, cap
     assert {row["work"] for row in rows} >= set(works) and "commit" in rows[0]
 
 
+@pytest.mark.parametrize("failed, code", [((), 0), ((1,), 1), ((0, 1), 2)])
+def test_the_exit_code_tells_whether_all_some_or_no_works_failed(
+    monkeypatch, tmp_path, failed, code
+):
+    works = [x.work for x in bench_steps.STEPS[:2]]
+
+    def run_steps(steps, program, seconds, record):
+        for i, work in enumerate(works):
+            record({"work": work, **({"failed": "why"} if i in failed else {"ms": 1.0})})
+
+    monkeypatch.setattr(bench_gpu, "run_steps", run_steps)
+    assert bench_gpu.main([*works, "--out", str(tmp_path / "bench.jsonl")]) == code
+
+
 def test_without_a_gpu_it_says_so_in_one_line(tmp_path):
     command = [sys.executable, str(ROOT / "tools" / "bench.py"), "gpu", "--out", "bench.jsonl"]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}

@@ -279,6 +279,8 @@ def test_bad_files_fail_alone_and_a_second_run_keeps_what_is_there(tmp_path, cap
     assert failures["no triangles"] == ["things-points"]
     assert ["things-truncated"] in failures.values() and len(failures) == 2
     assert "no triangles: things-points" in capsys.readouterr().err
+    assert render_objects.main(small(source / "truncated.glb", tmp_path / "none")) == 2
+    assert "none of 1 objects could be rendered" in capsys.readouterr().err
     np.testing.assert_allclose(np.load(out / "things-good/intrinsics.npy")[1:], [[8, 8], [16, 16]])
 
     before = (out / "things-good/rgba/000.png").stat().st_mtime_ns

@@ -98,8 +98,11 @@ def test_terminated_and_resumed_equals_uninterrupted_to_the_bit(
         (["--config.train.steps=many"], "steps"),
         (["--config.data.batch_size=6"], "data.batch_size=6 does not divide by 8"),
         (["--config.sharding.tensor=3"], "does not arrange 8 devices"),
-        (["--steps=3"], "steps"),
-        (["stray"], "lrm train needs --config"),
+        (["--config.train.dress=3"], "^the config has no key 'dress': --config FILE --help lists"),
+        (["--steps=3"], "^lrm train: unknown flag --steps: see lrm train --help"),
+        (["--workdr=x"], "^lrm train: unknown flag --workdr: did you mean --workdir"),
+        (["--process_id=one"], "process_id=one: invalid literal .*: see lrm train --help"),
+        (["stray"], "^lrm train: unknown argument 'stray'"),
         (["--config=configs/absent.py"], "^configs/absent.py: no such config"),
         (
             ["--config=configs/nano.py:tyni"],
@@ -196,7 +199,7 @@ def test_a_folder_of_something_else_is_not_taken_for_a_run(tmp_path):
     train.claim(tmp_path, config)  # the same model, run otherwise
 
 
-@pytest.mark.parametrize("line", ["import absent", "x = y", "def f(:"])
+@pytest.mark.parametrize("line", ["import absent", "x = y", "def f(:", "{}['absent']"])
 def test_a_broken_config_is_one_line(tmp_path, line):
     (tmp_path / "mine.py").write_text(f"{line}\ndef get_config():\n    return None\n")
     with pytest.raises(InputError, match="check it against the config file") as error:
