@@ -59,7 +59,7 @@ def commands_in(line: str) -> list[list[str]]:
     for part in re.sub(r"\$\w+", "1", line).split("&&"):
         if match := re.search(r"(?:^|[\s/])((?:lrm|python) .*)", part):
             words = shlex.split(match[1], comments=True)
-            if words[:2] == ["python", "-m"] or len(words) < 2:
+            if words[:2] == ["python", "-m"] or len(words) < 2 or "--help" in words:
                 continue
             if words[0] == "python" or words[1] in __main__.COMMANDS:
                 found.append([word.strip("[]") for word in words if word.strip("[]") != "..."])
@@ -126,7 +126,7 @@ def test_every_program_is_run_by_a_test():
 
 
 def test_extras_and_test_files_that_are_shown_are_there():
-    text = (ROOT / "README.md").read_text()
+    text = "\n".join(path.read_text() for path in PAGES)
     setup = (ROOT / "setup.py").read_text()
     extras = re.findall(r"(?:lrm_jax|\.)\[([\w,]+)\]", text)
     assert extras and all(f'"{name}": [' in setup for x in extras for name in x.split(","))

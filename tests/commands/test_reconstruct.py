@@ -224,7 +224,7 @@ BAD_COMMANDS = {
     "batch": ("reconstruct a.png --batch -1", "--batch -1 is out of range"),
     "output is a file": ("reconstruct a.png --out a.png", "a.png is a file"),
     "output in a file": ("reconstruct a.png --out a.png/out", "a.png is a file"),
-    "command": ("reconstrct a.png", "no command 'reconstrct': there are reconstruct"),
+    "command": ("reconstrct a.png", "no command 'reconstrct': choose one of reconstruct"),
 }
 
 
