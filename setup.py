@@ -52,7 +52,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10.2"],
         "test": ["pytest>=8.3", "pytest-xdist>=3.6", "beartype>=0.20", "ruff>=0.9"],
         "background": ["rembg[cpu]>=2.0"],
-        "torch": ["torch>=2.6"],
+        "torch": ["torch>=2.6", "transformers>=4.57"],
     },
     entry_points={"console_scripts": ["lrm = lrm_jax.__main__:main"]},
 )

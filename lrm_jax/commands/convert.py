@@ -6,7 +6,8 @@
     lrm convert imagenet-vgg-verydeep-19.mat vgg19.safetensors                  the network of LVSM's perceptual loss
 
 Our model file is a safetensors file: parameters by their dotted path, and in its metadata the family, its fields and a summary
-of the training.
+of the training. --to torch writes these beside the reference's own files, as lrm_jax.json, so that the way back gives the same
+model. An encoder alone is written as transformers' from_pretrained loads it.
 """
 
 import argparse
@@ -19,12 +20,10 @@ from lrm_jax.metrics import lpips, perceptual, vgg
 from lrm_jax.parallel.messages import Stages
 from lrm_jax.types import InputError
 from lrm_jax.weights import tensor_files
+from lrm_jax.weights.export import write_reference
 from lrm_jax.weights.loading import SUFFIXES, read_weights
 from lrm_jax.weights.model_file import save_model
-from lrm_jax.weights.references import (
-    check_state_dict,
-    write_reference,
-)
+from lrm_jax.weights.references import check_state_dict
 
 
 def main(argv: list[str]) -> int:
@@ -39,6 +38,10 @@ def main(argv: list[str]) -> int:
         raise InputError(
             f"--dtype {args.dtype}: the references' files are float32: leave it out with --to torch"
         )
+    if args.to == "torch" and (dst / "checkpoints").is_dir():
+        raise InputError(f"{dst}: the folder of a training run: name another for its export")
+    if args.force and args.to != "torch":
+        raise InputError("--force is of --to torch: leave it out")
     network = lpips if args.linear is not None else None
     network = perceptual if network is None and args.src.endswith(".mat") else network
     if network is not None and (args.to, args.dtype) != ("lrm_jax", "float32"):
@@ -62,7 +65,7 @@ def main(argv: list[str]) -> int:
     count = sum(x.size for x in jax.tree.leaves(params))
     with stages("write", f" {info['family']} ({info['variant']}), {count / 1e6:.1f} M parameters"):
         if args.to == "torch":
-            written = write_reference(dst, model, params)
+            written = write_reference(dst, model, params, info["training"], args.force)
         else:
             save_model(dst, model, params, info["training"], args.dtype)
             written = [dst]
@@ -81,7 +84,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "src",
         help="a model file, a reference's checkpoint (TripoSR, OpenLRM 1.0 and 1.1, LVSM, DINO, DINOv2; its config.yaml or config.json"
-        " is read from the same folder), a folder with one, a training workdir, hf:ORG/NAME, or hf:ORG/NAME/FILE",
+        " is read from the same folder), a folder with one, a training workdir, WORKDIR@STEP, hf:ORG/NAME, or hf:ORG/NAME/FILE",
     )
     parser.add_argument(
         "dst",
@@ -94,6 +97,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--dtype", choices=("float32", "float16", "bfloat16"), default="float32",
         help="number format of the model file; the 16-bit ones halve it and round (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--force", action="store_true",
+        help="with --to torch: write also what the reference's code cannot load, for lrm_jax to read back",
     )  # fmt: skip
     parser.add_argument(
         "--linear", metavar="FILE",

@@ -44,8 +44,11 @@ def attention_by_head(q_BLNK, k_BMNK, v_BMNK, num_keys_B, max_scores=2**22):
                 scores = [jnp.maximum(x, _LOWEST) for x in scores]
             weights = [_exp(x) for x in scores]
             total_L1 = sum(jnp.sum(x, axis=-1, keepdims=True) for x in weights)
+            # Weights are up to exp(60) where nothing was subtracted: beyond float16, which ends at exp(11).
+            wide = jnp.float32 if v_MK.dtype == jnp.float16 else v_MK.dtype
             products = [
-                x.astype(v_MK.dtype) @ v_MK[part] for x, part in zip(weights, parts, strict=True)
+                x.astype(wide) @ v_MK[part].astype(wide)
+                for x, part in zip(weights, parts, strict=True)
             ]
             return (sum(products) / total_L1).astype(v_MK.dtype)
 

@@ -15,7 +15,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from lrm_jax.images import cutout, recentre
-from lrm_jax.models.parts import torch_layout, triplane, vit
+from lrm_jax.models.parts import encoders, torch_layout, triplane, vit
 from lrm_jax.models.parts.layers import MLP, Attention, layer_norm, stack, torch_linear_init
 from lrm_jax.ops import cameras, resize, sampling, volrend
 from lrm_jax.types import Cameras, Rays, Rendering, Views
@@ -282,16 +282,11 @@ def entries(model: LRM) -> list[torch_layout.Entry]:
     """The names of OpenLRM's checkpoints, of the release that the model's `release` says."""
     linear, norm = torch_layout.linear, torch_layout.norm
     encoder, at = model.encoder, "encoder.model."
-    if encoder["resize"] == "dino":
-        table = vit.hf_entries(at, "image_encoder", encoder["depth"])
+    if _is_dinov2(encoder):
+        registers = encoder.get("num_registers", 0) > 0
+        table = vit.hub_entries(at, "image_encoder", encoder["depth"], registers, layer_scale=True)
     else:
-        table = vit.hub_entries(
-            at,
-            "image_encoder",
-            encoder["depth"],
-            encoder.get("num_registers", 0) > 0,
-            encoder.get("layer_scale", False),
-        )
+        table = vit.hf_entries(at, "image_encoder", encoder["depth"])
     positions, upsampler = {
         "1.1": ("pos_embed", "upsampler"),
         "1.0": ("transformer.pos_embed", "transformer.deconv"),
@@ -329,6 +324,10 @@ def entries(model: LRM) -> list[torch_layout.Entry]:
         table += linear(at + "mlp.0", to + "mlp.fc1", layer=i)
         table += linear(at + "mlp.3", to + "mlp.fc2", layer=i)
     return table + triplane.decoder_entries("synthesizer.decoder.net.", model.decoder_layers)
+
+
+def _is_dinov2(encoder):
+    return encoder.get("layer_scale", False)
 
 
 def from_torch(state: dict[str, np.ndarray], model: LRM) -> dict:
@@ -373,8 +372,6 @@ def fields_from_config(config: dict) -> dict:
 def config_to_torch(model: LRM) -> dict:
     """The config.json that belongs to `to_torch`."""
     encoder = model.encoder
-    size = {384: "s", 768: "b", 1024: "l"}.get(encoder["width"], "b")
-    dino = encoder["resize"] == "dino"
     config = {
         "camera_embed_dim": model.camera_width,
         "rendering_samples_per_ray": model.num_samples + model.num_importance,
@@ -387,11 +384,8 @@ def config_to_torch(model: LRM) -> dict:
         "encoder_freeze": False,
         "encoder_feat_dim": encoder["width"],
     }
-    name = (
-        f"facebook/dino-vit{size}{encoder['patch']}"
-        if dino
-        else f"dinov2_vit{size}{encoder['patch']}_reg"
-    )
+    dinov2 = _is_dinov2(encoder)
     if model.release == "1.1":
-        config["encoder_type"] = "dino" if dino else "dinov2"
-    return config | {"encoder_model_name": name}
+        config["encoder_type"] = "dinov2" if dinov2 else "dino"
+    usual = "dinov2_vitb14_reg" if dinov2 else "facebook/dino-vitb16"
+    return config | {"encoder_model_name": encoders.published_name(encoder) or usual}

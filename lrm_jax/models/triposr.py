@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from lrm_jax.images import cutout, recentre
 from lrm_jax.kernels.tokens import by_tokens
-from lrm_jax.models.parts import torch_layout, triplane, vit
+from lrm_jax.models.parts import encoders, torch_layout, triplane, vit
 from lrm_jax.models.parts.layers import Attention, gelu, layer_norm, sincos_code, sincos_grid, stack
 from lrm_jax.ops import cameras, resize, sampling, volrend
 from lrm_jax.types import Rays, Rendering, Views
@@ -334,10 +334,12 @@ def fields_from_config(config: dict) -> dict:
 
 def config_to_torch(model: TripoSR) -> dict:
     """The config.yaml that belongs to `to_torch`."""
+    encoder = encoders.published_name(model.encoder) or ""
+    encoder = encoder if encoder.startswith("facebook/") else "facebook/dino-vitb16"
     return {
         "cond_image_size": model.image_size,
         "image_tokenizer_cls": "tsr.models.tokenizers.image.DINOSingleImageTokenizer",
-        "image_tokenizer": {"pretrained_model_name_or_path": "facebook/dino-vitb16"},
+        "image_tokenizer": {"pretrained_model_name_or_path": encoder},
         "tokenizer_cls": "tsr.models.tokenizers.triplane.Triplane1DTokenizer",
         "tokenizer": {"plane_size": model.plane_tokens, "num_channels": model.width},
         "backbone_cls": "tsr.models.transformer.transformer_1d.Transformer1D",

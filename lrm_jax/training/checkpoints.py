@@ -118,8 +118,8 @@ def restore(manager: ocp.CheckpointManager, abstract_state: Any) -> tuple[Any, d
     return restored["state"], restored["data"]
 
 
-def restore_part(manager: ocp.CheckpointManager, shapes: dict) -> dict:
-    """The named parts of the latest state as NumPy arrays, whatever devices it was saved on.
+def restore_part(manager: ocp.CheckpointManager, shapes: dict, step: int | None = None) -> dict:
+    """The named parts of the latest state, or of a step's, as NumPy arrays, whatever devices it was saved on.
 
     Raises:
       ValueError: there is no checkpoint, it is damaged, or it has other names or shapes; in one line.
@@ -127,7 +127,8 @@ def restore_part(manager: ocp.CheckpointManager, shapes: dict) -> dict:
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
     args = ocp.args.PyTreeRestore(shapes, restore_args=as_numpy, partial_restore=True)
     try:
-        return _read(manager, manager.latest_step(), ocp.args.Composite(state=args))["state"]
+        step = manager.latest_step() if step is None else step
+        return _read(manager, step, ocp.args.Composite(state=args))["state"]
     except Exception as error:
         if not _is_of_files(error):
             raise

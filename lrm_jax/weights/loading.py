@@ -12,7 +12,14 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from lrm_jax import models
 from lrm_jax.types import InputError
 from lrm_jax.weights import references, tensor_files
-from lrm_jax.weights.model_file import FORMAT, from_model_file, is_finite, variant_of
+from lrm_jax.weights.model_file import (
+    FORMAT,
+    RECORD,
+    described,
+    from_model_file,
+    is_finite,
+    variant_of,
+)
 from lrm_jax.weights.references import (
     CONFIG_NAMES,
     WEIGHTS_NAMES,
@@ -21,27 +28,35 @@ from lrm_jax.weights.references import (
 )
 
 BUNDLED = Path(__file__).parents[1] / "assets" / "nano.safetensors"
+DTYPES = ("float32", "bfloat16", "float16")
 SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
 
 
-def load_weights(weights: str | None = None) -> tuple[nn.Module, dict, dict]:
+def load_weights(
+    weights: str | None = None, dtype: str | None = None
+) -> tuple[nn.Module, dict, dict]:
     """Loads a reconstruction model.
 
     Args:
       weights: a model file, a reference's checkpoint file, a folder with one (the form of a Hugging Face snapshot), a training
-        workdir, `hf:ORG/NAME`, `hf:ORG/NAME/FILE`, or None for the bundled model.
+        workdir, `WORKDIR@STEP` for one of its steps, `hf:ORG/NAME`, `hf:ORG/NAME/FILE`, or None for the bundled model.
+      dtype: what the module computes in, "float32", "bfloat16" or "float16"; None: as it comes, which is float32.
 
     Returns:
-      The module, its parameters (float32, on the device), and a dict of `family`, `variant`, `training` and `path`.
+      The module, its parameters (float32, on the device), and a dict of `family`, `variant`, `training`, `path`, and `assumed`:
+      a line for each field that neither shapes nor a config nor a record of ours tells.
 
     Raises:
-      InputError: no such file, damaged, of no known family, or with other tensors than its family has.
+      InputError: no such file, damaged, of no known family, or with other tensors than its family has; an unknown `dtype`.
     """
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"dtype {dtype}: not one of {', '.join(DTYPES)}: choose one of these")
     model, params, info = read_weights(weights)
     if not hasattr(model, "encode"):
         raise InputError(
             f"{weights}: an image encoder alone: give a whole model, as hf:stabilityai/TripoSR"
         )
+    model = model if dtype is None else model.clone(dtype=dtype)
     flat = flatten_dict(params)
     del (
         params
@@ -56,26 +71,15 @@ def training_data(training: dict) -> dict:
 
 def read_weights(weights: str | None) -> tuple[nn.Module, dict, dict]:
     """As `load_weights`, for encoders too, with NumPy arrays."""
-    if weights is None:
-        path = BUNDLED
-        if not path.exists():
-            raise InputError(
-                "this installation has no bundled model: give one with --weights, as hf:stabilityai/TripoSR"
-            )
-    elif weights.startswith("hf:"):
-        path = download(weights.removeprefix("hf:"))
-    else:
-        path = Path(weights).expanduser()
-    if (path / "checkpoints").is_dir():
-        model, params, training = _read_workdir(path)
+    path, step = _locate(weights)
+    if step is not None or _is_workdir(path):
+        model, params, training = _read_workdir(path, step)
+        assumed = []
     else:
         path = _weights_in(path) if path.is_dir() else path
         content, metadata = tensor_files.read(path)
         try:
-            if metadata.get("format") == FORMAT["format"]:
-                model, params, training = from_model_file(content, metadata)
-            else:
-                (model, params), training = from_checkpoint(content, path), {}
+            model, params, training, assumed = _from_file(content, metadata, path)
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
     for name, value in flatten_dict(params, sep=".").items():
@@ -87,9 +91,51 @@ def read_weights(weights: str | None) -> tuple[nn.Module, dict, dict]:
         "family": models.name_of(model),
         "variant": variant_of(model),
         "training": training,
-        "path": str(path),
+        "path": str(path) if step is None else f"{path}@{step}",
+        "assumed": assumed,
     }
     return model, params, info
+
+
+def _locate(weights):
+    """The path of a file or folder of weights, and the step that is asked for, if one is."""
+    if weights is None:
+        if not BUNDLED.exists():
+            raise InputError(
+                "this installation has no bundled model: give one with --weights, as hf:stabilityai/TripoSR"
+            )
+        return BUNDLED, None
+    if weights.startswith("hf:"):
+        return download(weights.removeprefix("hf:")), None
+    path = Path(weights).expanduser()
+    if path.exists():
+        return path, None
+    folder, _, step = weights.rpartition("@")
+    if folder and step.isdecimal() and Path(folder).expanduser().is_dir():
+        return Path(folder).expanduser(), int(step)
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", weights) and path.suffix not in SUFFIXES:
+        raise InputError(
+            f"{weights}: no such file or folder: check the path, or write hf:{weights} for that of Hugging Face"
+        )
+    return path, None
+
+
+def _from_file(content, metadata, path):
+    """The model, its parameters, its record of training and what was assumed, of a file that is read already."""
+    if metadata.get("format") == FORMAT["format"]:
+        return *from_model_file(content, metadata), []
+    known = described(path)
+    if known is None:
+        model, params, assumed = from_checkpoint(content, path)
+        return model, params, {}, assumed
+    model, training = known
+    try:
+        return *from_checkpoint(content, path, model)[:2], training, []
+    except InputError as error:
+        cause = str(error).removesuffix(": use an unchanged checkpoint")
+        raise InputError(
+            f"{RECORD} beside it describes another model ({cause}): delete it if these weights replace those of it"
+        ) from error
 
 
 def download(name: str) -> Path:
@@ -108,7 +154,8 @@ def download(name: str) -> Path:
     for weights_names in ([file],) if file else (first, [fallback]):
         try:
             beside = posixpath.dirname(file or "")
-            configs = [posixpath.join(beside, name) for name in CONFIG_NAMES.values()]
+            names = dict.fromkeys([*CONFIG_NAMES.values(), RECORD])
+            configs = [posixpath.join(beside, name) for name in names]
             patterns = [*weights_names, *configs]
             folder = Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns))
         except (
@@ -143,7 +190,19 @@ def _weights_in(folder):
     return files[0]
 
 
-def _read_workdir(workdir):
+def _is_workdir(path):
+    """Whether it is a training run's folder; one without steps but with a model file is what somebody kept of a run."""
+    steps = path / "checkpoints"
+    return steps.is_dir() and (
+        any(steps.iterdir()) or not any((path / name).exists() for name in WEIGHTS_NAMES)
+    )
+
+
+def _read_workdir(workdir, step):
+    if not (workdir / "checkpoints").is_dir():
+        raise InputError(
+            f"{workdir}@{step}: {workdir} is not the folder of a training run, which has steps: leave out @{step}"
+        )
     from lrm_jax.training import checkpoints  # here: Orbax takes seconds to import
 
     try:
@@ -154,14 +213,19 @@ def _read_workdir(workdir):
             f"{workdir}: its config.json is not that of a training run ({error}): give a model file"
         ) from error
     with checkpoints.open_folder(workdir, read_only=True) as manager:
-        step = manager.latest_step()
-        if step is None:
+        kept = sorted(manager.all_steps())
+        if not kept:
             raise InputError(
                 f"{workdir}: the run has not saved a checkpoint yet: wait for its first"
             )
+        if step is not None and step not in kept:
+            raise InputError(
+                f"{workdir}@{step}: step {step} was not kept: choose of {', '.join(map(str, kept))}"
+            )
+        step = kept[-1] if step is None else step
         try:
             params = checkpoints.restore_part(
-                manager, {"ema_params": references.param_shapes(model)}
+                manager, {"ema_params": references.param_shapes(model)}, step
             )["ema_params"]
         except (ValueError, KeyError, OSError) as error:
             reason = str(error).strip().splitlines()[0]

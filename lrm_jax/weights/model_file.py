@@ -1,7 +1,8 @@
 """Our model file: a safetensors file of parameters by their dotted path, and in its metadata the family, its fields and a summary
-of the training.
+of the training. The same is recorded beside a checkpoint that is written for a reference, in `lrm_jax.json`.
 """
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from lrm_jax.weights.references import (
 )
 
 FORMAT = {"format": "lrm_jax", "version": "1"}
+RECORD = "lrm_jax.json"
 
 
 def is_finite(array: np.ndarray) -> bool:
@@ -75,17 +77,12 @@ def from_model_file(tensors: Mapping, metadata: Mapping) -> tuple[nn.Module, dic
         raise InputError("not a model file of lrm_jax: make one with `lrm convert`")
     if metadata.get("version") != FORMAT["version"]:
         raise InputError(f"a model file of version {metadata.get('version')}: update lrm_jax")
-    try:
-        fields = {k: _hashable(v) for k, v in json.loads(metadata["fields"]).items()}
-        model = family(metadata["family"]).MODEL(**fields)
+    with _description("its description"):
+        model = _model_of(metadata["family"], json.loads(metadata["fields"]))
         training = json.loads(metadata["training"])
         wanted = {
             k: x.shape for k, x in flatten_dict(references.param_shapes(model), sep=".").items()
         }
-    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise InputError(
-            f"its description is damaged or of a later lrm_jax ({str(error).splitlines()[0]}): update lrm_jax, or convert it again"
-        ) from error
     tensor_files.check_names(
         {name: x.shape for name, x in tensors.items()},
         wanted,
@@ -93,6 +90,70 @@ def from_model_file(tensors: Mapping, metadata: Mapping) -> tuple[nn.Module, dic
     )
     params = {name: np.asarray(value, np.float32) for name, value in tensors.items()}
     return model, unflatten_dict(params, sep="."), training
+
+
+def record_text(model: nn.Module, training: Mapping, weights: str) -> str:
+    """The content of `lrm_jax.json` beside a reference's checkpoint.
+
+    Args:
+      training: as `save_model`'s.
+      weights: the name of the checkpoint's file.
+    """
+    record = {
+        **FORMAT,
+        "weights": weights,
+        "family": models.name_of(model),
+        "variant": variant_of(model),
+        "fields": fields_of(model),
+        "training": training,
+    }
+    return json.dumps(record, indent=2, default=dict) + "\n"
+
+
+def read_record(folder: Path) -> dict:
+    """What `lrm_jax.json` in a folder holds. Raises InputError where it is damaged or of a later version."""
+    path = folder / RECORD
+    with _description(str(path)):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record["version"] != FORMAT["version"]:
+            raise InputError(f"{path}: of version {record['version']}: update lrm_jax")
+        kinds = {"weights": str, "family": str, "fields": dict, "training": dict}
+        if wrong := [key for key, kind in kinds.items() if not isinstance(record[key], kind)]:
+            raise TypeError(f"{wrong[0]} is a {type(record[wrong[0]]).__name__}")
+    return record
+
+
+def described(weights: Path) -> tuple[nn.Module, dict] | None:
+    """The model and the training summary of a reference's checkpoint that `lrm_jax.json` beside it tells; None where it does not.
+
+    A record of another file is not of this one, unless that file is gone: this one was then renamed.
+    """
+    if not (weights.parent / RECORD).exists():
+        return None
+    record = read_record(weights.parent)
+    if record["weights"] != weights.name and (weights.parent / record["weights"]).exists():
+        return None
+    with _description(f"{RECORD} beside it"):
+        model = _model_of(record["family"], record["fields"])
+        references.param_shapes(model)
+    return model, record["training"]
+
+
+@contextlib.contextmanager
+def _description(what):
+    """Turns what a damaged description raises into one line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise InputError(
+            f"{what} is damaged or of a later lrm_jax ({str(error).splitlines()[0]}): update lrm_jax, or convert it again"
+        ) from error
+
+
+def _model_of(name, fields):
+    return family(name).MODEL(**{k: _hashable(v) for k, v in fields.items()})
 
 
 def variant_of(model: nn.Module) -> str:

@@ -1,6 +1,5 @@
-"""The references' checkpoints: recognising whose they are, and converting both ways. Strict: every tensor is accounted for."""
+"""The references' checkpoints: recognising whose they are, and reading them. Strict: every tensor is accounted for."""
 
-import contextlib
 import dataclasses
 import json
 import logging
@@ -16,23 +15,17 @@ from flax import linen as nn
 
 from lrm_jax import models
 from lrm_jax.models.parts import encoders, torch_layout
-from lrm_jax.parallel import whole_files
 from lrm_jax.types import Cameras, InputError, Rays, Views
 from lrm_jax.weights import tensor_files
 
 # The names that the references give their files; weights in the order in which they are looked for.
 WEIGHTS_NAMES = ("model.safetensors", "model.ckpt", "model.pth", "pytorch_model.bin")
-CONFIG_NAMES = {"triposr": "config.yaml", "lrm": "config.json"}
+CONFIG_NAMES = {"triposr": "config.yaml", "lrm": "config.json", "vit": "config.json"}
 TITLES = {"triposr": "TripoSR", "lrm": "OpenLRM", "lvsm": "LVSM", "vit": "DINO"}
-# What the references' code does not let a config choose, beside the encoders.
-FIXED = {
-    "triposr": {"upsample": 2, "symmetric": False},
-    "lrm": {"camera_numbers": 16, "decoder_layers": 4, "decoder_width": 64},
-}
 # How a model is run, not what it is.
 RUN_FIELDS = ("dtype", "ray_chunk", "remat")
 # What a config says of the reference's classes and training, without effect on the result.
-IGNORED_SETTINGS = re.compile(r".*_cls|.*model_name.*|encoder_freeze")
+IGNORED_SETTINGS = re.compile(r".*_cls|.*model_name.*|encoder_freeze|architectures")
 # Activations of the density with the same values: they differ in the gradient.
 EXP = ("exp", "trunc_exp")
 
@@ -73,56 +66,90 @@ def from_reference(
       InputError: an unknown family, something that neither shapes nor config tell, a config of another model, or tensors that
         are missing, extra or mis-shaped.
     """
-    model, state = recognise(state, config)
+    model, state, _ = recognise(state, config)
     return model, family(models.name_of(model)).from_torch(state, model)
 
 
 def recognise(
     state: Mapping[str, np.ndarray], config: Mapping | None = None
-) -> tuple[nn.Module, dict[str, np.ndarray]]:
-    """As `from_reference`, with the checked state dict, float32 and named as `from_torch` wants it, for the parameters."""
-    state = _unwrapped(state)
-    module = _family_of(state)
-    if module is encoders:
-        state = encoders.normalize_names(state)
-    if frozen := getattr(module, "FROZEN", None):
-        state = {k: v for k, v in state.items() if not k.startswith(frozen)}
-    if module is encoders:  # shapes tell all
-        config = None
-    title = TITLES[_name(module)]
+) -> tuple[nn.Module, dict[str, np.ndarray], list[str]]:
+    """As `from_reference`, with the checked state dict, float32 and named as `from_torch` wants it, for the parameters.
+
+    Returns:
+      The model, its state dict, and what was assumed of it, for people: neither shapes nor `config` tell it.
+    """
+    module, state = _own_tensors(state)
+    name, title = _name(module), TITLES[_name(module)]
     fields = _fields_from_shapes(module, state, title)
     like, published = _published_like(module, fields)
     told = {} if config is None else _fields_from_config(module, config, published | fields)
+    guessed = {}
+    if name == "lrm" and config is not None and "image_size" not in published | told:
+        # OpenLRM 1.1's config.json does not tell it. At this size the encoder's positions are not resized.
+        guessed["image_size"] = fields["encoder"]["grid"] * fields["encoder"]["patch"]
+        logging.warning(
+            "its config tells no source_size: %d taken, its encoder's own", guessed["image_size"]
+        )
     # Shapes do not depend on what they cannot tell, so the tensors are judged first, whatever else is missing.
-    model = module.MODEL(**{**like, **fields, **told})
-    try:
-        wanted = torch_shapes(model)
-    except (TypeError, ValueError, ArithmeticError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"no {title} has its sizes ({reason}): use an unchanged checkpoint with its own config"
-        ) from error
-    tensor_files.check_names({k: v.shape for k, v in state.items()}, wanted, title)
+    model = module.MODEL(**{**like, **fields, **guessed, **told})
+    state = _checked(state, model, title)
     needed = [
         k for k in like if module.MODEL.__dataclass_fields__[k].default is dataclasses.MISSING
     ]
-    if missing := [k for k in needed if k not in published | fields | told]:
+    if missing := [k for k in needed if k not in published | fields | guessed | told]:
         raise InputError(
             f"neither its shapes nor a config tell its {', '.join(missing)}, and no published {title} is of these sizes:"
-            f" put its {CONFIG_NAMES[_name(module)]} beside it"
+            f" put its {CONFIG_NAMES[name]} beside it"
         )
-    if _name(module) == "lvsm" and not told:
+    if name == "lvsm" and not told:
         logging.warning(
             "the file's name does not end in _256 or _res512: images of %d pixels are taken",
             model.image_size,
         )
-    elif config is not None and _name(module) in CONFIG_NAMES:
+    elif config is not None and name in CONFIG_NAMES:
         _check_config(config, module.config_to_torch(model))
-    return model, {k: np.asarray(v, np.float32) for k, v in state.items()}
+    assumed = [] if told else _assumed_heads(model)
+    return model, state, assumed + _assumed(model, published is like, guessed, fields | told)
 
 
-def from_checkpoint(content: object, path: Path) -> tuple[nn.Module, dict]:
-    """As `from_reference`, of what a checkpoint file holds; its config is in it (OpenLRM 1.0), beside it, or its name (LVSM)."""
+def _assumed_heads(model):
+    """An encoder's heads, which no shape tells: `vit.hf_fields`."""
+    if isinstance(model, encoders.MODEL):
+        heads, width = model.num_heads, model.width
+    elif "encoder" in type(model).__dataclass_fields__:
+        heads, width = model.encoder["num_heads"], model.encoder["width"]
+    else:
+        return []
+    return [f"encoder heads {heads}: {width // heads} channels each"]
+
+
+def _assumed(model, is_published, guessed, known):
+    """A line for each field that is not in `known`: its value, and whose it is."""
+    module, lines = family(models.name_of(model)), []
+    title = TITLES[_name(module)]
+    for name in (k for k in _own_fields(module) if k not in known):
+        whose = f"{title}'s"
+        if name in guessed:
+            whose = "that of its encoder, which resizes nothing then"
+        elif is_published and name in _choices(module):
+            whose = f"that of the published {title} of the same shapes"
+        value = getattr(model, name)
+        shown = f"{value:g}" if isinstance(value, float) else value
+        lines.append(f"{name.replace('_', ' ')} {shown}: {whose}")
+    return lines
+
+
+def from_checkpoint(
+    content: object, path: Path, described: nn.Module | None = None
+) -> tuple[nn.Module, dict, list[str]]:
+    """As `from_reference`, of what a checkpoint file holds; its config is in it (OpenLRM 1.0), beside it, or its name (LVSM).
+
+    Args:
+      described: the model, where it is known; no config is read then.
+
+    Returns:
+      The model, its parameters, and what was assumed of it, as `recognise` says it.
+    """
     config = None
     while isinstance(content, dict) and not any(
         isinstance(v, np.ndarray) for v in content.values()
@@ -139,13 +166,26 @@ def from_checkpoint(content: object, path: Path) -> tuple[nn.Module, dict]:
             config = {**kwargs["model"], **(kwargs.get("infer") or {})}
         content = content[wrappers[0]]
     check_state_dict(content)
+    if described is not None:
+        return described, _params_of(content, described), []
     name = _name(_family_of(_unwrapped(content)))
     if name == "lvsm":
         config = name_config(path)
     elif config is None and name in CONFIG_NAMES:
         beside = path.parent / CONFIG_NAMES[name]
         config = _read_config(beside) if beside.exists() else None
-    return from_reference(content, config)
+        if name == "vit" and config is not None and "model_type" not in config:
+            config = None  # a reconstruction model's: torch hub's files have none
+    model, state, assumed = recognise(content, config)
+    return model, family(name).from_torch(state, model), assumed
+
+
+def _params_of(state, model):
+    module, state = _own_tensors(state)
+    name = models.name_of(model)
+    if _name(module) != name:
+        raise InputError(f"the tensors of {TITLES[_name(module)]}, not of {TITLES[name]}")
+    return module.from_torch(_checked(state, model, TITLES[name]), model)
 
 
 def name_config(path: Path) -> dict | None:
@@ -169,8 +209,10 @@ def check_state_dict(content: object) -> None:
 
 def _read_config(path):
     try:
-        config = yaml.safe_load(path.read_text())  # JSON is YAML
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        # JSON is YAML but for numbers like 1e-12.
+        load = json.loads if path.suffix == ".json" else yaml.safe_load
+        config = load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise InputError(
             f"{path.name} beside it cannot be read: {' '.join(str(error).split())}"
         ) from error
@@ -189,6 +231,31 @@ def _unwrapped(state):
     }
 
 
+def _own_tensors(state):
+    """The family of a state dict, and the tensors that are the model's own, without wrappers of the names."""
+    state = _unwrapped(state)
+    module = _family_of(state)
+    if module is encoders:
+        return module, encoders.own_tensors(state)
+    frozen = getattr(module, "FROZEN", ())
+    return module, {k: v for k, v in state.items() if not k.startswith(frozen)}
+
+
+def _checked(state, model, title):
+    """A model's own tensors, float32, under the names of `entries`; InputError where they are not the model's."""
+    if isinstance(model, encoders.MODEL):
+        state = encoders.transformers_names(state)
+    try:
+        wanted = torch_shapes(model)
+    except (TypeError, ValueError, ArithmeticError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"no {title} has its sizes ({reason}): use an unchanged checkpoint with its own config"
+        ) from error
+    tensor_files.check_names({k: v.shape for k, v in state.items()}, wanted, title)
+    return {k: np.asarray(v, np.float32) for k, v in state.items()}
+
+
 def _family_of(state):
     """Judged by many names, so that one that is missing or renamed is reported as such."""
 
@@ -202,7 +269,10 @@ def _family_of(state):
     if some("transformer.layers.", "synthesizer.", "camera_embedder."):
         return family("lrm")
     if any(
-        re.match(r"((backbone|vit|dinov2)\.)?(embeddings\.patch_emb|patch_embed\.proj)", k)
+        re.match(
+            r"((backbone|vit|dinov2(_with_registers)?)\.)?(embeddings\.patch_emb|patch_embed\.proj)",
+            k,
+        )
         for k in state
     ):
         return encoders
@@ -225,7 +295,8 @@ def _fields_from_shapes(module, state, title):
             return re.sub(r"\.\d+\.", ".#.", name)
 
         usual = torch_shapes(module.MODEL(**next(iter(module.VARIANTS.values()))))
-        extra = [name for name in state if pattern(name) not in {pattern(k) for k in usual}]
+        named = encoders.transformers_names(state) if module is encoders else state
+        extra = [name for name in named if pattern(name) not in {pattern(k) for k in usual}]
         if isinstance(error, KeyError):
             tensor_files.check_names(dict.fromkeys(extra), dict.fromkeys(error.args), title)
         raise InputError(
@@ -243,9 +314,9 @@ def _fields_from_shapes(module, state, title):
 
 def _published_like(module, fields):
     """All fields of a published model, of the same shapes if there is one; and those of them that hold for `fields` too."""
-    defaults = {k: f.default for k, f in module.MODEL.__dataclass_fields__.items()}
+    defaults = {k: module.MODEL.__dataclass_fields__[k].default for k in _own_fields(module)}
     published = [
-        {k: v for k, v in (defaults | variant).items() if k not in ("parent", "name", *RUN_FIELDS)}
+        {k: v for k, v in (defaults | variant).items() if k not in RUN_FIELDS}
         for name, variant in module.VARIANTS.items()
         if not name.startswith(("nano", "tiny"))
     ]
@@ -256,9 +327,21 @@ def _published_like(module, fields):
     if _name(module) not in CONFIG_NAMES:
         return like, {}
     # At other sizes, what the reference's config tells is a checkpoint's choice; the rest is the same for all.
-    config = module.config_to_torch(module.MODEL(**like))
-    choices = {"image_size", *module.fields_from_config(config)}
-    return like, {k: v for k, v in like.items() if k not in choices}
+    return like, {k: v for k, v in like.items() if k not in _choices(module)}
+
+
+def _choices(module):
+    """The fields that the reference's config tells, or the file's name."""
+    if _name(module) not in CONFIG_NAMES:
+        return {"image_size"}
+    model = module.MODEL(**next(iter(module.VARIANTS.values())))
+    return {"image_size", *module.fields_from_config(module.config_to_torch(model))}
+
+
+def _own_fields(module):
+    """The names of the fields that make a model of a family what it is."""
+    skipped = ("parent", "name", *RUN_FIELDS)
+    return [k for k in module.MODEL.__dataclass_fields__ if k not in skipped]
 
 
 def _fields_from_config(module, config, fields):
@@ -271,12 +354,6 @@ def _fields_from_config(module, config, fields):
         ) from error
     if "source_size" in config:
         told["image_size"] = config["source_size"]
-    elif "image_size" not in fields | told:
-        # OpenLRM 1.1's config.json does not tell it. At this size the encoder's positions are not resized.
-        told["image_size"] = fields["encoder"]["grid"] * fields["encoder"]["patch"]
-        logging.warning(
-            "its config tells no source_size: %d taken, its encoder's own", told["image_size"]
-        )
     for name, value in told.items():
         if not isinstance(value, int | float) or value <= 0:
             raise InputError(
@@ -335,56 +412,3 @@ def _check_config(config, ours, at=""):
             raise InputError(
                 f"its config says {at}{key}: {theirs}, but its tensors, or what is supported, {value}: put its own config there"
             )
-
-
-# -- to a reference
-
-
-def write_reference(folder: Path, model: nn.Module, params: Mapping) -> list[Path]:
-    """Writes the files of a model as its reference reads them into `folder`, all or none of them. Returns their paths."""
-    name = models.name_of(model)
-    module = family(name)
-    state = module.to_torch(params, model)
-    if module is encoders:
-        path = folder / "pytorch_model.bin"
-        tensor_files.write_torch(path, state)
-        return [path]
-    if name == "lvsm":
-        path = folder / f"model_res{model.image_size}.pt"
-        tensor_files.write_torch(path, {"model": state})
-        return [path]
-    if odd := _fixed_otherwise(model, name):
-        logging.warning(
-            "%s cannot load what is written: it has no such %s", TITLES[name], ", ".join(odd)
-        )
-    config = module.config_to_torch(model)
-    text = (
-        yaml.safe_dump(config, sort_keys=False)
-        if name == "triposr"
-        else json.dumps(config, indent=2) + "\n"
-    )
-    with contextlib.ExitStack() as stack:
-        config_path = folder / CONFIG_NAMES[name]
-        stack.enter_context(whole_files.replacing(config_path))[0].write_text(text)
-        if name == "triposr":
-            path = folder / "model.ckpt"
-            tensor_files.write_torch(path, state)
-        elif model.release == "1.0":
-            path = folder / "model.pth"
-            # The render size is only that of the reference's own videos.
-            kwargs = {
-                "model": config,
-                "infer": {"source_size": model.image_size, "render_size": 192},
-            }
-            tensor_files.write_torch(path, {"weights": state, "kwargs": kwargs})
-        else:
-            path = folder / "model.safetensors"
-            tensor_files.write_safetensors(path, state, {"format": "pt"})
-    return [path, config_path]
-
-
-def _fixed_otherwise(model, name):
-    """The fields of `model` that its reference has written into its code, with other values."""
-    named = [fields for variant, fields in encoders.VARIANTS.items() if variant != "tiny"]
-    odd = [] if dict(model.encoder) in named else ["encoder"]
-    return odd + [field for field, value in FIXED[name].items() if getattr(model, field) != value]

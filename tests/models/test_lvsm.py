@@ -86,16 +86,18 @@ def test_a_training_checkpoint_is_recognised_its_loss_s_network_dropped_and_othe
     state, _, _, model, params = read(goldens, name)
     frozen = {"loss_computer.perceptual_loss_module.vgg.conv1_1.weight": np.ones((2, 3))}
     content = {"model": state | frozen, "optimizer": {"state": {0: {"step": 3}}}}
-    found, found_params = references.from_checkpoint(content, tmp_path)
+    found, found_params, assumed = references.from_checkpoint(content, tmp_path)
     # Images of no size are told: that of the first published one.
     assert found == model.clone(image_size=256) and "256 pixels are taken" in caplog.text
+    assert assumed == ["image size 256: LVSM's"]
     for name, size in [
         ("a_512.pt", 512),
         ("model_res16.pt", 16),
         ("ckpt_0000000000000512.pt", 256),
     ]:
-        found, _ = references.from_checkpoint(content, tmp_path / name)
+        found, _, assumed = references.from_checkpoint(content, tmp_path / name)
         assert found.image_size == size
+        assert bool(assumed) == name.startswith("ckpt")  # told by no name
     with pytest.raises(InputError, match="not .*multiple|divide"):
         references.from_checkpoint(content, tmp_path / "model_res15.pt")
     jax.tree.map(np.testing.assert_array_equal, found_params, params)
@@ -135,7 +137,7 @@ def test_published_variant_has_exactly_the_published_names_and_shapes(goldens, v
     assert {name: getattr(model, name) for name in told} == told
     assert LVSM(**told, image_size=model.image_size) == model
     path = Path(f"lvsm_scene_res{model.image_size}.pt")
-    found, _ = references.recognise(state, references.name_config(path))
+    found, _, _ = references.recognise(state, references.name_config(path))
     assert model_file.variant_of(found) == variant
 
 

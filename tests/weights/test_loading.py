@@ -17,8 +17,8 @@ from tiny_models import each_model_is_traced_once, renamed, tiny, tiny_state  # 
 from lrm_jax import __main__
 from lrm_jax.commands import convert
 from lrm_jax.models import build
-from lrm_jax.types import InputError
-from lrm_jax.weights import loading, model_file, references, tensor_files
+from lrm_jax.types import InputError, Views
+from lrm_jax.weights import export, loading, model_file, references, tensor_files
 
 pytestmark = pytest.mark.usefixtures("each_model_is_traced_once")
 
@@ -133,7 +133,7 @@ def snapshot(folder, family):
     model, params = references.from_reference(state, config)
     blobs = folder / "blobs"
     (folder / "snapshots" / "0").mkdir(parents=True)
-    for path in references.write_reference(blobs, model, params):
+    for path in export.write_reference(blobs, model, params, force=True):
         (folder / "snapshots" / "0" / path.name).symlink_to(path)
     return folder / "snapshots" / "0"
 
@@ -156,7 +156,8 @@ def test_hub_names_download_only_what_the_references_use(tmp_path, monkeypatch, 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     _, _, info = loading.load_weights("hf:somebody/Some-Model_1.1")
     assert info["family"] == family
-    names = ["model.safetensors", "model.ckpt", "model.pth", "config.yaml", "config.json"]
+    weights = ["model.safetensors", "model.ckpt", "model.pth"]
+    names = [*weights, "config.yaml", "config.json", "lrm_jax.json"]
     assert asked == [("somebody/Some-Model_1.1", names)]
 
 
@@ -223,32 +224,100 @@ def test_folder_with_one_odd_name_is_read_and_with_two_or_none_refused(tmp_path)
         loading.load_weights(str(tmp_path))
 
 
-def test_workdir_gives_the_running_mean_of_its_last_checkpoint(tmp_path):
+def saved_run(folder, steps):
+    """A run's folder: at step n its running means are the parameters plus n."""
     from lrm_jax.training import checkpoints
     from lrm_jax.types import TrainState
 
     model, params = tiny()
-    means = jax.tree.map(lambda x: x + 1, params)
     config = {"model": {"name": "triposr", "variant": "tiny", "dtype": "bfloat16"}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with checkpoints.open_folder(tmp_path) as manager:
-        with pytest.raises(InputError, match="not saved a checkpoint yet"):
-            loading.load_weights(str(tmp_path))
-        state = TrainState(
-            step=jnp.int32(7),
-            params=params,
-            ema_params=means,
-            opt_state=(params, {"count": jnp.int32(7)}),
-            key=jax.random.key(0),
-        )
-        checkpoints.save(manager, 7, state)
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    with checkpoints.open_folder(folder, keep=2) as manager:
+        for step in steps:
+            state = TrainState(
+                step=jnp.int32(step),
+                params=params,
+                ema_params=jax.tree.map(lambda x: x + step, params),  # noqa: B023
+                opt_state=(params, {"count": jnp.int32(step)}),
+                key=jax.random.key(0),
+            )
+            checkpoints.save(manager, step, state)
         manager.wait_until_finished()
+    return model, params, config
+
+
+def test_workdir_gives_the_running_mean_of_its_last_checkpoint(tmp_path):
+    saved_run(tmp_path, [])
+    with pytest.raises(InputError, match="not saved a checkpoint yet"):
+        loading.load_weights(str(tmp_path))
+    model, params, config = saved_run(tmp_path, [7])
     back, read, info = loading.load_weights(str(tmp_path))
     assert back == model and info["training"] == {"steps": 7, "config": config}
-    jax.tree.map(np.testing.assert_array_equal, read, means)
+    assert info["assumed"] == [] and info["path"] == str(tmp_path)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b + 7), read, params)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(InputError, match="config.json is not that of a training run"):
         loading.load_weights(str(tmp_path))
+
+
+def test_a_run_at_a_step(tmp_path):
+    run = tmp_path / "run"
+    _, params, config = saved_run(run, [1, 2, 3])
+    _, read, info = loading.load_weights(f"{run}@2")
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b + 2), read, params)
+    assert info["training"] == {"steps": 2, "config": config} and info["path"] == f"{run}@2"
+    with pytest.raises(InputError, match=r"run@1: step 1 was not kept: choose of 2, 3$"):
+        loading.load_weights(f"{run}@1")
+    with pytest.raises(InputError, match=f"^{run}@x: cannot be read"):
+        loading.load_weights(f"{run}@x")
+    (tmp_path / "plain").mkdir()
+    with pytest.raises(InputError, match="not the folder of a training run.*leave out @3"):
+        loading.load_weights(f"{tmp_path / 'plain'}@3")
+    # A name that exists as it is written is that file or folder.
+    model_file.save_model(tmp_path / "run@3" / "model.safetensors", *tiny(), {"steps": 9})
+    assert loading.load_weights(f"{run}@3")[2]["training"] == {"steps": 9}
+
+
+def test_what_is_kept_of_a_run_is_read(tmp_path):
+    model, params = tiny()
+    (tmp_path / "config.json").write_text('{"model": {"name": "triposr", "variant": "tiny"}}')
+    model_file.save_model(tmp_path / "model.safetensors", model, params, {"steps": 4})
+    assert loading.load_weights(str(tmp_path))[2]["training"] == {"steps": 4}
+    (tmp_path / "checkpoints").mkdir()  # emptied
+    assert loading.load_weights(str(tmp_path))[2]["training"] == {"steps": 4}
+
+
+def test_a_hub_s_name_without_hf_is_told_how_to_be_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        InputError, match="^stabilityai/TripoSR: no such file .* hf:stabilityai/TripoSR for"
+    ):
+        loading.load_weights("stabilityai/TripoSR")
+    for path in ("out/model.safetensors", "./x/y/z", "../a"):
+        with pytest.raises(InputError, match="cannot be read: No such file") as error:
+            loading.load_weights(path)
+        assert "hf:" not in str(error.value)
+    model_file.save_model(tmp_path / "stabilityai" / "TripoSR" / "m.safetensors", *tiny(), {})
+    assert loading.load_weights("stabilityai/TripoSR")[2]["variant"] == "tiny"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_model_computes_in_the_dtype_that_is_asked_for(tmp_path, dtype):
+    model_file.save_model(tmp_path / "m.safetensors", *tiny(), {})
+    model, params, _ = loading.load_weights(str(tmp_path / "m.safetensors"), dtype=dtype)
+    assert model == build("triposr", "tiny", dtype=dtype)
+    assert all(x.dtype == np.float32 for x in jax.tree.leaves(params))
+    rgb = jnp.zeros((1, 1, model.image_size, model.image_size, 3))
+    planes = jax.eval_shape(
+        lambda p: model.apply({"params": p}, Views(rgb=rgb, cameras=None), method="encode"), params
+    )
+    assert planes["triplane"].dtype == dtype
+
+
+def test_an_unknown_dtype_is_refused_before_anything_is_read():
+    with pytest.raises(InputError, match="^dtype float64: not one of float32, bfloat16, float16"):
+        loading.load_weights("/nowhere", dtype="float64")
 
 
 # -- the command
@@ -296,14 +365,6 @@ def test_bad_destinations_exit_with_2_and_leave_nothing(tmp_path, capsys):
     )
     assert str(source) in failed(capsys, source, source / "below.safetensors")
     assert os.listdir(tmp_path) == ["m.safetensors"]
-
-
-def test_config_that_cannot_be_written_leaves_no_weights(tmp_path):
-    model, params = tiny()
-    (tmp_path / "config.yaml").mkdir()
-    with pytest.raises(InputError, match="config.yaml is a folder"):
-        references.write_reference(tmp_path, model, params)
-    assert os.listdir(tmp_path) == ["config.yaml"] and not os.listdir(tmp_path / "config.yaml")
 
 
 def test_folder_as_destination_gets_a_model_file(tmp_path):

@@ -1,10 +1,12 @@
-"""DINO v1 and DINOv2 encoders on their own, in the names of their published files: what a family's encoder can start from.
+"""DINO v1 and DINOv2 encoders on their own: what a family's encoder can start from.
 
-Three layouts: `transformers`' ViTModel and the torch-hub files, both in `vit`, and `transformers`' Dinov2Model, which is renamed
-to the torch-hub one. What the encoders never use (pooler, mask token) is dropped, and made again as zeros.
+Written as `transformers` publishes them (ViTModel, Dinov2Model, Dinov2WithRegistersModel), with its config.json. Read from these
+and from the torch-hub files, whose names are changed to `transformers`'. What the encoders never use (pooler, mask token) is
+dropped, and made again as zeros.
 """
 
 import re
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -13,55 +15,100 @@ from lrm_jax.models.parts import torch_layout, vit
 MODEL = vit.ViT
 VARIANTS = vit.VARIANTS
 
-# transformers' Dinov2Model -> torch hub; the packed q, k, v are treated apart.
-_DINOV2_NAMES = (
-    (r"^embeddings\.position_embeddings$", "pos_embed"),
-    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-    (r"^embeddings\.", ""),
-    (r"^layernorm\.", "norm."),
-    (r"^encoder\.layer\.", "blocks."),
-    (r"\.attention\.output\.dense\.", ".attn.proj."),
-    (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
+# torch hub -> transformers; the packed q, k, v are treated apart.
+_HUB_NAMES = (
+    (r"^pos_embed$", "embeddings.position_embeddings"),
+    (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."),
+    (r"^(cls_token|register_tokens)$", r"embeddings.\1"),
+    (r"^norm\.", "layernorm."),
+    (r"^blocks\.", "encoder.layer."),
+    (r"\.attn\.proj\.", ".attention.output.dense."),
 )
-_QUERY = ".attention.attention.query."
+_DINO_NAMES = (
+    (r"\.norm1\.", ".layernorm_before."),
+    (r"\.norm2\.", ".layernorm_after."),
+    (r"\.mlp\.fc1\.", ".intermediate.dense."),
+    (r"\.mlp\.fc2\.", ".output.dense."),
+)
+_DINOV2_NAMES = ((r"\.ls([12])\.gamma$", r".layer_scale\1.lambda1"),)
+
+# The published sizes, by their letter: width, depth, heads.
+_SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16)}
 
 
-def normalize_names(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The encoder's own tensors, in the names of `entries`: without wrappers, heads and what the encoder never uses."""
-    for prefix in ("backbone.", "vit.", "dinov2."):
+def own_tensors(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The encoder's own tensors: without wrappers of the names, heads and what the encoder never uses."""
+    for prefix in ("backbone.", "vit.", "dinov2.", "dinov2_with_registers."):
         if any(name.startswith(prefix) for name in state):
             state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     unused = ("pooler.", "head.", "mask_token", "embeddings.mask_token")
-    state = {k: v for k, v in state.items() if not k.startswith(unused)}
-    if not any(".layer_scale1." in name for name in state):
+    return {k: v for k, v in state.items() if not k.startswith(unused)}
+
+
+def transformers_names(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """An encoder's own tensors under the names of `entries`, from these or those of torch hub."""
+    if not _is_hub(state):
         return state
-    hub = {}
+    of_blocks = _DINOV2_NAMES if "blocks.0.ls1.gamma" in state else _DINO_NAMES
+    renamed = {}
     for name, value in state.items():
-        if _QUERY in name:
-            parts = [
-                state.get(name.replace("query", x), value[:0]) for x in ("query", "key", "value")
-            ]
-            name, value = name.replace(_QUERY, ".attn.qkv."), np.concatenate(parts)
-        elif re.search(r"\.attention\.attention\.(key|value)\.", name):
-            continue
-        for pattern, replacement in _DINOV2_NAMES:
+        for pattern, replacement in (*_HUB_NAMES, *of_blocks):
             name = re.sub(pattern, replacement, name)
-        hub[name] = value
-    return hub
+        if ".attn.qkv." not in name:
+            renamed[name] = value
+            continue
+        for part, x in zip(("query", "key", "value"), np.array_split(value, 3), strict=True):
+            renamed[name.replace(".attn.qkv.", f".attention.attention.{part}.")] = x
+    return renamed
+
+
+def _is_hub(state):
+    return any(name.startswith("patch_embed.proj.") for name in state)
 
 
 def fields_from_torch(state: dict[str, np.ndarray]) -> dict:
-    """What the names and shapes of an encoder's state dict tell of the fields of `vit.ViT`: all of them."""
-    hub = "patch_embed.proj.weight" in state
-    fields = vit.hub_fields("", state) if hub else vit.hf_fields("", state)
+    """What the names and shapes of an encoder's own tensors tell of the fields of `vit.ViT`: all of them."""
+    fields = vit.hub_fields("", state) if _is_hub(state) else vit.hf_fields("", state)
     return dict(num_registers=0, layer_scale=False) | fields
 
 
+def fields_from_config(config: Mapping) -> dict:
+    """What `transformers`' config.json tells that shapes do not."""
+    told = dict(num_heads=config["num_attention_heads"])
+    return told | ({"norm_epsilon": config[k]} if (k := "layer_norm_eps") in config else {})
+
+
+def config_to_torch(model: vit.ViT) -> dict:
+    """The config.json that belongs to `to_torch`."""
+    config = {
+        "hidden_size": model.width,
+        "num_hidden_layers": model.depth,
+        "num_attention_heads": model.num_heads,
+        "patch_size": model.patch,
+        "image_size": model.grid * model.patch,
+        "num_channels": 3,
+        "hidden_act": "gelu",
+        "qkv_bias": True,
+        "layer_norm_eps": model.norm_epsilon,
+    }
+    if not model.layer_scale:
+        about = {"architectures": ["ViTModel"], "model_type": "vit"}
+        return about | config | {"intermediate_size": 4 * model.width}
+    config |= {"mlp_ratio": 4, "use_swiglu_ffn": False}
+    if not model.num_registers:
+        return {"architectures": ["Dinov2Model"], "model_type": "dinov2"} | config
+    about = {
+        "architectures": ["Dinov2WithRegistersModel"],
+        "model_type": "dinov2_with_registers",
+    }
+    return about | config | {"num_register_tokens": model.num_registers}
+
+
 def entries(model: vit.ViT) -> list[torch_layout.Entry]:
-    """The names of the encoder's published file: `transformers`' for DINO v1 with its epsilon of 1e-12, else torch hub's."""
-    if model.norm_epsilon == 1e-12:
+    """The names of the encoder in `transformers`' files, without what it never uses."""
+    if not model.layer_scale:
         return vit.hf_entries("", "encoder", model.depth)
-    return vit.hub_entries("", "encoder", model.depth, model.num_registers > 0, model.layer_scale)
+    return vit.hf_dinov2_entries("encoder", model.depth, model.num_registers > 0)
 
 
 def from_torch(state: dict[str, np.ndarray], model: vit.ViT) -> dict:
@@ -70,10 +117,34 @@ def from_torch(state: dict[str, np.ndarray], model: vit.ViT) -> dict:
 
 
 def to_torch(params: dict, model: vit.ViT) -> dict[str, np.ndarray]:
-    """A state dict that the encoder's reference loads strictly."""
+    """A state dict that `transformers` loads strictly."""
     state, width = torch_layout.to_torch(entries(model), {"encoder": params}), model.width
-    if model.norm_epsilon == 1e-12:
-        unused = {"pooler.dense.weight": (width, width), "pooler.dense.bias": (width,)}
+    if model.layer_scale:
+        unused = {"embeddings.mask_token": (1, width)}
     else:
-        unused = {"mask_token": (1, width)} if model.layer_scale else {}
+        unused = {"pooler.dense.weight": (width, width), "pooler.dense.bias": (width,)}
     return state | {name: np.zeros(shape, np.float32) for name, shape in unused.items()}
+
+
+def published_name(encoder: Mapping) -> str | None:
+    """What the references' configs call an encoder, None where nobody published one of its fields.
+
+    DINO v1 by its name at Hugging Face, as `facebook/dino-vitb16`; DINOv2 by torch hub's, as `dinov2_vitb14_reg`.
+    """
+    encoder = {**dict(num_registers=0, layer_scale=False), **encoder}
+    size = next(
+        (k for k, v in _SIZES.items() if v == tuple(encoder[x] for x in ("width", "depth", "num_heads"))),
+        None,
+    )  # fmt: skip
+    rest = {k: v for k, v in encoder.items() if k not in ("width", "depth", "num_heads", "patch")}
+    patch, dino = encoder["patch"], dict(num_registers=0, layer_scale=False, resize="dino")
+    if size in ("s", "b") and patch in (8, 16):
+        if rest == dino | dict(grid=224 // patch, norm_epsilon=1e-12):
+            return f"facebook/dino-vit{size}{patch}"
+    dinov2 = dict(layer_scale=True, grid=37, norm_epsilon=1e-6)
+    if size and patch == 14:
+        if rest == dino | dinov2:
+            return f"dinov2_vit{size}14"
+        if rest == dinov2 | dict(num_registers=4, resize="dinov2"):
+            return f"dinov2_vit{size}14_reg"
+    return None

@@ -1,5 +1,6 @@
 """Vision transformers: DINO v1 (https://arxiv.org/abs/2104.14294) and DINOv2 with registers (https://arxiv.org/abs/2309.16588)."""
 
+import dataclasses
 import math
 
 import jax
@@ -203,14 +204,40 @@ def hub_entries(
     return entries
 
 
+def hf_dinov2_entries(to: str, depth: int, registers: bool) -> list[torch_layout.Entry]:
+    """Names of `transformers`' Dinov2Model and Dinov2WithRegistersModel, without the mask token: ViTModel's, but within blocks."""
+    names = (
+        (".layernorm_before.", ".norm1."),
+        (".layernorm_after.", ".norm2."),
+        (".intermediate.dense.", ".mlp.fc1."),
+        # Not that of the attention's output.
+        (".output.dense.", ".mlp.fc2."),
+    )
+    entries = []
+    for entry in hf_entries("", to, depth):
+        name = entry.torch
+        for theirs, ours in names if ".attention." not in name else ():
+            name = name.replace(theirs, ours)
+        entries.append(dataclasses.replace(entry, torch=name))
+    if registers:
+        entries.append(torch_layout.same("embeddings.register_tokens", f"{to}.registers"))
+    for i in range(depth):
+        for k in "12":
+            at = f"encoder.layer.{i}.layer_scale{k}.lambda1"
+            entries.append(torch_layout.same(at, f"{to}.blocks.scale{k}", layer=i))
+    return entries
+
+
 def hf_fields(prefix: str, state: dict) -> dict:
-    """A DINO v1 ViT's fields from the shapes of its HF names; heads are 64 wide, as in every published ViT (4
-    heads where the width is no multiple of 64: nobody published one)."""
+    """A ViT's fields from the shapes of its HF names: DINOv2 where there are layer scales, else DINO v1. Heads are 64 wide, as in
+    every published ViT (4 heads where the width is no multiple of 64: nobody published one)."""
     kernel = state[prefix + "embeddings.patch_embeddings.projection.weight"].shape
-    return _fields(
-        kernel, state[prefix + "embeddings.position_embeddings"].shape,
-        torch_layout.count(state, prefix + "encoder.layer."), resize="dino", norm_epsilon=1e-12,
-    )  # fmt: skip
+    positions = state[prefix + "embeddings.position_embeddings"].shape
+    depth = torch_layout.count(state, prefix + "encoder.layer.")
+    if prefix + "encoder.layer.0.layer_scale1.lambda1" in state:
+        registers = state.get(prefix + "embeddings.register_tokens", np.zeros((1, 0, 1))).shape[1]
+        return _dinov2_fields(kernel, positions, depth, registers)
+    return _fields(kernel, positions, depth, resize="dino", norm_epsilon=1e-12)
 
 
 def hub_fields(prefix: str, state: dict) -> dict:
@@ -223,9 +250,13 @@ def hub_fields(prefix: str, state: dict) -> dict:
     if prefix + "blocks.0.ls1.gamma" not in state:
         return _fields(kernel, positions, depth, resize="dino", norm_epsilon=1e-6)
     registers = state.get(prefix + "register_tokens", np.zeros((1, 0, 1))).shape[1]
+    return _dinov2_fields(kernel, positions, depth, registers)
+
+
+def _dinov2_fields(kernel_shape, positions_shape, depth, registers):
     # Parity: only the models with registers were made with interpolate_antialias=True and interpolate_offset=0.
     resize = "dinov2" if registers else "dino"
-    fields = _fields(kernel, positions, depth, resize=resize, norm_epsilon=1e-6)
+    fields = _fields(kernel_shape, positions_shape, depth, resize=resize, norm_epsilon=1e-6)
     return fields | dict(num_registers=registers, layer_scale=True)
 
 
