@@ -53,10 +53,7 @@ def load(weights: str | Path | None = None, *, dtype: str | None = None) -> "Mod
     Raises:
       InputError: no such file, damaged, of no known family, or with other tensors than its family has.
     """
-    weights = None if weights is None else str(weights)
-    return Model(
-        *(loading.load_weights(weights, dtype) if dtype else loading.load_weights(weights))
-    )
+    return Model(*loading.load_weights(None if weights is None else str(weights), dtype))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -220,7 +220,7 @@ def _read_workdir(workdir, step):
             )
         if step is not None and step not in kept:
             raise InputError(
-                f"{workdir}@{step}: step {step} was not kept: choose of {', '.join(map(str, kept))}"
+                f"{workdir}@{step}: step {step} was not kept: choose one of {', '.join(map(str, kept))}"
             )
         step = kept[-1] if step is None else step
         try:

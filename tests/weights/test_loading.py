@@ -267,7 +267,7 @@ def test_a_run_at_a_step(tmp_path):
     _, read, info = loading.load_weights(f"{run}@2")
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b + 2), read, params)
     assert info["training"] == {"steps": 2, "config": config} and info["path"] == f"{run}@2"
-    with pytest.raises(InputError, match=r"run@1: step 1 was not kept: choose of 2, 3$"):
+    with pytest.raises(InputError, match=r"run@1: step 1 was not kept: choose one of 2, 3$"):
         loading.load_weights(f"{run}@1")
     with pytest.raises(InputError, match=f"^{run}@x: cannot be read"):
         loading.load_weights(f"{run}@x")
