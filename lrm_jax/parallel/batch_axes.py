@@ -60,10 +60,11 @@ def split_batch_and_heads(function, heads: tuple, rows: jax.Array | None) -> jax
 def split_batch(function, shared: Any, batch: Any) -> Any:
     """`function(shared, batch)` -> a tree of arrays [B ...], run by each device of the mesh in use for its part of a batch [B ...].
 
-    All axes split it, `tensor` too. A batch that the devices do not divide stays whole, and its work is repeated.
+    All axes split it, `tensor` too. A batch that the devices do not divide stays whole, and its work is repeated. Within another call
+    each device has its part already.
     """
     device_mesh = jax.sharding.get_abstract_mesh()
-    if device_mesh.empty:
+    if device_mesh.empty or device_mesh.manual_axes:
         return function(shared, batch)
     B = jax.tree.leaves(batch)[0].shape[0]
     split = PartitionSpec(None if B % device_mesh.size else AXES)

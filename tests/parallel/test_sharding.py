@@ -246,3 +246,20 @@ def test_local_rows_are_the_first_of_what_is_here_each_once(sizes):
         rows = batch_axes.local_rows(split, count)["x"]
         assert isinstance(rows, np.ndarray)
         np.testing.assert_array_equal(rows, x[:count])
+
+
+def test_a_batch_is_split_once_also_where_calls_are_nested():
+    """The library splits views, and a family that splits scenes is called within."""
+
+    def add(shared, batch):
+        return shared + batch
+
+    def outer(shared, batch):
+        assert len(batch) == 2
+        return batch_axes.split_batch(add, shared, batch)
+
+    batch = np.arange(16.0)
+    with jax.set_mesh(sharding.make_device_mesh()):
+        result = jax.jit(lambda: batch_axes.split_batch(outer, jnp.float32(1), batch))()
+    np.testing.assert_array_equal(result, batch + 1)
+    assert len(result.sharding.device_set) == 8
