@@ -9,6 +9,7 @@ Programs are compiled once for each shape: for the model's image size, whatever 
 views; and for the chunks of points that meshes are made from. All of this process's devices share the work.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -274,8 +275,11 @@ class Model:
           InputError: it is not finite.
         """
         count, devices = len(cameras.c2w), self._device_mesh.size
-        step = min(together, -(-count // devices)) * devices
-        scene = jax.device_put(encoded, self._everywhere)
+        # Fewer views than devices are rendered by the first one.
+        shared = count >= devices
+        step = min(together, -(-count // devices)) * devices if shared else min(together, count)
+        params = self._params if shared else self.params
+        scene = jax.device_put(encoded, self._everywhere) if shared else encoded
         cameras = jax.tree.map(np.asarray, cameras)
         views = messages.progress(range(count), count, label)
         for view in views:
@@ -283,8 +287,8 @@ class Model:
                 # The last views are filled up with the last camera, so that nothing is compiled anew.
                 chosen = np.minimum(np.arange(view, view + step), count - 1)
                 some = jax.tree.map(lambda x, chosen=chosen: x[chosen], cameras)
-                with jax.set_mesh(self._device_mesh):
-                    rendered = jax.device_get(self._render(self._params, scene, some, size=size))
+                with jax.set_mesh(self._device_mesh) if shared else contextlib.nullcontext():
+                    rendered = jax.device_get(self._render(params, scene, some, size=size))
                 if not np.isfinite(rendered.rgb).all():
                     raise InputError(
                         "what the model renders is not finite: its weights are damaged, take others"

@@ -69,8 +69,8 @@ def test_a_list_gives_a_list_in_batches_that_the_devices_share(model, scene, mon
     scenes = model.reconstruct([ball(), other] * 5)
     assert len(scenes) == 10 and len(shapes) == 1
     assert len(shapes[0].device_set) == jax.device_count() == 8
-    same(scenes[8], scene, 1e-5)
-    same(scenes[9], scenes[1], 1e-5)
+    same(scenes[8], scene, 1e-4)  # of values up to 20
+    same(scenes[9], scenes[1], 1e-4)
     np.testing.assert_array_equal(scenes[9].image, other)
     assert np.abs(scenes[0].encoded["triplane"] - scenes[1].encoded["triplane"]).max() > 1e-3
     assert model.reconstruct([]) == []

@@ -79,7 +79,7 @@ def test_the_file_is_a_model_that_renders(coarse, tmp_path, monkeypatch, capsys)
     assert main([*argv, "tiny-fine"]) == 0
     fine, finer, info = loading.load_weights(str(tmp_path / "fine.safetensors"))
     assert info["variant"] == "tiny-fine" and info["training"] == {"steps": 3}
-    source = fine.prepare([np.full((32, 32, 4), 200, np.uint8)])
+    source = jax.tree.map(jnp.asarray, fine.prepare([np.full((32, 32, 4), 200, np.uint8)]))
     scene = fine.apply({"params": finer}, source, method="encode")
     assert scene["triplane"].shape == (1, 3, 18, 18, 8) and jnp.isfinite(scene["triplane"]).all()
     assert main([*argv, "nano"]) == 2
