@@ -145,7 +145,7 @@ def test_a_wrong_convention_is_one_line_that_names_the_right_one(lrm, written):
     code, errors = lrm("--weights", "unused")
     assert code == 2 and len(errors) == 1
     assert (
-        "scene: the optical axes" in errors[0] and "expected are poses in opengl-c2w" in errors[0]
+        "scene: the optical axes" in errors[0] and "poses in opengl-c2w were expected" in errors[0]
     )
     assert f"add --convention {written}, or --convention opengl-c2w" in errors[0]
 
