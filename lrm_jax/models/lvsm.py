@@ -63,7 +63,9 @@ class LVSM(nn.Module):
     depth: int  # blocks that see the target
     encoder_depth: int = 0  # blocks that make the latents
     num_latents: int = 0  # 0: decoder-only
-    image_size: int = 256  # in training; images of any multiple of `patch` can be given and rendered
+    image_size: int = (
+        256  # in training; images of any multiple of `patch` can be given and rendered
+    )
     ray_chunk: int | None = None  # rays rendered at a time, in whole views; None: 8 views of 256 px
     remat: bool = True
     dtype: str = "float32"
