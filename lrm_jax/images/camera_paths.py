@@ -74,7 +74,7 @@ def read_path(path: Path, convention: str | None) -> np.ndarray:
 
 
 def intrinsics_along(path: CameraPath, fxfycxcy: np.ndarray) -> np.ndarray:
-    """Intrinsics [N 4] of the frames: interpolated between the views' [V 4], or their mean if the path does not follow the views."""
+    """Intrinsics [N 4] of the frames: interpolated from the views' [V 4], or their mean if the path does not follow the views."""
     if path.position is None:
         return np.tile(fxfycxcy.mean(0), (len(path.c2w), 1))
     columns = [np.interp(path.position, np.arange(len(fxfycxcy)), x) for x in fxfycxcy.T]

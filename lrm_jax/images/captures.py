@@ -62,7 +62,7 @@ def is_scene(folder: Path) -> bool:
 
 
 def read_folder(folder: Path) -> Frames:
-    """The frames, sorted by name, of a folder with transforms.json or a COLMAP reconstruction. If it has both, transforms.json is read.
+    """The frames, sorted by name, of a folder with transforms.json or a COLMAP reconstruction (the former if it has both).
 
     Raises:
       InputError: it has neither, a file is missing or damaged, or a camera is invalid or far from a pinhole.

@@ -18,8 +18,8 @@ _MODELS = {
     8: ("SIMPLE_RADIAL_FISHEYE", 4, 1), 9: ("RADIAL_FISHEYE", 5, 1), 10: ("THIN_PRISM_FISHEYE", 12, 2),
 }  # fmt: skip
 _NUMBERS = {name: number for number, (name, _, _) in _MODELS.items()}
-# Displacement at the corners as a fraction of the larger side. It grows with the third power of the distance from the middle: where
-# objects are, halfway out, it is an eighth.
+# Displacement at the corners as a fraction of the larger side. It grows with the third power of the distance from the middle:
+# where objects are, halfway out, it is an eighth.
 MAX_DISTORTION = 0.02
 
 

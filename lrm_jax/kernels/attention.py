@@ -31,7 +31,7 @@ def attention(
         kernel = attention_cuda.attention_by_cudnn
     else:
         kernel = _attention_by_products
-    # Each device works on its own scenes and heads. The compiler cannot split a kernel, and would also split products along the width.
+    # Each device works on its own scenes and heads. The compiler cannot split a kernel, and would split products along the width.
     return batch_axes.split_batch_and_heads(kernel, (q_BLNK, k_BMNK, v_BMNK), num_keys_B)
 
 

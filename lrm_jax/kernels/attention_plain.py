@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 
 def attention_by_xla(q_BLNK, k_BMNK, v_BMNK, num_keys_B, max_scores=2**20):
-    """JAX's attention in chunks of queries with at most `max_scores` scores per head: all scores would not fit a training step."""
+    """JAX's attention, with at most `max_scores` scores per head at a time: all of them would not fit a training step."""
 
     @jax.checkpoint
     def attend(q_LBNK):

@@ -33,15 +33,15 @@ def extract(
     The grid has `resolution` points along each axis of the cube [-radius, radius]^3, both ends included. Vertices lie on its
     edges, where linear interpolation of the field meets the level. The surface is closed, except where it leaves the cube.
 
-    By default the field is evaluated only near the surface. First, at one grid point in sixteen. Then, at every second point along
-    each axis, in those bricks of 4x4x4 cells where the level is as near to some value as the values are to each other. There, by a
-    similar rule, at every point. For densities (nowhere negative, level above zero) the rule compares logarithms, because densities
-    span orders of magnitude. Last, the surface is followed: wherever it leaves the evaluated region, its continuation is evaluated,
-    too. At 256^3 a compact object costs about a tenth of the dense grid. Grids up to 64^3 are always dense.
+    By default the field is evaluated only near the surface. First, at one grid point in sixteen. Then, at every second point
+    along each axis, in those bricks of 4x4x4 cells where the level is as near to some value as the values are to each other.
+    There, by a similar rule, at every point. For densities (nowhere negative, level above zero) the rule compares logarithms,
+    because densities span orders of magnitude. Last, the surface is followed: wherever it leaves the evaluated region, its
+    continuation is evaluated, too. At 256^3 a compact object costs about a tenth of the dense grid. Grids up to 64^3 are always dense.
 
-    Guaranteed: each connected piece of the dense surface is returned whole or not at all, and it is returned if it separates points
-    of the first, coarse grid. No place is further than two cells from one of these. Not guaranteed: a piece that they all miss,
-    such as a speck less than four cells wide, if the field does not change around it either.
+    Guaranteed: each connected piece of the dense surface is returned whole or not at all, and it is returned if it separates
+    points of the first, coarse grid. No place is further than two cells from one of these. Not guaranteed: a piece that they all
+    miss, such as a speck less than four cells wide, if the field does not change around it either.
 
     Memory grows with the area of the surface, plus a byte and a half per grid point (512^3: 0.2 GB). `dense` evaluates every grid
     point, in slabs.
@@ -86,7 +86,7 @@ def extract(
 class Lattice:
     """The grid of `extract`, and the field's known samples on it, in bricks of 4x4x4 points.
 
-    It is padded to whole bricks of cells. The padding repeats the last point: no surface crosses it, and no triangle comes from it.
+    It is padded to whole bricks of cells. The padding repeats the last point: no surface crosses it, no triangle comes from it.
     """
 
     def __init__(self, field, resolution, radius, level, chunk, progress):
@@ -212,7 +212,7 @@ def _march_blocks(lattice: Lattice) -> Iterator[tuple]:
 def _unseen(
     exits: Int[np.ndarray, "K 3"], seen: Bool[np.ndarray, "X Y Z"], resolution: int
 ) -> Int[np.ndarray, "k 3"]:
-    """The blocks, not seen yet, of all bricks that the surface enters. Taking whole bricks follows the surface in fewer rounds."""
+    """The unseen blocks of all bricks that the surface enters. Taking whole bricks follows the surface in fewer rounds."""
 
     def new(corners):
         corners = corners[((corners >= 0) & (corners < resolution - 1)).all(-1)]
@@ -301,9 +301,9 @@ def _march_packed(
 def _march(values: Float32[np.ndarray, "X Y Z"], mask: Bool[np.ndarray, "X Y Z"] | None) -> tuple:
     """Marching cubes: the grid edges with a vertex on them (lower end, axis), the vertex's place on its edge, and the faces.
 
-    scikit-image gets only the signs. So its vertices are midpoints, which identify their edges without rounding, and positions are
-    interpolated here. Thus blocks that share an edge agree on its vertex to the bit, wherever they are in the array. The `lorensen`
-    table is closed for every pattern of signs (each edge is shared by two faces: tested); `lewiner` is not.
+    scikit-image gets only the signs. So its vertices are midpoints, which identify their edges without rounding, and positions
+    are interpolated here. Thus blocks that share an edge agree on its vertex to the bit, wherever they are in the array. The
+    `lorensen` table is closed for every pattern of signs (each edge is shared by two faces: tested); `lewiner` is not.
     """
     from skimage.measure import marching_cubes  # here: it is slow to import
 

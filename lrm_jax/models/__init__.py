@@ -15,10 +15,11 @@ A family is a linen module in `models/<name>.py` with these members. Rendering, 
 | `VARIANTS` | `dict[str, dict]` | field overrides of each published size, and `"tiny"` |
 | `from_torch(state, model)` / `to_torch(params, model)` | dict of NumPy arrays <-> params | renames, transposes, (un)stacks only: exact inverses |
 
-`VARIANTS`, `from_torch` and `to_torch` are at module level beside the class, which is `MODEL`. For `lrm convert` to read and write
-the family's checkpoints, `references.py` also needs `entries(model)` (the checkpoint's names) and `fields_from_torch(state)` there,
-and the family in its own tables. If a checkpoint comes with a config, it needs `fields_from_config(config)` and
-`config_to_torch(model)` too. Call `encode`, `render` and `query` by `model.apply({"params": params}, scene, rays, method="render")`.
+`VARIANTS`, `from_torch` and `to_torch` are at module level beside the class, which is `MODEL`. For `lrm convert` to read and
+write the family's checkpoints, `references.py` also needs `entries(model)` (the checkpoint's names) and
+`fields_from_torch(state)` there, and the family in its own tables. If a checkpoint comes with a config, it needs
+`fields_from_config(config)` and `config_to_torch(model)` too. Call `encode`, `render` and `query` by
+`model.apply({"params": params}, scene, rays, method="render")`.
 """
 
 import importlib

@@ -2,8 +2,8 @@
 triplane radiance field. Their transformer blocks are modulated by the camera (ModLN).
 
 ViT tokens -> learned plane tokens, refined by transformer blocks that attend to the ViT tokens and are modulated by the source
-camera -> upsampled planes -> MLP -> volume rendering. The world is z-up, normalised so that the source camera is at (0, -d, 0) and
-looks at the origin.
+camera -> upsampled planes -> MLP -> volume rendering. The world is z-up, normalised so that the source camera is at (0, -d, 0)
+and looks at the origin.
 """
 
 from collections.abc import Mapping
@@ -165,7 +165,7 @@ class LRM(nn.Module):
             xyz_RS3 = rays.origins[:, None] + t_RS[..., None] * rays.dirs[:, None]
             density, rgb = self._raw_field(projected, layers, xyz_RS3.reshape(-1, 3))
             inside = jnp.all(jnp.abs(xyz_RS3) <= self.radius, axis=-1)
-            # Parity: outside the box the colour is 0, and the raw density so low that its mean with any neighbour gives no density.
+            # Parity: outside the box colour is 0, and raw density so low that its mean with any neighbour gives no density.
             density = jnp.where(inside, density.reshape(t_RS.shape), jnp.finfo(jnp.float32).min / 8)
             return density, jnp.where(inside[..., None], rgb.reshape(*t_RS.shape, 3), 0.0)
 

@@ -222,7 +222,7 @@ class Block(nn.Module):
 
 
 def _deviation(width):
-    """Standard deviation of the initial weights: the reference's 0.02 at its width, 768; equally large outputs at any other width."""
+    """Standard deviation of the initial weights: the reference's 0.02 at its width, 768, and equally large outputs at others."""
     return 0.02 * (768 / width) ** 0.5
 
 

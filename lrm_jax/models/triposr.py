@@ -128,7 +128,7 @@ class TripoSR(nn.Module):
         return triplane.query(self._field, scene["triplane"], self.decoder(), self.dtype, xyz)
 
     def prepare(self, rgba: list[np.ndarray]) -> Views:
-        """Images as the reference prepares them: foreground centred to fill 85% of a square, on grey, 8 bits, antialiased resize."""
+        """Images as the reference prepares them: foreground centred in a square, on grey, 8 bits, antialiased resize."""
         if self.foreground_ratio is None:
             squares = [recentre.pad_to_square(x) for x in rgba]
         else:

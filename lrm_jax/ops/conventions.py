@@ -1,10 +1,10 @@
 """Is the stated convention of the camera poses plausible: do the optical axes meet in front of the cameras?
 
-A pose is written as camera to world or world to camera, with OpenCV axes (x right, y down, z forward) or OpenGL axes (x right, y up,
-z backward). The 4x4 matrix itself does not show which. But the axes of cameras pointed at one scene meet in front of them; read in a
-wrong convention, they meet behind them or nowhere. Cameras that look outwards from one place cannot be told from cameras that look
-inwards with reversed axes, so this raises a doubt and proves nothing. Nearly parallel axes, as of a camera that moves straight ahead,
-show nothing.
+A pose is written as camera to world or world to camera, with OpenCV axes (x right, y down, z forward) or OpenGL axes (x right, y
+up, z backward). The 4x4 matrix itself does not show which. But the axes of cameras pointed at one scene meet in front of them;
+read in a wrong convention, they meet behind them or nowhere. Cameras that look outwards from one place cannot be told from
+cameras that look inwards with reversed axes, so this raises a doubt and proves nothing. Nearly parallel axes, as of a camera that
+moves straight ahead, show nothing.
 """
 
 import numpy as np
@@ -69,7 +69,7 @@ def doubt(c2w: Float[np.ndarray, "V 4 4"], convention: str) -> tuple[str, str] |
 
 
 def _angles_where_axes_meet(c2w: np.ndarray) -> np.ndarray | None:
-    """Angles [V] in degrees between the axes and the way to the point where they meet; None if they are parallel or do not meet."""
+    """Degrees [V] between each axis and the way to the point where the axes meet; None if they are parallel or do not meet."""
     point, spread = paths.focus(c2w)
     eyes = c2w[:, :3, 3]
     miss = np.linalg.norm(np.cross(point - eyes, c2w[:, :3, 2]), axis=1)

@@ -49,7 +49,7 @@ def nearest_point(
 def angles_to(
     c2w: Float[np.ndarray, "V 4 4"], point: Float[np.ndarray, "3"]
 ) -> Float[np.ndarray, "V"]:
-    """Degrees between each optical axis and the way to a point: 0 straight ahead, over 90 behind, 90 for a camera at the point."""
+    """Degrees between each optical axis and the way to a point: 0 ahead, over 90 behind, 90 for a camera at the point."""
     way, dirs = point - c2w[:, :3, 3], c2w[:, :3, 2]
     along, beside = (way * dirs).sum(1), np.linalg.norm(np.cross(way, dirs), axis=1)
     # At the point itself, the direction would be rounding error.
@@ -110,9 +110,9 @@ def spiral(
     """Two turns around the mean camera, while moving forward and back once, as far from it as the cameras are.
 
     After LLFF's spiral (https://github.com/Fyusion/LLFF, as in NeRF's `render_path_spiral`): the radii are the 90th percentile of
-    the cameras' distances from the mean camera, across its axis and along it. The frames look at a point on that axis, at the depth
-    of the point that the cameras look at. If there is no such point, all frames look in parallel. The path is closed: frame N would
-    be frame 0 again.
+    the cameras' distances from the mean camera, across its axis and along it. The frames look at a point on that axis, at the
+    depth of the point that the cameras look at. If there is no such point, all frames look in parallel. The path is closed: frame
+    N would be frame 0 again.
 
     Args:
       c2w: the cameras.

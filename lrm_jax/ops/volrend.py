@@ -34,7 +34,7 @@ def compositing_weights(
 ) -> Float[Array, "*B S"]:
     """The weight of each sample: the transmittance up to it times its own opacity. They sum to alpha <= 1.
 
-    The transmittance is the exp of a float32 sum. A product of (1 - alpha) loses the last digits, and a bfloat16 sum costs decibels.
+    The transmittance is the exp of a float32 sum: a product of (1 - alpha) loses the last digits, and a bfloat16 sum decibels.
     """
     optical = density.astype(jnp.float32) * (t_edges[..., 1:] - t_edges[..., :-1])
     # An exclusive sum, not the inclusive sum minus the sample's own term: that cancels where a density is large.

@@ -79,7 +79,7 @@ def gelu(x):
 def sincos_code(length: int, channels: int) -> Float[Array, "length channels"]:
     """Sine-cosine codes of positions along an axis (https://arxiv.org/abs/1706.03762, section 3.5); `channels` is even.
 
-    Wavelengths run from 2 to 200 sixteenths of the axis, so that grids of different lengths have the same codes at the same positions.
+    Wavelengths run from 2 to 200 sixteenths of the axis, so that grids of different lengths have equal codes at equal positions.
     """
     frequency = jnp.pi * 10.0 ** -jnp.linspace(0.0, 2.0, channels // 2)[None]
     angle = (jnp.arange(length) + 0.5)[:, None] * (16 / length) * frequency

@@ -1,5 +1,5 @@
-"""Tables that map the names of a PyTorch state dict to our parameters. Each family's `from_torch` and `to_torch` read one table in
-opposite directions, so they are exact inverses."""
+"""Tables that map the names of a PyTorch state dict to our parameters. Each family's `from_torch` and `to_torch` read one table
+in opposite directions, so they are exact inverses."""
 
 import dataclasses
 import functools
@@ -88,7 +88,7 @@ def to_torch(entries: list[Entry], params: dict) -> dict[str, np.ndarray]:
 
 
 def torch_shapes(entries: list[Entry], params: dict) -> dict[str, tuple[int, ...]]:
-    """The names and shapes that `to_torch` would write, from a tree of anything with shapes, such as `jax.eval_shape`'s result."""
+    """The names and shapes that `to_torch` would write, from a tree of arrays or of anything with shapes (`jax.eval_shape`)."""
     shapes = {}
     for entry in entries:
         parts = []

@@ -1,4 +1,4 @@
-"""Vision transformers: DINO v1 (https://arxiv.org/abs/2104.14294) and DINOv2 with registers (https://arxiv.org/abs/2309.16588)."""
+"""Vision transformers: DINO v1 (https://arxiv.org/abs/2104.14294), DINOv2 with registers (https://arxiv.org/abs/2309.16588)."""
 
 import dataclasses
 import math
@@ -205,7 +205,7 @@ def hub_entries(
 
 
 def hf_dinov2_entries(to: str, depth: int, registers: bool) -> list[torch_layout.Entry]:
-    """Names in `transformers`' Dinov2Model and Dinov2WithRegistersModel, without the mask token: ViTModel's, except in the blocks."""
+    """Names in `transformers`' Dinov2Model and Dinov2WithRegistersModel, without the mask token; as ViTModel's outside the blocks."""
     names = (
         (".layernorm_before.", ".norm1."),
         (".layernorm_after.", ".norm2."),
