@@ -37,7 +37,7 @@ def extract(
     along each axis, in those bricks of 4x4x4 cells where the level is as near to some value as the values are to each other.
     There, by a similar rule, at every point. For densities (nowhere negative, level above zero) the rule compares logarithms,
     because densities span orders of magnitude. Last, the surface is followed: wherever it leaves the evaluated region, its
-    continuation is evaluated, too. At 256^3 a compact object costs about a tenth of the dense grid. Grids up to 64^3 are always dense.
+    continuation is evaluated, too. At 256^3 a compact object costs about a tenth of the dense grid. Up to 64^3, grids are dense.
 
     Guaranteed: each connected piece of the dense surface is returned whole or not at all, and it is returned if it separates
     points of the first, coarse grid. No place is further than two cells from one of these. Not guaranteed: a piece that they all

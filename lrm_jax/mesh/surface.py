@@ -37,8 +37,7 @@ def sample(
 def vertex_normals(
     vertices: Float32[np.ndarray, "N 3"], faces: Int32[np.ndarray, "M 3"]
 ) -> Float32[np.ndarray, "N 3"]:
-    """Unit normals: the mean of the normals of the faces around each vertex, weighted by area. Outward for counter-clockwise
-    faces.
+    """Unit normals: the mean of the face normals around each vertex, weighted by area. Outward for counter-clockwise faces.
 
     Not the field's gradient: it takes as many queries as the surface itself, and is noise where a density saturates.
     """

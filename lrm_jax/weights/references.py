@@ -142,7 +142,7 @@ def _assumed(model, is_published, guessed, known):
 def from_checkpoint(
     content: object, path: Path, described: nn.Module | None = None
 ) -> tuple[nn.Module, dict, list[str]]:
-    """As `from_reference`, from the content of a checkpoint file. Its config is in it (OpenLRM 1.0), beside it, or its name (LVSM).
+    """As `from_reference`, from a checkpoint file's content. Its config is in it (OpenLRM 1.0), beside it, or its name (LVSM).
 
     Args:
       described: the model, if it is known already; no config is read then.

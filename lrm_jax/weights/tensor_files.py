@@ -196,7 +196,7 @@ def _read_torch(path):
 
 
 def _read_old_torch(path):
-    """Reads pickles of a magic number, a version, the machine, the content, the storages' keys; then each storage's size and bytes."""
+    """Reads five pickles (magic number, version, machine, content, the storages' keys), then each storage's size and bytes."""
     try:
         with open(path, "rb") as file:
             length, storages = os.fstat(file.fileno()).st_size, {}
@@ -302,7 +302,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _Parameter:
-    """A parameter as PyTorch before 0.4 pickled it: the tensor is an argument or, even earlier, the first of five in the state."""
+    """A parameter as PyTorch before 0.4 pickled it: the tensor is an argument or, still earlier, the first of five states."""
 
     def __init__(self, tensor=None, *_):
         self.tensor = tensor

@@ -205,7 +205,7 @@ def hub_entries(
 
 
 def hf_dinov2_entries(to: str, depth: int, registers: bool) -> list[torch_layout.Entry]:
-    """Names in `transformers`' Dinov2Model and Dinov2WithRegistersModel, without the mask token; as ViTModel's outside the blocks."""
+    """Names in `transformers`' Dinov2Model and Dinov2WithRegistersModel, without the mask token: ViTModel's outside blocks."""
     names = (
         (".layernorm_before.", ".norm1."),
         (".layernorm_after.", ".norm2."),
