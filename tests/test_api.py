@@ -43,8 +43,8 @@ def test_an_image_is_a_path_a_pil_image_or_an_array(model, scene, tmp_path):
 @pytest.mark.parametrize(
     "image, message",
     [
-        (np.zeros((4, 4, 2), np.uint8), "is no image"),
-        (np.zeros((0, 4, 3), np.uint8), "is no image"),
+        (np.zeros((4, 4, 2), np.uint8), "is not an image"),
+        (np.zeros((0, 4, 3), np.uint8), "is not an image"),
         (ball().astype(np.float32), "must lie in"),
         (ball() * np.float32(np.nan), "must lie in"),
         (ball().astype(np.int64), "array of int64"),

@@ -1,4 +1,4 @@
-"""Attention: one function, and a kernel for each kind of device."""
+"""Attention: one function with a kernel for each kind of device."""
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +16,14 @@ def attention(
 ) -> Float[Array, "B L N K"]:
     """Scaled dot-product attention, eq. 1 of https://arxiv.org/abs/1706.03762, softmax in float32.
 
-    One kernel a platform: cuDNN's fused one for 16-bit inputs on a GPU, JAX's fused one (splash attention) on TPUs, per-head matrix
-    products on a CPU, XLA's in chunks elsewhere.
+    One kernel per platform: cuDNN's fused kernel for 16-bit inputs on a GPU, JAX's fused kernel (splash attention) on TPUs,
+    per-head matrix products on a CPU, XLA in chunks elsewhere.
 
     Args:
-      num_keys_B: how many keys of each sequence count, 1 or more; the later ones are padding. None: all.
+      num_keys_B: how many keys of each sequence are attended to, 1 or more; the later ones are padding. None: all.
     """
     platform = sharding.platform()
-    # JAX has refused odd lengths to cuDNN's backward pass; this version does not, which is untried.
+    # JAX used to refuse odd lengths in cuDNN's backward pass. This version accepts them, but we have not tried it.
     even = q_BLNK.shape[1] % 2 == k_BMNK.shape[1] % 2 == 0
     if platform == "tpu":
         kernel = attention_tpu.attention_by_splash
@@ -31,7 +31,7 @@ def attention(
         kernel = attention_cuda.attention_by_cudnn
     else:
         kernel = _attention_by_products
-    # Each device for its scenes and heads: a compiler cannot split a kernel, and splits products along the width, too.
+    # Each device works on its own scenes and heads. The compiler cannot split a kernel, and would split products along the width.
     return batch_axes.split_batch_and_heads(kernel, (q_BLNK, k_BMNK, v_BMNK), num_keys_B)
 
 

@@ -339,7 +339,7 @@ def test_the_bundled_examples_are_used_without_arguments(tmp_path, monkeypatch):
 
 def test_a_family_without_a_surface_is_an_error():
     model = api.Model(types.SimpleNamespace(), {}, {"path": "a.pt", "family": "lvsm"})
-    with pytest.raises(InputError, match=r"a\.pt: lvsm draws views.*weights of another family"):
+    with pytest.raises(InputError, match=r"a\.pt: lvsm renders views.*weights of another family"):
         model.check_takes_images()
 
 

@@ -145,7 +145,7 @@ def test_a_wrong_convention_is_one_line_that_names_the_right_one(lrm, written):
     code, errors = lrm("--weights", "unused")
     assert code == 2 and len(errors) == 1
     assert (
-        "scene: the optical axes" in errors[0] and "expected are poses in opengl-c2w" in errors[0]
+        "scene: the optical axes" in errors[0] and "poses in opengl-c2w were expected" in errors[0]
     )
     assert f"add --convention {written}, or --convention opengl-c2w" in errors[0]
 
@@ -206,18 +206,26 @@ BAD = {
     "no cameras": (nothing, [], "neither transforms.json"),
     "an image is missing": (without_a_image, [], "2.png does not exist"),
     "not finite": (change_pose(lambda x: x * np.nan), [], "not finite"),
-    "left-handed": (change_pose(lambda x: x * [1, -1, 1, 1]), [], "no rotation and translation"),
-    "scaled": (change_pose(lambda x: x @ np.diag([2, 2, 2, 1])), [], "no rotation and translation"),
+    "left-handed": (change_pose(lambda x: x * [1, -1, 1, 1]), [], "not a rotation and translation"),
+    "scaled": (
+        change_pose(lambda x: x @ np.diag([2, 2, 2, 1])),
+        [],
+        "not a rotation and translation",
+    ),
     "transposed": (change_pose(lambda x: x.T), [], "transposed?"),
     "all equal": (change_pose(lambda x: np.eye(4)), ["--path", "spiral"], "stand at one place"),
-    "turned image": (change(w=18, h=24), [], "proportions"),
+    "turned image": (change(w=18, h=24), [], "not the aspect ratio of its camera"),
     "one view": (change(), ["--views", "1"], "only source view"),
     "too many views": (change(), ["--views", "5"], "choose 1 to 4"),
     "no such view": (change(), ["--views", "0,9"], "no view 9"),
     "a view twice": (change(), ["--views", "1,1"], "--views '1,1'"),
     "views in words": (change(), ["--views", "all"], "--views 'all'"),
-    "no such path": (change(), ["--path", "circle"], "none of orbit, spiral, interpolate"),
-    "a bad path": (change(), ["--path", "scene/images/0.png"], "is no transforms.json"),
+    "no such path": (
+        change(),
+        ["--path", "circle"],
+        "neither a file nor one of orbit, spiral, interpolate",
+    ),
+    "a bad path": (change(), ["--path", "scene/images/0.png"], "is not a transforms.json file"),
     "no frames": (change(), ["--frames", "0"], "--frames 0 is out of range"),
 }
 

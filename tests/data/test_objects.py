@@ -318,7 +318,7 @@ def test_a_thin_diagonal_object_is_where_its_crop_says():
     assert rgba[rows + top, columns + left, 3].all() and len(rows) == 28
     rgba[:] = 0
     rgba[3, 5] = rgba[4, 4] = 255
-    with pytest.raises(InputError, match="sword: the image's foreground is two pixels"):
+    with pytest.raises(InputError, match="sword: the image's foreground is too thin"):
         elements.recentered(rgba, 0.85, "sword")
 
 

@@ -282,7 +282,7 @@ def test_scenes_that_cannot_be_used_are_named_and_replaced(tmp_path, capsys):
     source = make(tmp_path)
     with pytest.raises(InputError, match=r"attic: .*frame_\d+.png does not exist"):
         source.elements[0]
-    with pytest.raises(InputError, match="barn: the pose of frame 10 is no rotation"):
+    with pytest.raises(InputError, match="barn: the pose of frame 10 is not a rotation"):
         source.elements[1]
     _, batch = next(pipeline.open_batches(source, 3, prefetch=0))
     np.testing.assert_array_equal(batch.source.rgb[0], batch.source.rgb[2])
@@ -307,7 +307,9 @@ def test_bad_cameras_are_one_line(tmp_path):
             captures.read_folder(tmp_path / "attic")
     path.write_text(json.dumps(good | dict(w=HEIGHT, h=WIDTH, cx=10, cy=10)))
     frames = captures.read_folder(tmp_path / "attic")
-    with pytest.raises(InputError, match="frame_0.png is 48x32, which has not the proportions"):
+    with pytest.raises(
+        InputError, match="frame_0.png is 48x32, not the aspect ratio of its camera"
+    ):
         captures.read_image(frames, 0)
     path.write_text("[")
     with pytest.raises(InputError, match="transforms.json cannot be read"):

@@ -131,5 +131,5 @@ def test_png_of_obj_is_the_texture(baked):
 def test_a_crash_of_xatlas_is_an_error_with_a_remedy(monkeypatch, program, cause):
     monkeypatch.setattr(texture, "UNWRAP", program)
     triangle = np.eye(3, dtype=np.float32)
-    with pytest.raises(InputError, match=f"{cause}.*leave the texture out"):
+    with pytest.raises(InputError, match=f"{cause}.*use vertex colours instead"):
         texture._unwrap(triangle, np.array([[0, 1, 2]], np.int32), 16)

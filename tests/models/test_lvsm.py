@@ -88,7 +88,7 @@ def test_a_training_checkpoint_is_recognised_its_loss_s_network_dropped_and_othe
     content = {"model": state | frozen, "optimizer": {"state": {0: {"step": 3}}}}
     found, found_params, assumed = references.from_checkpoint(content, tmp_path)
     # Images of no size are told: that of the first published one.
-    assert found == model.clone(image_size=256) and "256 pixels are taken" in caplog.text
+    assert found == model.clone(image_size=256) and "256 pixels are assumed" in caplog.text
     assert assumed == ["image size 256: LVSM's"]
     for name, size in [
         ("a_512.pt", 512),

@@ -43,7 +43,7 @@ def test_every_wrong_convention_is_noticed_and_the_right_one_named(written, read
     matrices = conventions.write(hand_held(centre), written)
     problem, other = conventions.doubt(conventions.read(matrices, read), read)
     assert other == written
-    assert f"expected are poses in {read}" in problem and f"read as {written}" in problem
+    assert f"poses in {read} were expected" in problem and f"read as {written}" in problem
 
 
 @pytest.mark.parametrize("convention", conventions.MEANINGS)

@@ -83,7 +83,7 @@ def test_to_torch_and_back_is_the_same_model_and_training(
         assert model_file.fields_of(back) == model_file.fields_of(model) and back == model
         assert info["training"] == TRAINING and info["assumed"] == []
         jax.tree.map(np.testing.assert_array_equal, read, params)
-    assert "taken" not in caplog.text  # nothing was guessed on the way
+    assert "assumed" not in caplog.text  # nothing was guessed on the way
 
 
 def test_the_references_own_files_have_no_key_of_ours(odd_file, tmp_path):
@@ -109,7 +109,7 @@ def test_a_renamed_checkpoint_keeps_its_record_and_another_file_does_not_get_it(
     weights.unlink()
     back, _, info = loading.read_weights(str(other))
     assert back == model and info["training"] == TRAINING
-    with pytest.raises(InputError, match="lrm_jax.json is that of its other.*: name another") as e:
+    with pytest.raises(InputError, match="lrm_jax.json belongs to other.*: choose another") as e:
         record.write_text(record.read_text().replace(weights.name, other.name))
         export.write_reference(tmp_path / "t", model, params)
     assert "\n" not in str(e.value)
@@ -300,7 +300,7 @@ def test_a_published_model_without_its_config_assumes_the_published_sizes(golden
     manifest = json.loads((goldens / "manifests" / "triposr.json").read_text())
     state = {k: np.broadcast_to(np.float32(0), s) for k, (s, _) in manifest["tensors"].items()}
     _, _, assumed = references.recognise(state)
-    assert "image size 512: that of the published TripoSR of the same shapes" in assumed
+    assert "image size 512: as in the published TripoSR of the same shapes" in assumed
     assert "encoder heads 12: 64 channels each" in assumed
     _, _, with_config = references.recognise(state, manifest["about"]["config"])
     assert set(with_config) < set(assumed) and "surface level 25: TripoSR's" in with_config
@@ -311,5 +311,5 @@ def test_an_image_size_that_openlrm_s_config_does_not_tell_is_listed():
     module = references.family("lrm")
     state, config = module.to_torch(params, model), module.config_to_torch(model)
     _, _, assumed = references.recognise(state, config)
-    assert "image size 32: that of its encoder, which resizes nothing then" in assumed
+    assert "image size 32: that of its encoder, whose positions need no resizing then" in assumed
     assert "source distance 2: OpenLRM's" in assumed

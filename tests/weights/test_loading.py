@@ -257,7 +257,7 @@ def test_workdir_gives_the_running_mean_of_its_last_checkpoint(tmp_path):
     assert info["assumed"] == [] and info["path"] == str(tmp_path)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b + 7), read, params)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(InputError, match="config.json is not that of a training run"):
+    with pytest.raises(InputError, match="config.json is not from a training run"):
         loading.load_weights(str(tmp_path))
 
 
