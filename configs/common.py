@@ -1,4 +1,4 @@
-"""The sections that all configs share. Most are passed as keyword arguments to one function, so a misspelt key fails at start-up."""
+"""The sections that all configs share. Most are keyword arguments of one function, so a misspelt key fails at start-up."""
 
 from ml_collections import ConfigDict, config_dict
 

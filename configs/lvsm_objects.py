@@ -14,9 +14,9 @@ learning rate and batch size of the 512 px runs; everything else is as for scene
 trains on the data of the bundled model: of every four batches, three are rendered objects and one is procedural.
 `--config.data.name=procedural --config.data.mix=()` needs no files at all.
 
-`:nano` is for comparison with the TripoSR of 4.6 M parameters in docs/evaluation.md. It has 3.5 M parameters and trains on as many
-samples of the same data, with one source view, at 128 px, on two CPU cores. Set the environment variables that configs/nano.py
-shows.
+`:nano` is for comparison with the TripoSR of 4.6 M parameters in docs/evaluation.md. It has 3.5 M parameters and trains on as
+many samples of the same data, with one source view, at 128 px, on two CPU cores. Set the environment variables that
+configs/nano.py shows.
 
 Expected: in an hour on two busy cores, `:nano` reaches 15.7 dB on side views of held-out objects, as blurry shapes; that TripoSR
 reaches 15.4 dB, and the mean image 13.1 dB. The others are not trained yet, and `:small` has not been timed.

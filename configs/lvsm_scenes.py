@@ -6,9 +6,9 @@
 
 Variants: decoder-only-256 (default), encoder-decoder-256, decoder-only-512 and encoder-decoder-512. The 512 px variants continue
 from a 256 px run of the same kind: only the image size changes. Data: pixelSplat's or LVSM's layout, or folders with
-transforms.json or COLMAP's cameras (lrm_jax/data/scenes.py). From the authors' code: 2 source and 6 target views, number of steps,
-batch size (64 GPUs with 8 scenes each), optimiser, 3000 warm-up steps (the paper says 2500), losses, and skipping updates whose
-gradient norm exceeds 5. Chosen here, not compared with the paper: steps, learning rate and batch size of the 512 px runs.
+transforms.json or COLMAP's cameras (lrm_jax/data/scenes.py). From the authors' code: 2 source and 6 target views, number of
+steps, batch size (64 GPUs with 8 scenes each), optimiser, 3000 warm-up steps (the paper says 2500), losses, and skipping updates
+whose gradient norm exceeds 5. Chosen here, not compared with the paper: steps, learning rate and batch size of the 512 px runs.
 
 Expected: not trained yet. `:small` (22 M parameters, 128 px) is meant for one 80 GB GPU and an hour, but has not been timed.
 To try things out, `--config configs/lvsm_scenes.py:tiny` trains a tiny model for a few steps.
@@ -30,7 +30,7 @@ SIZES = (
 
 
 def start(size: str) -> tuple[ConfigDict, int]:
-    """The settings shared with objects (configs/lvsm_objects.py), and the side of the training images of this variant in pixels."""
+    """The settings shared with configs/lvsm_objects.py, and the side of the variant's training images in pixels."""
     check_size(size, SIZES)
     config = base()
     variant = "decoder-only-256" if size in ("", "small", "tiny") else size

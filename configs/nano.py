@@ -18,8 +18,8 @@ with AVX-512):
 `--config.data.mix="(1,1)"` (half of the batches procedural), `:fine` did better on an asset pack of a different kind.
 
 Expected: the 32,000 samples take 90 minutes on two cores; the 59,200 samples of `:fine` took two hours on two faster cores. The
-bundled model was trained on 272,000 samples in all. It reaches 18.1 dB and F@0.2 0.90 on side views of an asset pack that it never
-saw; the mean object reaches 13.7 dB and 0.49. docs/model_card.md explains how it was trained.
+bundled model was trained on 272,000 samples in all. It reaches 18.1 dB and F@0.2 0.90 on side views of an asset pack that it
+never saw; the mean object reaches 13.7 dB and 0.49. docs/model_card.md explains how it was trained.
 """
 
 from configs.common import base, check_size, shrink

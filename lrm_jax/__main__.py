@@ -97,7 +97,7 @@ def _fail(message: str) -> int:
 
 
 def _use_compilation_cache() -> None:
-    """Keeps compiled programs between runs, in LRM_JAX_CACHE or ~/.cache/lrm_jax. Does nothing if that folder cannot be written."""
+    """Keeps compiled programs between runs, in LRM_JAX_CACHE or ~/.cache/lrm_jax. Does nothing if that is not writable."""
     import jax
 
     try:

@@ -5,14 +5,14 @@
     lrm evaluate --weights scene_decoder_only_256.pt --data data/re10k --index evaluation_index_re10k.json
 
 Objects (--data): the model gets one view of each object, or, if its family takes posed views (LVSM), as many as in training. Its
-renderings are compared with other views (PSNR, SSIM, LPIPS, foreground IoU), and its mesh with points on the true surface (Chamfer
-distance, F-scores). The baseline is the mean object: the mean image and the mean size of other objects.
+renderings are compared with other views (PSNR, SSIM, LPIPS, foreground IoU), and its mesh with points on the true surface
+(Chamfer distance, F-scores). The baseline is the mean object: the mean image and the mean size of other objects.
 
 Scenes (--data with --index): the index file names the views that the model gets and the views that it must predict, for every
 scene. The baseline is the given image with the nearest camera.
 
-Prints a table and writes `evaluation.json` and `evaluation.html` to --out. Objects that cannot be used are named on stderr and left
-out of the means. If the model finds no surface, the F-scores of that object are 0.
+Prints a table and writes `evaluation.json` and `evaluation.html` to --out. Objects that cannot be used are named on stderr and
+left out of the means. If the model finds no surface, the F-scores of that object are 0.
 
 Exit code: 0 every object was evaluated; 1 some could not be used, the others are evaluated; 2 none could be used, or wrong usage.
 """

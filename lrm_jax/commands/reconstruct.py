@@ -3,8 +3,8 @@
     lrm reconstruct                                              the bundled examples, with the bundled model
     lrm reconstruct chair.png photos/ --weights hf:stabilityai/TripoSR --video
 
-Each image gets a folder `out/<image>/` with `mesh.glb` (or the formats in --formats), `contact_sheet.png` (the image, views around
-the object, depth and normals), `viewer.html` (opens in any browser, without a network) and, with --video, `turntable.mp4`.
+Each image gets a folder `out/<image>/` with `mesh.glb` (or the formats in --formats), `contact_sheet.png` (the image, views
+around the object, depth and normals), `viewer.html` (opens in any browser, without a network) and, with --video, `turntable.mp4`.
 `out/report.json` covers all images. Either all files of an image are written, or none.
 
 The side shown in the image faces -y in `.ply` (z up), and +z in `.glb` and `.obj` (y up).

@@ -7,9 +7,9 @@
 To resume a run from its last checkpoint, bit for bit, repeat the command. The device mesh and the number of processes may differ.
 The workdir holds:
 
-    metrics.jsonl        one JSON object per line: `step`, `train/loss` and each term of the loss. The scores of an evaluation have
-                         a line of their own: `val/psnr` for views that the model was not given, `val/source_psnr` for views that
-                         it was given. TensorBoard files hold the same numbers
+    metrics.jsonl        one JSON object per line: `step`, `train/loss` and each term of the loss. The scores of an evaluation
+                         have a line of their own: `val/psnr` for views that the model was not given, `val/source_psnr` for views
+                         that it was given. TensorBoard files hold the same numbers
     checkpoints/         parameters, their running mean, optimiser, step, random key and position in the data
     grids/               images of up to eight held-out scenes: the source, then target, rendering and depth of each view
     config.json          the config
@@ -48,7 +48,7 @@ from lrm_jax.weights.references import what_it_is
 
 
 def main(argv: list[str]) -> int:
-    """Runs `lrm train`. Returns the exit code: 0; 1 if a dry run does not fit; 143 if a signal ended the run after it was saved."""
+    """Runs `lrm train`. Returns the exit code: 0; 1 if a dry run does not fit; 143 if a signal ended the run, which is saved."""
     if {"-h", "--help"} & set(argv):
         print(train_flags.help_text(argv, __doc__))
         return 0

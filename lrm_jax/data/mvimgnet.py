@@ -5,8 +5,8 @@
     masks/<class>/<uid>/001.jpg.png ...          white where the object is; 001.png also works
 
 This follows the description at https://github.com/GAP-LAB-CUHK-SZ/MVImgNet. The data is available only on request, so two
-assumptions are not verified: the names of the mask files, and that no photograph has an EXIF orientation (it would be applied, and
-the image would no longer fit its camera).
+assumptions are not verified: the names of the mask files, and that no photograph has an EXIF orientation (it would be applied,
+and the image would no longer fit its camera).
 
 LRM and OpenLRM train on this data (LRM, https://arxiv.org/abs/2311.04400, section 4.1), but neither published how. Here the world
 is derived from the cameras and the masks. The object's centre is the point closest to the rays through the centres of the masks;
@@ -194,7 +194,7 @@ def _normalize(c2w: np.ndarray, views: np.ndarray, outlines: list[np.ndarray]) -
 def _look_at_origin(
     c2w: np.ndarray, pixels: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """`c2w`, `fxfycxcy`, `sides`, `homographies` of an `_Object`, from the poses and intrinsics [V 4] (pixels) of its photographs."""
+    """`c2w`, `fxfycxcy`, `sides`, `homographies` of an `_Object`, from the poses and pixel intrinsics [V 4] of photographs."""
     eye = c2w[:, :3, 3]
     distance = np.linalg.norm(eye, axis=1)
     forward = -eye / distance[:, None]

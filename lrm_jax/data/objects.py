@@ -27,8 +27,8 @@ def make(
 
     Args:
       root: the folder.
-      split: "train", "val" or "all" (both). "val" has the objects whose group name hashes into the last 8 %. Variants of an object
-        share a group name, so they are in the same split.
+      split: "train", "val" or "all" (both). "val" has the objects whose group name hashes into the last 8 %. Variants of an
+        object share a group name, so they are in the same split.
       seed: seed of the order of the objects and the choice of views.
       cache: decode all images at the first start. Unusable objects are then skipped and reported on stderr; without the cache,
         they are noticed only when they are read.

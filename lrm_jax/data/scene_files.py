@@ -8,11 +8,11 @@
     root/<scene>/transforms.json, or root/<scene>/sparse/0 and images
                                              NeRF's and COLMAP's: `images/captures.py`
 
-The first two are in `root/train` and `root/test`, which are then the splits, or in `root` itself. In the other two, `root` itself may
-be a scene. This follows the descriptions at https://github.com/dcharatan/pixelsplat and https://github.com/Haian-Jin/LVSM (README);
-the data could not be downloaded. Three things are not verified for LVSM's layout: the name of the image field (both are accepted),
-the unit of `fxfycxcy` (both pixels and fractions are accepted), and the folder that paths are relative to (only the last three parts
-of a path are used, then the whole path).
+The first two are in `root/train` and `root/test`, which are then the splits, or in `root` itself. In the other two, `root` itself
+may be a scene. This follows the descriptions at https://github.com/dcharatan/pixelsplat and https://github.com/Haian-Jin/LVSM
+(README); the data could not be downloaded. Three things are not verified for LVSM's layout: the name of the image field (both are
+accepted), the unit of `fxfycxcy` (both pixels and fractions are accepted), and the folder that paths are relative to (only the
+last three parts of a path are used, then the whole path).
 """
 
 import dataclasses

@@ -1,7 +1,8 @@
 """Whole scenes from posed video frames and photographs: RealEstate10K, and any folder with cameras (see `scene_files`).
 
 Views are chosen, images cropped and poses normalised as in LVSM (https://arxiv.org/abs/2410.17242;
-https://github.com/Haian-Jin/LVSM/blob/2fea924/data/dataset_scene.py#L54-L180). Evaluation views come from pixelSplat's index file.
+https://github.com/Haian-Jin/LVSM/blob/2fea924/data/dataset_scene.py#L54-L180). Evaluation views come from pixelSplat's index
+file.
 """
 
 import dataclasses

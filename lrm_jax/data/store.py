@@ -1,4 +1,4 @@
-"""All images of a folder, decoded once at the sizes needed for training. They are stored in `root/.cache-<key>` and memory-mapped.
+"""All images of a folder, decoded once at the sizes needed for training, in `root/.cache-<key>`. They are memory-mapped.
 
 This makes small images cheap on two CPU cores: making a sample only copies its bytes.
 """
@@ -208,7 +208,7 @@ def _allocate_file(path: Path, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _decode(cameras: dict[str, folders.Cameras], settings: Settings, start, source_row, arrays):
-    """Fills `arrays`. Returns the crop boxes [rows 4] of the sources as fractions, and uid -> cause for objects with broken images."""
+    """Fills `arrays`. Returns the crop boxes [rows 4] of the sources as fractions, and the cause by uid of each broken object."""
     boxes, broken = np.tile([0.0, 0.0, 1.0, 1.0], (len(arrays["source_rgb"]), 1)), {}
 
     def decode(index: int, uid: str) -> None:

@@ -180,7 +180,8 @@ def _saving(manager):
 def _is_of_files(error: Exception) -> bool:
     """Whether this is what Orbax raises for files that are missing, cut short, of other names or shapes, and for a full disk.
 
-    tests/training/test_checkpoints.py damages every file of a checkpoint. A block that cannot be decompressed is a bare Exception.
+    tests/training/test_checkpoints.py damages every file of a checkpoint. A block that cannot be decompressed is a bare
+    Exception.
     """
     return isinstance(error, (ValueError, KeyError, OSError)) or type(error) is Exception
 
