@@ -81,7 +81,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "src",
-        help="what to convert: model file, PyTorch checkpoint (TripoSR, OpenLRM 1.0 and 1.1, LVSM, DINO, DINOv2; its config.yaml or "
+        help="model file, PyTorch checkpoint (TripoSR, OpenLRM 1.0 and 1.1, LVSM, DINO, DINOv2; its config.yaml or "
         "config.json must be in the same folder), folder that holds one, training run (WORKDIR, or WORKDIR@STEP), hf:ORG/NAME or "
         "hf:ORG/NAME/FILE",
     )
@@ -103,7 +103,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument(
         "--linear", metavar="FILE",
-        help="linear heads of LPIPS: lpips/weights/v0.1/vgg.pth from the PyPI package lpips. src must then be torchvision's VGG16",
+        help="linear heads of LPIPS: lpips/weights/v0.1/vgg.pth from the PyPI package lpips. src is then torchvision's VGG16",
     )  # fmt: skip
     return parser.parse_args(argv)
 

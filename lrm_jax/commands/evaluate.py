@@ -90,7 +90,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add(
         "--index",
         metavar="FILE",
-        help="evaluate scenes: JSON file in pixelSplat's format that names the views of each scene. The model must take posed views",
+        help="evaluate scenes: pixelSplat's JSON file, which names the views of each scene. The model must take posed views",
     )
     add(
         "--sources",
@@ -131,8 +131,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--baseline-data",
         type=Path,
         metavar="DIR",
-        help="average the training objects in this folder into the mean object (default: the other evaluated objects, which makes "
-        "the baseline look better than it should)",
+        help="average the training objects in this folder into the mean object (default: average the other evaluated objects, "
+        "which makes the baseline look better than it should)",
     )
     add(
         "--scale",

@@ -49,7 +49,7 @@ def evaluate(
 def groups(
     views: scenes.EvaluationViews, size: int, skipped: dict[str, str]
 ) -> Iterator[tuple[list[str], list[Batch]]]:
-    """Yields the readable scenes, in groups of up to `size` neighbours with equal numbers of views. Adds the others to `skipped`."""
+    """Yields the readable scenes, in groups of up to `size` neighbours with as many views. Adds the others to `skipped`."""
     names, batches = [], []
     for i in messages.progress(range(len(views)), len(views), "scenes"):
         try:

@@ -125,7 +125,10 @@ def test_terminated_and_resumed_equals_uninterrupted_to_the_bit(
             "is not the camera that triposr:tiny assumes",
         ),
         (["--config.data.assumed_camera=(3.0,)"], "takes .distance, field of view."),
-        (["--config.optim.muon=bias"], "^optim.muon: 'bias' matches .*bias.*, which is no matrix"),
+        (
+            ["--config.optim.muon=bias"],
+            "^optim.muon: 'bias' matches .*bias.*, which is not a matrix",
+        ),
         (["--config.schedule.warmup_steps=9"], "warmup_steps=9 must be less than train.steps=4"),
     ],
 )

@@ -82,7 +82,7 @@ def first_hits(
     """
     num_cut, num_holes = geometry.cuts.shape
     num_solids = len(geometry.solids.sides)
-    # The index of the solid replaces the last bits of the inverse depth (a relative change of 4e-6 for 32 solids). This stores one
+    # The index of the solid replaces the last bits of the inverse depth (relative change: 4e-6 for 32 solids). This stores one
     # array instead of two; with two, XLA would compute the intervals twice.
     last_bits = (1 << (num_solids - 1).bit_length()) - 1
 
@@ -301,8 +301,8 @@ def _pencils(solids: Solids, c2w: Float[Array, "4 4"]) -> _Pencil:
     a_K33 = jnp.einsum("kil,ki,kim->klm", axes, spacelike, axes, precision="highest")
     spread = (b[:, :, None] * b[:, None] - c[..., None] * a_K33) / (c * c)[..., None]
     pairs = ((0, 0, 1.0), (0, 1, 2.0), (1, 1, 1.0), (0, 2, 2.0), (1, 2, 2.0), (2, 2, 1.0))
-    # Camera outside the quadric: s is between the two roots. Inside it: s is above the larger root, up to the camera. In the other
-    # half of a cone: s is below the smaller root.
+    # Camera outside the quadric: s is between the two roots. Inside it: s is above the larger root, up to the camera. In the
+    # other half of a cone: s is below the smaller root.
     is_other_half = (a < q * q) & (w < 0)
     ends = jnp.where(
         c > 0,
