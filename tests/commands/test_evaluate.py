@@ -220,7 +220,7 @@ def test_a_model_file_with_bad_objects_beside_good_ones(lrm, tmp_path):
         "no_points": "no surface metrics: points.npy is missing",
         "nan_pose": "pose/001.npy has values that are not finite",
         "no_image": "002.png is not an image",
-        "few": "3 views are too few for 1 as source and 3 as targets",
+        "few": "3 views are too few for 1 source and 3 target views",
         "clear": "transparent everywhere",
     }
     assert set(summary["skipped"]) == set(causes)

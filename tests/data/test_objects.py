@@ -402,7 +402,10 @@ def no_photo_like_view(folder):
         (lambda folder: (folder / "pose/004.npy").unlink(), "pose/004.npy is missing"),
         (lambda folder: (folder / "rgba/004.png").unlink(), "rgba/004.png is missing"),
         (lambda folder: [p.unlink() for p in folder.glob("rgba/*")], "no rgba/*.png"),
-        (no_photo_like_view, "0 views with an elevation in (5.0, 35.0) for 1 sources"),
+        (
+            no_photo_like_view,
+            "0 views with an elevation in (5.0, 35.0) are too few for num_source=1",
+        ),
     ],
 )
 def test_a_broken_object_is_skipped_with_its_name_and_cause(root, capsys, damage, cause):
@@ -427,7 +430,7 @@ def test_nothing_usable_is_an_input_error(root, tmp_path_factory):
         make(root / "nowhere")
     with pytest.raises(InputError, match="no object"):
         make(tmp_path_factory.mktemp("empty"))
-    with pytest.raises(InputError, match="8 views for 1 sources and 9 other targets"):
+    with pytest.raises(InputError, match="8 views are too few for num_source=1 and num_target=9"):
         make(root, num_target=9)
     with pytest.raises(InputError, match="must be train, val or all"):
         make(root, "test")

@@ -131,7 +131,7 @@ def test_a_window_is_cut_to_the_video_and_a_short_video_is_refused():
     for count in (8, 20):
         frames, _ = scenes.draw(count, recipe, np.random.default_rng(0))
         assert list(frames[:2]) == [0, count - 1]
-    with pytest.raises(InputError, match="7 frames for 8"):
+    with pytest.raises(InputError, match="7 frames, but 8 are needed"):
         scenes.draw(7, recipe, np.random.default_rng(0))
     one = scenes.Recipe(1, 2, 16, None, min_gap=1, max_gap=3)  # too near for five different frames
     frames, targets = scenes.draw(5, one, np.random.default_rng(0))
@@ -323,7 +323,7 @@ def test_bad_chunks_and_frames_of_re10k_are_one_line(tmp_path):
     index = tmp_path / "a" / "index.json"
     index.write_text(json.dumps({"x": "0.torch", "y": "0.torch", "z": "1.torch"}))
     source = make(tmp_path / "a")
-    with pytest.raises(InputError, match="x: 2 frames for 6"):
+    with pytest.raises(InputError, match="x: 2 frames, but 6 are needed"):
         source.elements[0]
     with pytest.raises(InputError, match="y: 0.torch lacks it"):
         source.elements[1]
@@ -386,7 +386,7 @@ def test_evaluation_views_are_those_of_the_index_and_none_is_dropped(tmp_path, c
         scenes.evaluation_views(tmp_path, index, 16)
     for text in ("{", "[]", '{"a": {"context": [0.5], "target": [1]}}', '{"a": {"context": [0]}}'):
         index.write_text(text)
-        with pytest.raises(InputError, match="is no index of pixelSplat's"):
+        with pytest.raises(InputError, match="is not an index of pixelSplat"):
             scenes.evaluation_views(tmp_path, index, 16)
 
 
@@ -397,7 +397,7 @@ def test_fields_out_of_range_and_empty_folders_are_refused(tmp_path):
         make(tmp_path / "nowhere")
     write_nerfstudio(tmp_path, "attic", 0, count=1)
     for fields, cause in (
-        (dict(source_size=8), "one size"),
+        (dict(source_size=8), "must be equal"),
         (dict(normalize="azimuth"), "must be all_views"),
         (dict(normalize="source_views", num_source=1), "takes two sources"),
         (dict(min_gap=10), "min_gap=10"),

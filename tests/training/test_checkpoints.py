@@ -220,7 +220,7 @@ def test_a_full_disk_is_one_line_and_what_was_saved_is_still_there(tmp_path):
     assert result.returncode == 0, result.stderr
     line = (
         f"{tmp_path}/checkpoints: the last checkpoint could not be written (File too large): "
-        "that of step 1 is whole; make room, then give the same command again"
+        "that of step 1 is complete; free some space, then repeat the command"
     )
     assert result.stdout.splitlines() == [line] * 3
     assert result.stderr == ""

@@ -106,7 +106,7 @@ def test_terminated_and_resumed_equals_uninterrupted_to_the_bit(
         (["--config=configs/absent.py"], "^configs/absent.py: no such config"),
         (
             ["--config=configs/nano.py:tyni"],
-            "^lrm train: ValueError: no size 'tyni': there are fine, tiny",
+            "^lrm train: ValueError: no size 'tyni': choose one of fine, tiny",
         ),
         (["--config.train.init_from=absent.safetensors"], "absent.safetensors"),
         (["--config.data.name=objcts"], "^data.name='objcts': must be one of objects, records"),
@@ -125,7 +125,10 @@ def test_terminated_and_resumed_equals_uninterrupted_to_the_bit(
             "is not the camera that triposr:tiny assumes",
         ),
         (["--config.data.assumed_camera=(3.0,)"], "takes .distance, field of view."),
-        (["--config.optim.muon=bias"], "^optim.muon: 'bias' matches .*bias.*, which is no matrix"),
+        (
+            ["--config.optim.muon=bias"],
+            "^optim.muon: 'bias' matches .*bias.*, which is not a matrix",
+        ),
         (["--config.schedule.warmup_steps=9"], "warmup_steps=9 must be less than train.steps=4"),
     ],
 )

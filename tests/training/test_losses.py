@@ -85,7 +85,7 @@ OPAQUE = Rendering(rgb=jnp.ones((1, 1, 2, 2, 3)), alpha=jnp.ones((1, 1, 2, 2)))
 @pytest.mark.parametrize(
     ("name", "rendered", "message"),
     [
-        ("mes", OPAQUE, "no loss term mes: there are mse, mask"),
+        ("mes", OPAQUE, "no loss term mes: choose from mse, mask"),
         ("lpips", OPAQUE, "config.losses.lpips=0.5 needs .*lrm convert vgg16.*--linear.*config.networks.lpips=FILE"),
         ("perceptual", OPAQUE, "losses.perceptual=0.5 needs .*lrm convert imagenet-vgg.*config.networks.perceptual=FILE"),
         ("tv", OPAQUE, "no planes: set config.losses.tv=0"),
@@ -103,5 +103,5 @@ def test_a_term_without_what_it_needs_is_named(name, rendered, message):
 def test_missing_and_misnamed_networks_are_known_before_training(tmp_path):
     with pytest.raises(InputError, match="no such file.*lrm convert vgg16"):
         losses.load_networks({"lpips": 2.0}, {"lpips": str(tmp_path / "absent.safetensors")})
-    with pytest.raises(InputError, match="no network vgg: there are lpips, perceptual"):
+    with pytest.raises(InputError, match="no network vgg: choose from lpips, perceptual"):
         losses.load_networks({"mse": 1.0}, {"vgg": "x.safetensors"})

@@ -217,8 +217,8 @@ def test_moments_of_a_partly_frozen_model_are_sharded_as_their_parameters():
     [
         (dict(freeze="enkoder"), r"^optim.freeze: 'enkoder' matches no parameter: .*decoder/bias"),
         (dict(freeze="coder"), "^optim.freeze: 'coder' matches all parameters"),
-        (dict(freeze="(en"), r"^optim.freeze: '\(en' is no regular expression"),
-        (dict(muon="bias"), "^optim.muon: 'bias' matches decoder/bias, which is no matrix"),
+        (dict(freeze="(en"), r"^optim.freeze: '\(en' is not a regular expression"),
+        (dict(muon="bias"), "^optim.muon: 'bias' matches decoder/bias, which is not a matrix"),
         (
             dict(groups=[("encoder", 0.1), ("x", 0.1)]),
             "^optim.groups: 'x' matches no parameter",
