@@ -52,8 +52,12 @@ def test_a_place_that_cannot_be_written_is_said_in_one_line(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("fields", "options", "message"),
     [
-        (dict(depth=1), [], "is another model than"),
-        ({}, ["--variant", "nano"], "--variant nano: has other parameters than the triposr"),
+        (dict(depth=1), [], "in its fields: models to average must be the same"),
+        (
+            {},
+            ["--variant", "nano"],
+            "--variant nano: its parameters differ from those of the given triposr",
+        ),
         ({}, ["--variant", "huge"], "triposr has no variant 'huge'"),
         (None, [], "1.safetensors: cannot be read"),
     ],

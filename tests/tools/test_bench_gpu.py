@@ -84,8 +84,8 @@ def test_when_the_time_is_over_the_running_step_is_stopped_and_the_rest_is_named
     steps = [step("hangs"), step("number"), step("number alone", alone=True)]
     bench_gpu.run_steps(steps, program, 1.0, rows.append)
     assert [row["work"] for row in rows] == [x.work for x in steps]
-    assert "the time of all works was over" in rows[0]["failed"]
-    assert [row["failed"] for row in rows[1:]] == ["not run: the 1 s of all works were over"] * 2
+    assert "the time for all works was over" in rows[0]["failed"]
+    assert [row["failed"] for row in rows[1:]] == ["not run: the 1 s for all works were over"] * 2
 
 
 def test_results_are_written_and_printed_as_they_come(monkeypatch, tmp_path, capsys):

@@ -362,7 +362,10 @@ def test_an_interrupted_run_begins_nothing_more(tmp_path):
         (["--distance", "0.5", "3"], "needs 1 < LO <= HI"),
         (["--elevation", "20", "10"], "-90 <= LO <= HI <= 90"),
         (["--fov", "180"], "between 0 and 170"),
-        (["--protocol", "lrm", "--elevation", "0", "9"], "--protocol lrm have heights"),
+        (
+            ["--protocol", "lrm", "--elevation", "0", "9"],
+            "--protocol lrm are set by height, not by elevation",
+        ),
         (["--protocol", "triposr", "--distance", "0.4", "2"], "needs 0.5 < LO <= HI"),
         (["--geometry", "--distance", "3", "9"], "with --geometry at most 5.55"),
         (["--samples", "8"], "only for --backend cycles"),
