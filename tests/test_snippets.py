@@ -1,4 +1,4 @@
-"""The snippets of README and docs/library.md run as they stand, with smaller numbers, and are given what they name."""
+"""Runs the snippets of README and docs/library.md unchanged except for smaller numbers, with the files that they name."""
 
 import re
 import shutil
@@ -18,7 +18,7 @@ from lrm_jax.types import Views
 from lrm_jax.weights import model_file
 
 ROOT = Path(__file__).parents[1]
-# Less to compute, the same calls.
+# The same calls with less to compute.
 SMALLER = {"resolution=256": "resolution=48", "texture=1024": "texture=128", "size=512": "size=32", "orbit(24": "orbit(3"}  # fmt: skip
 
 
@@ -28,7 +28,7 @@ def snippet(page: str, name: str) -> str:
 
 
 def run(program: str, folder: Path) -> str:
-    """In a fresh process, compiled as users have it; ends with the line that it prints last."""
+    """Runs a program in a fresh process, compiled as for users. Returns the last line that it prints."""
     program = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{program}"
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, timeout=300
@@ -49,7 +49,7 @@ def test_the_snippet_reconstructs_with_the_bundled_model(page, tmp_path):
     assert (tmp_path / "chair.glb").read_bytes()[:4] == b"glTF"
 
 
-def test_the_snippet_of_posed_images_draws_a_video(tmp_path):
+def test_the_snippet_with_posed_images_renders_a_video(tmp_path):
     write_transforms(str(tmp_path / "garden"), ring())
     model = models.build("lvsm", "tiny", image_size=16)
     view = Views(rgb=jnp.zeros((1, 1, 16, 16, 3)), cameras=cameras.orbit(1, 2.0, 0.0, 40.0))
