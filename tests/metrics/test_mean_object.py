@@ -16,7 +16,9 @@ def test_the_mean_object_is_that_of_the_others(tmp_path):
     rgba = np.full((SIZE, SIZE, 4), 255, np.uint8)
     for view in range(5):
         Image.fromarray(rgba).save(tmp_path / "c" / "rgba" / f"{view:03d}.png")
-    a, b, c = (held_out.read(tmp_path / name, 4, SIZE) for name in "abc")  # all views but the source
+    a, b, c = (
+        held_out.read(tmp_path / name, 4, SIZE) for name in "abc"
+    )  # all views but the source
     mean = mean_object.average([a, c], SIZE)
     of_a, of_b = mean_object.images(mean, a), mean_object.images(mean, b)
     np.testing.assert_allclose(of_a["mean image"], 1, atol=1e-6)

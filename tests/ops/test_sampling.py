@@ -84,7 +84,9 @@ def test_importance_samples_gather_where_the_weight_is():
     weights = jnp.where((t[:, :-1] > 0.6) & (t[:, :-1] < 0.7), 1.0, 0.0)
     fine = np.asarray(sampling.importance(t, weights, 128, None))[0]
     assert (np.diff(fine) >= 0).all()
-    assert ((fine > 0.55) & (fine < 0.75)).mean() > 0.85  # the rest comes from the floor of 0.01 in each of 64 bins
+    assert (
+        (fine > 0.55) & (fine < 0.75)
+    ).mean() > 0.85  # the rest comes from the floor of 0.01 in each of 64 bins
     drawn = np.asarray(sampling.importance(t, weights, 4096, jax.random.key(0)))[0]
     np.testing.assert_allclose(
         drawn.mean(), fine.mean(), atol=0.02

@@ -15,7 +15,12 @@ from lrm_jax.parallel import batch_axes, processes, sharding
 from lrm_jax.training import checkpoints, optim
 
 STEPS = 3
-PLACES = [(8, 1, 1), (2, 2, 2), (1, 2, 4), (1, 1, 8)]  # how many parts of a batch are read separately:
+PLACES = [
+    (8, 1, 1),
+    (2, 2, 2),
+    (1, 2, 4),
+    (1, 1, 8),
+]  # how many parts of a batch are read separately:
 SHARES = [2, 2, 2, 1]
 
 

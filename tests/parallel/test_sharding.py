@@ -26,7 +26,11 @@ from lrm_jax.types import InputError
         ("decoder/kernel_3", (16, 4), P("fsdp", "tensor")),
         ("plane_queries", (3, 4, 4, 32), P(None, None, None, "fsdp")),
         ("step", (), P()),
-        ("decoder/kernel_3", (15, 4), P(None, "tensor")),  # 15 is not divisible by 2, so it is not split
+        (
+            "decoder/kernel_3",
+            (15, 4),
+            P(None, "tensor"),
+        ),  # 15 is not divisible by 2, so it is not split
     ],
 )
 def test_the_first_matching_rule_places_the_last_dimensions(path, shape, expected):
@@ -43,9 +47,7 @@ def test_nearly_all_bytes_of_the_full_model_are_split_over_fsdp_and_tensor():
         np.prod(s.shard_shape(x.shape))
         for x, s in zip(jax.tree.leaves(params), jax.tree.leaves(shardings), strict=True)
     )
-    assert (
-        split < whole / 7.5
-    )  # 8 devices; only norms, biases and embeddings are on more than one
+    assert split < whole / 7.5  # 8 devices; only norms, biases and embeddings are on more than one
 
 
 @pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, 3, 1), (-1, -1, 1), (0, 8, 1), (16, 1, 1)])

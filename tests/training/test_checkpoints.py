@@ -98,7 +98,9 @@ def test_an_empty_folder_restores_nothing(tmp_path):
 def test_a_checkpoint_with_any_file_cut_short_is_restored_whole_or_one_line_with_its_folder(
     tmp_path,
 ):
-    rng = np.random.default_rng(0)  # random, so that it needs more than one block of a file even after compression
+    rng = np.random.default_rng(
+        0
+    )  # random, so that it needs more than one block of a file even after compression
     state = {
         "kernel": jnp.asarray(rng.normal(size=(64, 64))),
         "bias": jnp.asarray(rng.normal(size=8)),

@@ -77,7 +77,9 @@ def test_gradients_are_clipped_by_their_global_norm():
     _, state = optimizer.update(huge, optimizer.init(params), params)
     mu = optax.tree.get(state, "mu")
     np.testing.assert_allclose(optax.tree.norm(mu), 0.1, rtol=1e-5)  # (1 - b1) * 1, float32
-    np.testing.assert_allclose(optim.grad_norm(state), np.sqrt(8) * 1e6, rtol=1e-6)  # the norm before clipping
+    np.testing.assert_allclose(
+        optim.grad_norm(state), np.sqrt(8) * 1e6, rtol=1e-6
+    )  # the norm before clipping
 
 
 def test_three_updates_are_adamw_with_the_groups_factor_on_rate_and_decay():
