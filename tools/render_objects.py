@@ -40,7 +40,6 @@ import functools  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 
-import tqdm  # noqa: E402
 from rendering import cycles  # noqa: E402
 from rendering.objects import cause_of, is_finished, write_object  # noqa: E402
 from rendering.output import DEPTH_UNIT, prepare_folder, write_failures  # noqa: E402
@@ -48,6 +47,7 @@ from rendering.processes import run_in_processes  # noqa: E402
 from rendering.protocols import PROTOCOLS, Settings  # noqa: E402
 from rendering.sources import find_objects  # noqa: E402
 
+from lrm_jax.parallel import messages  # noqa: E402
 from lrm_jax.types import InputError  # noqa: E402
 
 
@@ -65,17 +65,14 @@ def render_all(
     missing = {uid: where for uid, where in objects.items() if not is_finished(out, uid)}
     done = len(objects) - len(missing)
     print(f"{len(objects)} objects, {done} of them rendered already", file=sys.stderr)
-    bar = tqdm.tqdm(total=len(missing), unit="object", disable=not missing)
     write = functools.partial(write_object, out=out, settings=settings, blender=blender)
     failures = {}
     try:
-        for uid, cause in run_in_processes(write, missing, out, workers):
-            bar.update()
+        results = run_in_processes(write, missing, out, workers)
+        for uid, cause in messages.progress(results, len(missing), "objects"):
             if cause:
                 failures[uid] = cause
-                bar.set_postfix(failed=len(failures))
     finally:
-        bar.close()
         causes = write_failures(out, failures)
     return len(objects), causes
 

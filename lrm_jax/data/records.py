@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-import tqdm
 from PIL import Image
 
 from lrm_jax.data import Source, elements, folders, pipeline, splits
+from lrm_jax.parallel import messages
 from lrm_jax.types import Batch, InputError
 
 SPLIT = "objects"  # one: which objects are held out is decided at reading, as for folders
@@ -78,19 +78,21 @@ class LrmObjects(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, uids: list[str]) -> Iterator[tuple[int, dict]]:
         names = self.info.metadata["names"]
-        progress = tqdm.tqdm(total=len(uids), desc=self.source.name, unit="object")
-        with progress, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            # Some objects at a time: those that are read ahead are in memory.
-            for first in range(0, len(uids), 16):
-                chunk = uids[first : first + 16]
-                records = pool.map(_try_read, [self.source / uid for uid in chunk])
-                for uid, record in zip(chunk, records, strict=True):
-                    progress.update()
-                    if isinstance(record, InputError):
-                        self.skipped[uid] = str(record)
-                    else:
-                        names.append(uid)
-                        yield len(names) - 1, record
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+
+            def read():
+                # Some objects at a time: those that are read ahead are in memory.
+                for first in range(0, len(uids), 16):
+                    chunk = uids[first : first + 16]
+                    records = pool.map(_try_read, [self.source / uid for uid in chunk])
+                    yield from zip(chunk, records, strict=True)
+
+            for uid, record in messages.progress(read(), len(uids), self.source.name):
+                if isinstance(record, InputError):
+                    self.skipped[uid] = str(record)
+                else:
+                    names.append(uid)
+                    yield len(names) - 1, record
         if not names:
             uid, cause = next(iter(self.skipped.items()))
             raise InputError(f"none of {len(uids)} objects can be used: the first, {uid}: {cause}")

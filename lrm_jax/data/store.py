@@ -19,10 +19,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import tqdm
 
 from lrm_jax.data import elements, folders
 from lrm_jax.ops.cameras import crop_intrinsics
+from lrm_jax.parallel import messages
 from lrm_jax.types import InputError
 
 MAX_COPIED = 2**30  # bytes of a store in memory that each process of the loader may have a copy of
@@ -221,7 +221,7 @@ def _decode(cameras: dict[str, folders.Cameras], settings: Settings, start, sour
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = {pool.submit(decode, index, uid): uid for index, uid in enumerate(cameras)}
         done = concurrent.futures.as_completed(jobs)
-        for job in tqdm.tqdm(done, "decoding", len(jobs), unit="object", delay=2):
+        for job in messages.progress(done, len(jobs), "decoding"):
             try:
                 job.result()
             except InputError as error:

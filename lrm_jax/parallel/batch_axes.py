@@ -48,7 +48,7 @@ def split_batch_and_heads(function, heads: tuple, rows: jax.Array | None) -> jax
       rows: [B ...].
     """
     device_mesh = jax.sharding.get_abstract_mesh()
-    if device_mesh.empty:
+    if device_mesh.empty or device_mesh.manual_axes:
         return function(*heads, rows)
     B, _, N, _ = heads[0].shape
     batch = None if B % num_batch_shards(device_mesh) else BATCH_AXES

@@ -159,6 +159,18 @@ def test_attention_by_head_ignores_padding_keys(scale):
         np.testing.assert_allclose(found[i : i + 1], wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_attention_by_head_of_float16_does_not_overflow():
+    """Nothing is subtracted from scores below 60, and exp(40) overflows float16."""
+    q, v = random(2, 1, 70, 1, 8), random(4, 1, 70, 1, 8)
+    q = q * (40 * 8**0.5) ** 0.5 / jnp.linalg.norm(q, axis=-1, keepdims=True)
+    half = [x.astype(jnp.float16) for x in (q, q, v)]
+    found = attention_cpu.attention_by_head(*half, num_keys_B=None)
+    wanted = jax.nn.dot_product_attention(*(x.astype(jnp.float32) for x in half))
+    assert found.dtype == jnp.float16
+    # A score near 40 is rounded to 1/64.
+    np.testing.assert_allclose(found.astype(jnp.float32), wanted, atol=0.05)
+
+
 def test_exp_of_attention_is_exp_and_so_is_its_gradient():
     x = np.linspace(-87, 88, 100_001, dtype=np.float32)
     exact = np.exp(x.astype(np.float64))
