@@ -1,4 +1,4 @@
-"""The snippets of README and docs/library.md run as they stand, with smaller numbers, and are given what they name."""
+"""Runs the snippets of README and docs/library.md unchanged except for smaller numbers, with the files that they name."""
 
 import re
 import shutil
