@@ -1,7 +1,6 @@
 """Attention: one function with a kernel for each kind of device."""
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lrm_jax.kernels import attention_cpu, attention_cuda, attention_plain, attention_tpu
@@ -23,11 +22,9 @@ def attention(
       num_keys_B: how many keys of each sequence are attended to, 1 or more; the later ones are padding. None: all.
     """
     platform = sharding.platform()
-    # JAX used to refuse odd lengths in cuDNN's backward pass. This version accepts them, but we have not tried it.
-    even = q_BLNK.shape[1] % 2 == k_BMNK.shape[1] % 2 == 0
     if platform == "tpu":
         kernel = attention_tpu.attention_by_splash
-    elif platform == "gpu" and q_BLNK.dtype in (jnp.bfloat16, jnp.float16) and even:
+    elif platform == "gpu" and attention_cuda.can(q_BLNK):
         kernel = attention_cuda.attention_by_cudnn
     else:
         kernel = _attention_by_products

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lrm_jax import models
-from lrm_jax.kernels import attention_cuda
+from lrm_jax.kernels import attention, attention_cuda
 from lrm_jax.ops import cameras
 from lrm_jax.parallel import sharding
 from lrm_jax.training import optim
@@ -192,6 +192,27 @@ def test_the_model_and_its_gradient_lower_for(name, platform, dtype, monkeypatch
     assert exported.platforms == (target,)
     assert len(exported.out_avals) == len(jax.tree.leaves(params))
     assert bool(calls) == (dtype == "bfloat16" and platform == "gpu")
+
+
+@pytest.mark.parametrize(("name", "variant"), VARIANTS)
+def test_every_attention_of_a_16_bit_model_on_a_gpu_is_cudnn_s(name, variant, monkeypatch):
+    """Also in the encoders, whose lengths are odd."""
+    calls = []
+
+    def cudnn(q_BLNK, k_BMNK, *_):
+        calls.append((q_BLNK.shape[1], k_BMNK.shape[1]))
+        return q_BLNK
+
+    def products(*_):
+        raise AssertionError("not cuDNN's")
+
+    monkeypatch.setattr(attention_cuda, "attention_by_cudnn", cudnn)
+    monkeypatch.setattr(attention, "_attention_by_products", products)
+    model = models.build(name, variant, dtype="bfloat16")
+    source, rays = source_of(model, 1), jax.eval_shape(lambda: rays_of(1, 1, 8, 16))
+    with jax.sharding.use_abstract_mesh(sharding.abstract_device_mesh((1, 1, 1), "gpu")):
+        jax.eval_shape(model.init, jax.random.key(0), source, rays)
+    assert len(calls) >= 2
 
 
 @pytest.mark.parametrize("name", models.FAMILIES)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lrm_jax.kernels import attention as kernels_attention
-from lrm_jax.kernels import attention_cpu, attention_plain, attention_tpu, tokens
+from lrm_jax.kernels import attention_cpu, attention_cuda, attention_plain, attention_tpu, tokens
 from lrm_jax.models import lvsm, triposr
 from lrm_jax.models.parts import layers
 from lrm_jax.parallel import batch_axes, sharding
@@ -59,6 +59,35 @@ def test_attention_by_head_or_in_chunks_equals_jax_s(lengths, attention):
     np.testing.assert_allclose(out, expected, atol=1e-6)  # float32
     for actual, expected in zip(gradients, wanted, strict=True):
         np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", [(64, 128), (5, 67), (130, 64), (65, 3)])
+@pytest.mark.parametrize("num_keys", [None, [1, 3]])
+def test_attention_by_cudnn_pads_lengths_without_a_trace(lengths, num_keys, monkeypatch):
+    """JAX's own attention in place of cuDNN's: the padding is what is tested."""
+    by_jax = jax.nn.dot_product_attention
+    seen = []
+
+    def of_blocks(q, k, v, implementation, **lengths):
+        assert implementation == "cudnn"
+        seen.extend(x.shape[1] for x in (q, k, v))
+        return by_jax(q, k, v, **lengths)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", of_blocks)
+    q, k, v = (random(i, 2, n, 3, 8) for i, n in enumerate((lengths[0], *lengths[1:] * 2)))
+    num_keys = None if num_keys is None else jnp.int32(num_keys)
+
+    def outputs(attention):
+        def total(q, k, v):
+            out = attention(q, k, v)
+            return jnp.sum(jnp.sin(out)), out
+
+        return jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+
+    found = outputs(partial(attention_cuda.attention_by_cudnn, num_keys_B=num_keys))
+    wanted = outputs(partial(by_jax, key_value_seq_lengths=num_keys))
+    assert seen and all(length % 64 == 0 for length in seen)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, wanted)
 
 
 @pytest.mark.parametrize(
