@@ -81,8 +81,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "src",
-        help="model file, PyTorch checkpoint (TripoSR, OpenLRM 1.0 and 1.1, LVSM, DINO, DINOv2; its config.yaml or "
-        "config.json must be in the same folder), folder that holds one, training run (WORKDIR, or WORKDIR@STEP), hf:ORG/NAME or "
+        help="model file, PyTorch checkpoint (TripoSR, OpenLRM 1.0 and 1.1, LVSM, DINO, DINOv2; a config.yaml or "
+        "config.json in the same folder is read too), folder that holds one, training run (WORKDIR, or WORKDIR@STEP), hf:ORG/NAME or "
         "hf:ORG/NAME/FILE",
     )
     parser.add_argument(

@@ -76,7 +76,7 @@ def read(folder: Path, num_targets: int, size: int, num_sources: int = 1) -> Hel
     if len(in_band) < num_sources:
         low, high = SOURCE_ELEVATION
         raise InputError(
-            f"{len(in_band) or 'no'} view has an elevation of {low:g} to {high:g} degrees, but {num_sources} sources are needed"
+            f"{len(in_band) or 'no'} view has an elevation of {low:g} to {high:g} degrees; number of sources needed: {num_sources}"
         )
     digest = hashlib.sha256(folder.name.encode()).digest()
     first, rng = int.from_bytes(digest[:8]) % len(in_band), np.random.default_rng(list(digest))

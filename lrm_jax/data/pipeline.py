@@ -171,7 +171,7 @@ class Batches:
 
 
 def _leave_signals_to_the_parent(index: int, count: int) -> None:
-    """Makes workers ignore Ctrl-C and a scheduler's SIGTERM: if they stopped, the run could not go on and save itself."""
+    """Makes workers ignore Ctrl-C and a scheduler's SIGTERM: if they stopped, the run could not continue and save itself."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
