@@ -359,7 +359,7 @@ def test_bad_destinations_exit_with_2_and_leave_nothing(tmp_path, capsys):
     model_file.save_model(source, model, params, {})
     assert "name a folder" in failed(capsys, source, tmp_path / "model.ckpt", "--to", "torch")
     assert "name a folder" in failed(capsys, source, source, "--to", "torch")
-    assert "ends in .safetensors" in failed(capsys, source, tmp_path / "model.ckpt")
+    assert "must end in .safetensors" in failed(capsys, source, tmp_path / "model.ckpt")
     assert "--dtype" in failed(
         capsys, source, tmp_path / "out", "--to", "torch", "--dtype", "float16"
     )
