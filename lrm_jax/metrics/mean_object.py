@@ -79,7 +79,7 @@ def images(mean: MeanObject, item: HeldOut) -> dict[str, np.ndarray]:
 def shapes(
     mean: MeanObject, item: HeldOut, count: int, rng: np.random.Generator
 ) -> dict[str, np.ndarray]:
-    """Points [count 3] on the baseline's surfaces for the object, uniform in area, by name; none without other objects' extents."""
+    """Points [count 3] on the baseline surfaces, uniform in area, by name; none if no other object's extents are known."""
     others = [extents for folder, extents in mean.extents.items() if folder != item.folder]
     if not others:
         return {}

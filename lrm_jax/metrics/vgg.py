@@ -119,7 +119,7 @@ def load(
     content, metadata = tensor_files.read(path)
     if metadata.get("network") != network or metadata.get("version") != FORMAT["version"]:
         what = metadata.get("network") or metadata.get("family") or "another kind of file"
-        raise InputError(f"{path}: not the weights of {network}, but {what}: {remedy}")
+        raise InputError(f"{path}: not the weights of {network} but {what}: {remedy}")
     found = {name: value.shape for name, value in content.items()}
     try:
         tensor_files.check_names(found, shapes, network)

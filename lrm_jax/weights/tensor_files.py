@@ -302,7 +302,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _Parameter:
-    """A parameter as PyTorch before 0.4 pickled it: the tensor is an argument or, still earlier, the first of five states."""
+    """A parameter as PyTorch before 0.4 pickled it: the tensor is an argument or, still earlier, the first of five items."""
 
     def __init__(self, tensor=None, *_):
         self.tensor = tensor

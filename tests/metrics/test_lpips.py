@@ -208,7 +208,7 @@ def test_lvsms_network_is_converted_from_matconvnet(files, tmp_path, perceptual_
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["vgg16.pth", "out.safetensors"], "vgg16.pth: of a loss.s network.*--linear vgg.pth"),
+        (["vgg16.pth", "out.safetensors"], "vgg16.pth: its tensors are of a loss network.*--linear vgg.pth"),
         (["vgg16.pth", "out.safetensors", "--linear", "none.pth"], "none.pth: cannot be read"),
         (["vgg.pth", "out.safetensors", "--linear", "vgg16.pth"], "not the tensors of torchvision's VGG16: 26 missing"),
         (["vgg16.pth", "out.safetensors", "--linear", "vgg16.pth"], "not the tensors of LPIPS's linear heads"),
