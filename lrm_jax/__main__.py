@@ -15,6 +15,7 @@ import lrm_jax
 COMMANDS = {
     "reconstruct": "turn images of objects into meshes, videos and viewer pages",
     "synthesize": "render new views of a scene from images with known cameras",
+    "check": "tell whether a checkpoint is what it should be",
     "convert": "convert checkpoints between PyTorch's layouts and ours",
     "train": "train a model from a config",
     "evaluate": "compare a model with ground truth: held-out views and surfaces",
