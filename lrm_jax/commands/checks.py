@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 from jaxtyping import Bool, Float
@@ -223,7 +224,7 @@ def outline(
     if len(xyz):
         # One number of points for all scenes: it is compiled for each.
         padded = np.concatenate([xyz, np.full((inside.size - len(xyz), 3), xyz[0])])
-        uv, z = (np.asarray(x) for x in cameras.project(camera, padded.astype(np.float32)))
+        uv, z = (np.asarray(x) for x in cameras.project(camera, jnp.asarray(padded, jnp.float32)))
         columns, rows = np.floor(uv * size).astype(int).T
         shown = (z > 0) & (np.minimum(rows, columns) >= 0) & (np.maximum(rows, columns) < size)
         drawn[rows[shown] + 2, columns[shown] + 2] = True
