@@ -77,13 +77,13 @@ def tensors(params: Mapping) -> list[Finding]:
     biases = {name for name in flat if re.search(r"(^|\.|_)bias(_\d+)?$", name)}
     scales = {name: x for name, x in flat.items() if re.search(r"norm\w*\.scale$", name)}
     kernels = {k: x for k, x in flat.items() if x.ndim > 1 and k not in biases | set(scales)}
-    slices = {
-        f"{name}[{i}]" if x.ndim > 2 and len(x) > 1 else name: one
+    slices = {  # of kernels that are stacked, each layer's
+        f"{name}[{i}]" if len(x) > 1 and x.ndim == 3 else name: one
         for name, x in kernels.items()
-        for i, one in enumerate(x if x.ndim > 2 else [x])
+        for i, one in enumerate(x if x.ndim == 3 else [x])
     }
     rms = {name: float(np.sqrt(np.mean(np.square(x, dtype=np.float64)))) for name, x in slices.items()}  # fmt: skip
-    middle = float(np.median(list(rms.values())))
+    middle = float(np.median([x for x in rms.values() if x] or [1]))
     wrong = {
         "mostly zeros": [k for k, x in slices.items() if (x == 0).mean() > 0.5],
         "constant": [k for k, x in slices.items() if x.size > 1 and x.any() and np.ptp(x) == 0],
