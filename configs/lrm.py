@@ -1,14 +1,15 @@
 """LRM at the paper's size (https://arxiv.org/abs/2311.04400, section 4.2 and appendix): one image and its camera to a triplane.
 
     lrm train --config configs/lrm.py --workdir runs/lrm --config.data.root=data/objaverse
-    python tools/aot.py --topology v4:4x4x4 --config configs/lrm.py     # what a chip of a pod holds, does and sends
+    python tools/aot.py --topology v4:4x4x4 --config configs/lrm.py     # memory, operations and traffic of one chip
 
-Data: folders of `tools/render_objects.py`, 32 views an object in LRM's protocol, made into records by `tools/build_dataset.py`
-(`--config.data.name=objects` reads a few hundred of them as they are). LPIPS needs `lpips_vgg16.safetensors`, which
-`lrm convert` makes once. The paper: 730k objects of Objaverse and 220k videos of MVImgNet, on 128 A100 of 40 GB for 3 days.
+Data: render 32 views of each object with `tools/render_objects.py --protocol lrm`, then pack them with `tools/build_dataset.py`.
+For a few hundred objects, `--config.data.name=objects` reads the rendered folders directly. The LPIPS loss needs
+`lpips_vgg16.safetensors`: make it once with `lrm convert`. The paper trained on 730k objects of Objaverse and 220k videos of
+MVImgNet, with 128 A100 (40 GB) for 3 days.
 
-Expected: not yet trained. The paper's own numbers on 100 objects of GSO are 19.6 dB and LPIPS 0.163, with its own alignment of
-sizes. `--config configs/lrm.py:tiny` is a few steps of a tiny model, for trying things out.
+Expected: not trained yet. The paper reports 19.6 dB and LPIPS 0.163 on 100 objects of GSO, with its own alignment of sizes.
+To try things out, `--config configs/lrm.py:tiny` trains a tiny model for a few steps.
 """
 
 from configs.common import base, check_size, shrink
@@ -21,13 +22,13 @@ def get_config(size: str = ""):
     """The config; `size` is "" or "tiny"."""
     check_size(size)
     config = base()
-    # 512 rays of each scene at a time: with 16 scenes on a chip, a layer of the decoder is 0.13 GB.
+    # 512 rays of each scene at a time: with 16 scenes on a chip, one decoder layer takes 0.13 GB.
     config.model = dict(name="lrm", variant="lrm", dtype="bfloat16", ray_chunk=512)
     config.data.update(
         name="records",
         batch_size=1024,
         num_workers=16,
-        num_target=3,  # four views are supervised: the source is one of them
+        num_target=3,  # four supervised views: these and the source
         source_size=512,
         target_size=384,
         source_background=1.0,

@@ -1,12 +1,13 @@
-"""Fine-tuning of an LRM at the paper's size on one's own objects, on one node.
+"""Fine-tunes an LRM of the paper's size on your own objects, on one node.
 
     python tools/render_objects.py my_objects/ data/mine --protocol lrm --size 512
     lrm train --config configs/lrm_finetune.py --workdir runs/mine --config.data.root=data/mine
 
-No weights of LRM were released: it starts from a run of configs/lrm.py. Published weights to start from are those of
-configs/openlrm_finetune.py and configs/triposr_finetune.py. A tenth of the learning rate, over 10,000 steps of 32 objects.
+No weights of LRM were released, so this starts from a run of configs/lrm.py. To start from published weights, use
+configs/openlrm_finetune.py or configs/triposr_finetune.py. It trains for 10,000 steps of 32 objects, at a tenth of the learning
+rate.
 
-Expected: not yet trained. `--config configs/lrm_finetune.py:tiny` is a few steps of a tiny model, for trying things out.
+Expected: not trained yet. To try things out, `--config configs/lrm_finetune.py:tiny` trains a tiny model for a few steps.
 """
 
 from configs import lrm

@@ -4,21 +4,23 @@
     lrm train --config configs/lvsm_objects.py:decoder-only-512 --workdir runs/lvsm-512 --config.data.root=data/objaverse \\
         --config.train.init_from=runs/lvsm
 
-Names: decoder-only-256 (the default), encoder-decoder-256, and -512 of both, which go on from a 256 px run: nothing but the image
-size changes. Neither code, data nor weights of this part were released. From the paper: 4 source and 8 target views, the perceptual
-loss at 1.0, 256 px and then 512. Not published, or not checked, and chosen here: the sources are four of the target views; poses are
-turned so that the first source is at azimuth 0; steps, rate and batch of the 512 px runs; all else as for scenes.
+Variants: decoder-only-256 (default), encoder-decoder-256, decoder-only-512 and encoder-decoder-512. The 512 px variants continue
+from a 256 px run of the same kind: only the image size changes. The authors released no code, data or weights for objects. From
+the paper: 4 source and 8 target views, a weight of 1.0 for the perceptual loss, 256 px and then 512 px. Unpublished or unchecked,
+and chosen here: the sources are four of the target views; poses are rotated so that the first source is at azimuth 0; steps,
+learning rate and batch size of the 512 px runs; everything else is as for scenes.
 
-`:small` is for one 80 GB GPU and about an hour (22 M parameters, 128 px, no perceptual loss, for which it would need a network's file), on
-the data of the bundled model: of four batches three of rendered objects and one of procedural shapes.
+`:small` is for one 80 GB GPU and about an hour: 22 M parameters, 128 px, and no perceptual loss, which needs a network file. It
+trains on the data of the bundled model: of every four batches, three are rendered objects and one is procedural.
 `--config.data.name=procedural --config.data.mix=()` needs no files at all.
 
-`:nano` is for comparison with a TripoSR of 4.6 M parameters, which docs/evaluation.md names: as many samples of the same data, 3.5 M parameters, one source view, 128 px, two CPU
-cores; run it with the variables that configs/nano.py names.
+`:nano` is for comparison with the TripoSR of 4.6 M parameters in docs/evaluation.md. It has 3.5 M parameters and trains on as
+many samples of the same data, with one source view, at 128 px, on two CPU cores. Set the environment variables that
+configs/nano.py shows.
 
-Expected: `:nano` reaches 15.7 dB on side views of held-out objects (that TripoSR 15.4, the mean image 13.1), as soft shapes, in
-an hour of two busy cores. The others are not yet trained, and the time of `:small` is not yet measured.
-`--config configs/lvsm_objects.py:tiny` is a few steps of a tiny model, for trying things out.
+Expected: in an hour on two busy cores, `:nano` reaches 15.7 dB on side views of held-out objects, as blurry shapes; that TripoSR
+reaches 15.4 dB, and the mean image 13.1 dB. The others are not trained yet, and `:small` has not been timed.
+To try things out, `--config configs/lvsm_objects.py:tiny` trains a tiny model for a few steps.
 """
 
 from configs.common import check_size, shrink
@@ -35,14 +37,14 @@ def get_config(size: str = ""):
         num_workers=16,
         source_background=1.0,
         num_source=4,
-        num_target=4,  # eight target views: the sources are four of them
+        num_target=4,  # eight target views: these and the four sources
         source_size=side,
         target_size=side,
         source_elevation=(-90.0, 90.0),
         foreground_ratio=None,
     )
     config.losses = dict(mse=1.0, perceptual=1.0)
-    # LVSM has no alpha: it learns the background with the object.
+    # LVSM predicts no alpha: it learns the background together with the object.
     config.train.update(steps=80_000, patch=side, backgrounds=(1.0,), keep_every=10_000)
     if side == 512:
         config.data.batch_size = 64

@@ -4,13 +4,14 @@
     lrm train --config configs/lvsm_scenes.py:decoder-only-512 --workdir runs/lvsm-scenes-512 --config.data.root=data/re10k \\
         --config.train.init_from=runs/lvsm-scenes
 
-Names: decoder-only-256 (the default), encoder-decoder-256, and -512 of both, which go on from a 256 px run: nothing but the image
-size changes. The data is in pixelSplat's or LVSM's layout, or folders with transforms.json or COLMAP's cameras (lrm_jax/data/scenes.py).
-From the code: 2 source and 6 target views, steps, batch (64 GPUs with 8 scenes each), optimiser, warm-up of 3000 steps (the paper
-says 2500), losses, the update guard at 5. Chosen here, not compared with the paper: steps, rate and batch of the 512 px runs.
+Variants: decoder-only-256 (default), encoder-decoder-256, decoder-only-512 and encoder-decoder-512. The 512 px variants continue
+from a 256 px run of the same kind: only the image size changes. Data: pixelSplat's or LVSM's layout, or folders with
+transforms.json or COLMAP's cameras (lrm_jax/data/scenes.py). From the authors' code: 2 source and 6 target views, number of
+steps, batch size (64 GPUs with 8 scenes each), optimiser, 3000 warm-up steps (the paper says 2500), losses, and skipping updates
+whose gradient norm exceeds 5. Chosen here, not compared with the paper: steps, learning rate and batch size of the 512 px runs.
 
-Expected: not yet trained. `:small` (22 M parameters, 128 px) is meant for one 80 GB GPU and an hour, not yet measured;
-`--config configs/lvsm_scenes.py:tiny` is a few steps of a tiny model, for trying things out.
+Expected: not trained yet. `:small` (22 M parameters, 128 px) is meant for one 80 GB GPU and an hour, but has not been timed.
+To try things out, `--config configs/lvsm_scenes.py:tiny` trains a tiny model for a few steps.
 """
 
 from ml_collections import ConfigDict
@@ -29,7 +30,7 @@ SIZES = (
 
 
 def start(size: str) -> tuple[ConfigDict, int]:
-    """What scenes and objects (configs/lvsm_objects.py) share, and the side of the images that the variant is trained at."""
+    """The settings shared with configs/lvsm_objects.py, and the side of the variant's training images in pixels."""
     check_size(size, SIZES)
     config = base()
     variant = "decoder-only-256" if size in ("", "small", "tiny") else size
@@ -52,15 +53,15 @@ def get_config(size: str = ""):
             batch_size=512,
             num_workers=16,
             prefetch=2,
-            source_background=1.0,  # no effect: the images are opaque
+            source_background=1.0,  # no effect: scene images are opaque
             root="data/re10k",
             seed=0,
             num_source=2,
-            num_target=4,  # as everywhere besides the sources: six target views, drawn from all eight of a window
+            num_target=4,  # six target views (num_source + num_target), drawn from the eight views of a window
             source_size=side,
             target_size=side,
-            normalize="all_views",  # the published weights'; "source_views": by what is given alone
-            min_gap=25,  # frames from the first source to the second
+            normalize="all_views",  # as for the published weights; "source_views": by the source views alone
+            min_gap=25,  # frames between the first and the second source
             max_gap=192,
         )
     )
@@ -72,7 +73,7 @@ def get_config(size: str = ""):
         config.train.steps = 20_000
     if size == "small":
         config.data.update(batch_size=64, source_size=128, target_size=128)
-        config.losses.perceptual = 0.0  # it takes a network's file
+        config.losses.perceptual = 0.0  # it needs a network file
         config.schedule.warmup_steps = 500
         config.train.update(steps=8000, patch=128)
     return shrink(config) if size == "tiny" else config

@@ -2,19 +2,21 @@
 
     lrm train --config configs/openlrm.py:small --workdir runs/openlrm-small --config.data.root=data/objaverse
 
-Sizes: small, base, large. Only the small one's training file is published, as a sample (8 GPUs with 16 objects each, 60 epochs, "replace
-this"); base and large take their image sizes from the model card, and the smallest render size in the same proportion. Where
-OpenLRM differs from LRM: DINOv2, 48 to 64 samples and as many by importance, LPIPS at 1.0, TV of the planes, random backgrounds.
+Sizes: small, base, large. Only the training config of the small one is published, as a sample (8 GPUs with 16 objects each, 60
+epochs, "replace this"). Base and large take their image sizes from the model card, and their smallest render size in the same
+proportion. OpenLRM differs from LRM in: DINOv2, 48 to 64 samples per ray and as many importance samples, an LPIPS weight of 1.0,
+total variation of the planes, random backgrounds.
 
-Expected: not yet trained, and OpenLRM publishes no table of quality. Its releases of 1.0 took 1.5 days (small, 32 A100 of 80 GB), 2
-days (base, 32) and 5 days (large, 64). `--config configs/openlrm.py:tiny` is a few steps of a tiny model, for trying things out.
+Expected: not trained yet. OpenLRM publishes no quality metrics. Training its 1.0 releases took 1.5 days (small, 32 A100 of
+80 GB), 2 days (base, 32) and 5 days (large, 64). To try things out, `--config configs/openlrm.py:tiny` trains a tiny model for a
+few steps.
 """
 
 from configs.common import base, check_size, shrink
 
-# Side of the source image; smallest and largest side of the rendered view; side of the window.
+# Pixels: side of the source image; smallest and largest side of a target view; side of the window cut from it.
 IMAGES = {"small": (224, (64, 192), 64), "base": (336, (96, 288), 96), "large": (448, (128, 384), 128)}  # fmt: skip
-OBJECTS = 730_000  # of Objaverse, as LRM counts them
+OBJECTS = 730_000  # of Objaverse, as counted in the LRM paper
 EPOCHS = 60
 
 SIZES = ("small", "base", "large", "tiny")
@@ -31,7 +33,7 @@ def get_config(size: str = "small"):
         name="records",
         batch_size=128,
         num_workers=16,
-        num_target=3,  # four views are supervised: the source is one of them
+        num_target=3,  # four supervised views: these and the source
         source_size=source_size,
         target_size=render_size[1],
         source_background=1.0,

@@ -1,13 +1,13 @@
-"""Fine-tuning of a published OpenLRM 1.1 on one's own objects, on one node.
+"""Fine-tunes a published OpenLRM 1.1 on your own objects, on one node.
 
     python tools/render_objects.py my_objects/ data/mine --protocol openlrm --size 512
     lrm train --config configs/openlrm_finetune.py:base --workdir runs/mine --config.data.root=data/mine
 
-Sizes: small, base, large; of each the one trained on Objaverse and MVImgNet (`mix`). Starts from a tenth of the learning rate,
-over 10,000 steps of 32 objects. With one accelerator of 80 GB or less, raise `--config.train.accumulate` until it fits. On a
-machine without network give `--config.train.init_from` the folder with model.safetensors and config.json.
+Sizes: small, base, large, each from the weights trained on Objaverse and MVImgNet (`mix`). It trains for 10,000 steps of 32
+objects, at a tenth of the learning rate. On one accelerator of 80 GB or less, raise `--config.train.accumulate` until it fits.
+Without network access, set `--config.train.init_from` to a folder with model.safetensors and config.json.
 
-Expected: not yet trained. `--config configs/openlrm_finetune.py:tiny` is a few steps of a tiny model, for trying things out.
+Expected: not trained yet. To try things out, `--config configs/openlrm_finetune.py:tiny` trains a tiny model for a few steps.
 """
 
 from configs import openlrm

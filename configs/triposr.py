@@ -2,12 +2,12 @@
 
     lrm train --config configs/triposr.py --workdir runs/triposr --config.data.root=data/objaverse
 
-The authors released no training code. From the report: learning rate, warm-up, the weights of LPIPS and mask loss, windows of 128
-pixels out of 512 that prefer the foreground. Not published, and chosen here: the batch (LRM's), the number of steps, how
-strongly windows prefer the foreground, the backgrounds.
+The authors released no training code. From their report: learning rate, warm-up, weights of the LPIPS and mask losses, windows of
+128 px out of 512 px that favour the foreground. Unpublished, and chosen here: the batch size (LRM's), the number of steps, how
+strongly windows favour the foreground, the backgrounds.
 
-Expected: not yet trained. The authors took 22 nodes of 8 A100 of 40 GB for 5 days; the report's F-score@0.2 on GSO is 0.871.
-`--config configs/triposr.py:tiny` is a few steps of a tiny model, for trying things out.
+Expected: not trained yet. The authors trained on 22 nodes of 8 A100 (40 GB) for 5 days and report an F-score@0.2 of 0.871 on GSO.
+To try things out, `--config configs/triposr.py:tiny` trains a tiny model for a few steps.
 """
 
 from configs.common import base, check_size, shrink
@@ -17,7 +17,7 @@ def get_config(size: str = ""):
     """The config; `size` is "" or "tiny"."""
     check_size(size)
     config = base()
-    # 512 rays of each scene at a time: with 16 scenes on a chip, a layer of the decoder is 0.13 GB.
+    # 512 rays of each scene at a time: with 16 scenes on a chip, one decoder layer takes 0.13 GB.
     config.model = dict(name="triposr", variant="triposr", dtype="bfloat16", ray_chunk=512)
     config.data.update(name="records", batch_size=1024, num_workers=16, num_target=3)
     config.losses = dict(mse=1.0, lpips=2.0, mask=0.05)

@@ -1,12 +1,12 @@
-"""Fine-tuning of the published TripoSR on one's own objects, on one node.
+"""Fine-tunes the published TripoSR on your own objects, on one node.
 
     python tools/render_objects.py my_objects/ data/mine --protocol triposr
     lrm train --config configs/triposr_finetune.py --workdir runs/mine --config.data.root=data/mine
 
-Starts from a tenth of the learning rate, over 10,000 steps of 32 objects. With one accelerator of 80 GB or less, raise
-`--config.train.accumulate` until it fits. On a machine without network give `--config.train.init_from` the file model.ckpt.
+It trains for 10,000 steps of 32 objects, at a tenth of the learning rate. On one accelerator of 80 GB or less, raise
+`--config.train.accumulate` until it fits. Without network access, set `--config.train.init_from` to the file model.ckpt.
 
-Expected: not yet trained. `--config configs/triposr_finetune.py:tiny` is a few steps of a tiny model, for trying things out.
+Expected: not trained yet. To try things out, `--config configs/triposr_finetune.py:tiny` trains a tiny model for a few steps.
 """
 
 from configs import triposr

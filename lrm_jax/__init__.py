@@ -12,7 +12,7 @@ __all__ = ["Cameras", "InputError", "Model", "Scene", "load", "orbit"]
 
 
 def __getattr__(name: str):
-    """The public names, imported when they are first used: JAX takes seconds, and `lrm --help` must not."""
+    """Imports the public names on first use: importing JAX takes seconds, and `lrm --help` must be fast."""
     if name not in __all__:
         raise AttributeError(f"module 'lrm_jax' has no attribute {name!r}")
     room = "types" if name in ("Cameras", "InputError") else "api"

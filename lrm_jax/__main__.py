@@ -1,4 +1,4 @@
-"""`lrm <command>`: dispatch, and the one place where errors become exit codes."""
+"""`lrm <command>`: runs a command. Only this file turns errors into exit codes."""
 
 import errno
 import hashlib
@@ -16,9 +16,9 @@ COMMANDS = {
     "reconstruct": "turn images of objects into meshes, videos and viewer pages",
     "synthesize": "render new views of a scene from images with known cameras",
     "check": "tell whether a checkpoint is what it should be",
-    "convert": "convert checkpoints between PyTorch's layouts and ours",
+    "convert": "convert PyTorch checkpoints to model files, and back",
     "train": "train a model from a config",
-    "evaluate": "compare a model with ground truth: held-out views and surfaces",
+    "evaluate": "compare a model with held-out views and true surfaces",
 }
 USAGE = "\n".join(
     [
@@ -28,7 +28,7 @@ USAGE = "\n".join(
         "",
         "  --version    print the version",
         "",
-        "Exit code: 0 everything was done; 1 some inputs failed, the others are done; 2 nothing could be done, or wrong usage.",
+        "Exit code: 0 everything was done; 1 some inputs failed, the others are done; 2 nothing was done, or wrong usage.",
     ]
 )
 REMEDIES = {
@@ -49,8 +49,8 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns:
       The exit code: 0 everything was done; 1 some inputs failed, the others are done (`lrm train --dry_run`: the run does not
-      fit in memory); 2 nothing could be done, or wrong usage: one line on stderr says why; 130 interrupted; 143 `lrm train`
-      has saved after SIGTERM.
+      fit in memory); 2 nothing was done, or wrong usage: one line on stderr says why; 130 interrupted; 143 `lrm train` saved
+      after SIGTERM or Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help", "help"):
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(command: str, argv: list[str]) -> int:
-    """Runs a command, and turns the errors that a user can mend into one line and an exit code."""
+    """Runs a command. Turns errors that the user can fix into one line and an exit code."""
     logging.basicConfig(format="lrm: %(message)s", level=logging.WARNING)
     try:
         _use_compilation_cache()
@@ -98,15 +98,15 @@ def _fail(message: str) -> int:
 
 
 def _use_compilation_cache() -> None:
-    """Keeps compiled programs between runs, in LRM_JAX_CACHE or ~/.cache/lrm_jax. Does nothing if that cannot be written."""
+    """Keeps compiled programs between runs, in LRM_JAX_CACHE or ~/.cache/lrm_jax. Does nothing if that is not writable."""
     import jax
 
     try:
         folder = Path(os.environ.get("LRM_JAX_CACHE") or Path.home() / ".cache" / "lrm_jax")
-        # A program compiled for one processor may not run on another that shares the home folder.
+        # Machines with different processors may share a home folder, and a program compiled for one may not run on the other.
         folder = folder / hashlib.sha256(_processor().encode()).hexdigest()[:12]
         folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # the home folder is not known
+    except (OSError, RuntimeError):  # RuntimeError: the home folder is unknown
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

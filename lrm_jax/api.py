@@ -1,14 +1,15 @@
-"""The library: a model from any weights, scenes from images, meshes and views from scenes. The commands use it, too.
+"""The library: models from any weights, scenes from images, meshes and views from scenes. The commands use it, too.
 
     model = lrm_jax.load("hf:stabilityai/TripoSR", dtype="bfloat16")
     scene = model.reconstruct("chair.png")
     scene.mesh(resolution=256, texture=1024).export("chair.glb")
     frames = scene.render(lrm_jax.orbit(24), size=512)
 
-Programs are compiled once for each shape: for the model's image size, whatever the size of the image; for each size of rendered
-views; and for the chunks of points that meshes are made from. All of this process's devices share the work.
+Programs are compiled once per shape: once for the model's image size, whatever the size of the image; once for each size of
+rendered views; and once for the chunks of points that meshes are made from. All devices of this process share the work.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -34,10 +35,12 @@ from lrm_jax.parallel import batch_axes, messages, sharding
 from lrm_jax.types import Cameras, InputError, Rendering, Views
 from lrm_jax.weights import loading
 
-CHUNK = 2**15  # points in one call of the field: as suits the caches of a CPU
-MAX_BATCH = 8  # images of a list that a device encodes at once
-FRAMES_TOGETHER = 4  # of a video by a family that draws views without a surface in between
-RECENTERED = 0.85  # of the square's side: what an object fills after recentring, where its family does not say
+CHUNK = 2**15  # points in one call of the field: suits the caches of a CPU
+MAX_BATCH = 8  # images from a list that a device encodes at once
+FRAMES_TOGETHER = (
+    4  # frames that a device renders at once, for a family that renders views directly
+)
+RECENTERED = 0.85  # the part of the square's side that a recentred object fills, if its family has no foreground_ratio
 
 ImageLike = str | Path | Image.Image | np.ndarray
 
@@ -46,19 +49,20 @@ def load(weights: str | Path | None = None, *, dtype: str | None = None) -> "Mod
     """Loads a model.
 
     Args:
-      weights: a model file of ours, a reference's checkpoint (TripoSR, OpenLRM, LVSM), a folder with one, a training run ("runs/x",
-        or "runs/x@5000" at a step), `hf:ORG/NAME`, `hf:ORG/NAME/FILE`, or None for the small model that comes with the package.
-      dtype: what it computes in: "float32", "bfloat16" or "float16". None: as the weights say, which is float32 where they do not.
+      weights: a model file of ours, a reference's checkpoint (TripoSR, OpenLRM, LVSM), a folder with one, a training run
+        ("runs/x", or "runs/x@5000" for a step), `hf:ORG/NAME`, `hf:ORG/NAME/FILE`, or None for the small model that comes with
+        the package.
+      dtype: what the model computes in: "float32", "bfloat16" or "float16". None: the model's default, float32.
 
     Raises:
-      InputError: no such file, damaged, of no known family, or with other tensors than its family has.
+      InputError: the file is missing, damaged, of no known family, or does not have its family's tensors; `dtype` is unknown.
     """
     return Model(*loading.load_weights(None if weights is None else str(weights), dtype))
 
 
 @dataclasses.dataclass(frozen=True)
 class Orbit:
-    """Cameras around an object. What is None is as the camera that an image is taken to be seen by, where the first one stands."""
+    """Cameras around an object, the first at the azimuth of the image's assumed camera. A field that is None is that camera's."""
 
     num_views: int
     elevation: float | None = None  # degrees above the horizon
@@ -66,7 +70,7 @@ class Orbit:
     fov: float | None = None  # full vertical field of view, degrees
 
     def around(self, source: Cameras) -> Cameras:
-        """Cameras[V], the first at the azimuth of `source` (Cameras[]), the next counter-clockwise seen from above."""
+        """Cameras[V], the first at the azimuth of `source` (Cameras[]), the others counter-clockwise from it, seen from above."""
         chosen = {
             "elevation_deg": self.elevation,
             "distance": self.distance,
@@ -83,7 +87,7 @@ def orbit(
     distance: float | None = None,
     fov: float | None = None,
 ) -> Orbit:
-    """`num_views` cameras evenly around an object, for `Scene.render`; the first one sees the side that the image shows.
+    """`num_views` cameras evenly spaced around an object, for `Scene.render`. The first one sees the side that the image shows.
 
     Args:
       elevation: degrees above the horizon, -90 to 90. None: the image's.
@@ -91,7 +95,7 @@ def orbit(
       fov: full vertical field of view in degrees. None: the image's.
 
     Raises:
-      InputError: a number that is out of range.
+      InputError: a number is out of range.
     """
     limits = {"num_views": (1, 100_000), "elevation": (-90, 90), "distance": (1e-3, 1e6), "fov": (0.1, 179)}  # fmt: skip
     for name, (low, high) in limits.items():
@@ -103,19 +107,19 @@ def orbit(
 
 @dataclasses.dataclass(frozen=True)
 class PreparedImage:
-    """An image as a model takes it."""
+    """An image, ready for a model."""
 
     rgba: np.ndarray  # uint8 [H W 4], the object cut out
-    source: Views  # NumPy [1 1 S S 3], with the camera that the family takes it to be seen by
+    source: Views  # NumPy [1 1 S S 3], with the camera that the family assumes
 
 
 class Model:
     """A model with its weights, on all devices of this process.
 
     Attributes:
-      module: the flax module; `module.apply({"params": params}, ..., method="encode")`, see `lrm_jax.models`.
+      module: the flax module. Call it by `module.apply({"params": params}, ..., method="encode")`, see `lrm_jax.models`.
       params: its parameters, float32.
-      info: what is known of it: `family`, `variant`, `path`, `training` and what was `assumed`.
+      info: what is known about it: `family`, `variant`, `path`, `training`, and what was `assumed`.
     """
 
     def __init__(self, module: nn.Module, params: dict, info: dict):
@@ -141,16 +145,16 @@ class Model:
         recenter: bool | None = None,
         remove_background: bool = False,
     ) -> "Scene | list[Scene]":
-        """The 3D scene of an image; of a list of images a list of scenes, in batches that all devices share.
+        """Reconstructs the 3D scene of an image. A list of images gives a list of scenes, in batches that all devices share.
 
         Args:
-          image: a path, a PIL image, or an array [H W 3 or 4], uint8 or floats in [0, 1]. An alpha channel shows what the object is;
-            without one, a background of one colour is taken away.
-          recenter: whether the object is moved to the middle and scaled to fill 85% of it. None: as the model's original does.
-          remove_background: cut the object out with rembg where there is no alpha channel.
+          image: a path, a PIL image, or an array [H W 3 or 4], uint8 or floats in [0, 1]. An alpha channel shows what the object
+            is; without one, a background of one colour is removed.
+          recenter: whether to move the object to the middle and scale it to fill 85% of the image. None: as the original does.
+          remove_background: cut the object out with rembg if there is no alpha channel.
 
         Raises:
-          InputError: an image that cannot be read or shows no object, or a model that takes posed views (`synthesize`).
+          InputError: an image cannot be read or shows no object, or the model needs posed images (`synthesize`).
         """
         if not isinstance(image, list | tuple):
             return self.encode([self.prepare(image, recenter, remove_background)])[0]
@@ -164,7 +168,7 @@ class Model:
     def prepare(
         self, image: ImageLike, recenter: bool | None = None, remove_background: bool = False
     ) -> PreparedImage:
-        """An image, read, cut out, placed and resized on the host; the arguments and errors of `reconstruct`."""
+        """Reads an image, cuts the object out, places and resizes it, on the host. Arguments and errors as in `reconstruct`."""
         self.check_takes_images()
         name = str(image) if isinstance(image, str | Path) else "the image"
         rgba = cutout.cut_out(load_image(image), name, remove_background)
@@ -177,7 +181,7 @@ class Model:
         return PreparedImage(rgba, jax.tree.map(np.asarray, module.prepare([placed])))
 
     def encode(self, images: list[PreparedImage], batch_size: int | None = None) -> list["Scene"]:
-        """The scenes of prepared images, as one batch; filled up to `batch_size`, so that a smaller last one is not compiled anew."""
+        """The scenes of prepared images, as one batch, padded to `batch_size` so that a smaller last batch compiles nothing."""
         size = max(batch_size or 0, len(images))
         padded = [x.source for x in images + images[-1:] * (size - len(images))]
         source = jax.tree.map(lambda *x: np.concatenate(x), *padded)
@@ -189,10 +193,10 @@ class Model:
         ]
 
     def check_takes_images(self) -> None:
-        """Raises InputError where the model does not make scenes from single images."""
+        """Raises InputError if the model does not make scenes from single images."""
         if not (hasattr(self.module, "prepare") and hasattr(self.module, "query")):
             raise InputError(
-                f"{self._name()} draws views of a scene from posed images and makes no mesh: use `synthesize`, or weights of another family"
+                f"{self._name()} renders views from posed images and makes no mesh: use `synthesize`, or weights of another family"
             )
 
     # -- from posed images
@@ -207,21 +211,22 @@ class Model:
         convention: str | None = None,
         together: int = FRAMES_TOGETHER,
     ) -> UInt8[np.ndarray, "N S S 3"]:
-        """The frames of a camera path through a scene that posed images show; of families that draw views directly (LVSM).
+        """Renders the frames of a camera path through a scene of posed images; for families that render views directly (LVSM).
 
         Args:
-          source: a folder with transforms.json, or COLMAP's sparse/0 and images, or what `captures.read_capture` read of one.
+          source: a folder with transforms.json, or with COLMAP's sparse/0 and images; or a capture from `captures.read_capture`.
           path: "interpolate", "orbit", "spiral", a transforms.json with poses in the source's world, or a `CameraPath`.
-          views: how many of the images are given to the model, evenly spread, or the numbers of which ones. None: at most 16.
-          num_frames: N, where the path does not say.
+          views: how many of the images the model gets, evenly spread, or their indices. None: all, but at most 16.
+          num_frames: N, unless the path determines it.
           together: frames that each device renders at once.
-          convention: of the poses, one of `ops.conventions.MEANINGS`. None: that of their format.
+          convention: of the poses, one of `ops.conventions.MEANINGS`. None: the convention of their file format.
 
         Returns:
           N images of the model's size, on white.
 
         Raises:
-          InputError: bad cameras or images, a path that they do not determine, or a model that takes single images (`reconstruct`).
+          InputError: cameras or images are bad, the cameras do not determine the path, or the model needs single images
+            (`reconstruct`).
         """
         self.check_takes_captures()
         if not isinstance(source, captures.Capture):
@@ -240,7 +245,7 @@ class Model:
         return np.stack([to_uint8(frame.rgb) for frame in frames])
 
     def check_takes_captures(self) -> None:
-        """Raises InputError where the model does not draw views of scenes from posed images."""
+        """Raises InputError if the model does not render views of scenes from posed images."""
         if hasattr(self.module, "prepare"):
             raise InputError(
                 f"{self._name()} reconstructs from one image: use `reconstruct`, or give weights of LVSM"
@@ -252,7 +257,7 @@ class Model:
         return f"{self.info['path']}: {self.info['family']}"
 
     def _encode_on_devices(self, source: Views, batch: int) -> Any:
-        """The scene [B ...] on the host. What the devices do not divide is encoded by the first."""
+        """The scene [B ...] on the host. A batch that does not divide over the devices is encoded by the first one."""
         if batch % self._device_mesh.size:
             return jax.device_get(self._encode(self.params, source))
         split = NamedSharding(self._device_mesh, PartitionSpec(sharding.AXES))
@@ -265,29 +270,32 @@ class Model:
     def render_views(
         self, encoded: Any, cameras: Cameras, size: int, together: int = 1, label: str = "views"
     ) -> Iterator[Rendering]:
-        """What Cameras[V] see of an encoded scene [1 ...], one after the other: NumPy [size size ...], premultiplied colour.
+        """Yields the views of Cameras[V] of an encoded scene [1 ...]: NumPy [size size ...], premultiplied colour.
 
         Args:
           together: views that each device renders at once.
 
         Raises:
-          InputError: it is not finite.
+          InputError: a view is not finite.
         """
         count, devices = len(cameras.c2w), self._device_mesh.size
-        step = min(together, -(-count // devices)) * devices
-        scene = jax.device_put(encoded, self._everywhere)
+        # Fewer views than devices are rendered by the first one.
+        shared = count >= devices
+        step = min(together, -(-count // devices)) * devices if shared else min(together, count)
+        params = self._params if shared else self.params
+        scene = jax.device_put(encoded, self._everywhere) if shared else encoded
         cameras = jax.tree.map(np.asarray, cameras)
         views = messages.progress(range(count), count, label)
         for view in views:
             if view % step == 0:
-                # The last views are filled up with the last camera, so that nothing is compiled anew.
+                # The last batch is padded with the last camera, so that nothing is compiled again.
                 chosen = np.minimum(np.arange(view, view + step), count - 1)
                 some = jax.tree.map(lambda x, chosen=chosen: x[chosen], cameras)
-                with jax.set_mesh(self._device_mesh):
-                    rendered = jax.device_get(self._render(self._params, scene, some, size=size))
+                with jax.set_mesh(self._device_mesh) if shared else contextlib.nullcontext():
+                    rendered = jax.device_get(self._render(params, scene, some, size=size))
                 if not np.isfinite(rendered.rgb).all():
                     raise InputError(
-                        "what the model renders is not finite: its weights are damaged, take others"
+                        "the rendered colours are not finite: the weights are damaged, use others"
                     )
             yield jax.tree.map(lambda x, i=view % step: x[i], rendered)
 
@@ -301,7 +309,7 @@ class Model:
         return batch_axes.split_batch(render, (params, scene), cameras)
 
     def query(self, encoded: Any, xyz: np.ndarray) -> tuple[jax.Array, jax.Array]:
-        """Field [Q] and sRGB colour [Q 3] of an encoded scene [1 ...] at points [Q 3]; compiled for each Q."""
+        """Field [Q] and sRGB colour [Q 3] of an encoded scene [1 ...] at points [Q 3]; compiled once for each Q."""
         with jax.set_mesh(self._device_mesh):
             return self._query(self._params, encoded, xyz)
 
@@ -316,20 +324,20 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """One object in the world of its model, from `Model.reconstruct`. Arrays are NumPy's."""
+    """One object in the world of its model, from `Model.reconstruct`. Arrays are NumPy arrays."""
 
     model: Model
     image: np.ndarray  # uint8 [H W 4], the object cut out
     encoded: Any  # the family's scene [1 ...]
-    camera: Cameras  # [] that the image is taken to be seen by
+    camera: Cameras  # [] that the family assumes for the image
 
     def render(
         self, cameras: Orbit | Cameras | None = None, size: int = 256
     ) -> UInt8[np.ndarray, "V size size 4"]:
-        """Views, sRGB with straight alpha.
+        """Renders views, sRGB with straight alpha.
 
         Args:
-          cameras: `lrm_jax.orbit(...)`, or Cameras[V] in the model's world. None: the camera of the image, one view.
+          cameras: `lrm_jax.orbit(...)`, or Cameras[V] in the model's world. None: one view from the image's camera.
           size: pixels along a side.
         """
         return np.stack([to_rgba(x) for x in self.renderings(cameras, size)])
@@ -337,11 +345,11 @@ class Scene:
     def renderings(
         self, cameras: Orbit | Cameras | None = None, size: int = 256
     ) -> Iterator[Rendering]:
-        """The views of `render` in turn, as float32: premultiplied colour, alpha, and depth along the rays in world units."""
+        """Yields the views of `render` as float32: premultiplied colour, alpha, and depth along the rays in world units."""
         return self.model.render_views(self.encoded, self.cameras(cameras), size)
 
     def cameras(self, cameras: Orbit | Cameras | None) -> Cameras:
-        """Cameras[V] of what `render` takes."""
+        """Cameras[V] from the argument of `render`."""
         if cameras is None:
             return jax.tree.map(lambda x: x[None], self.camera)
         return cameras.around(self.camera) if isinstance(cameras, Orbit) else cameras
@@ -355,13 +363,13 @@ class Scene:
         faces: int | None = None,
         dense: bool = False,
     ):
-        """The coloured mesh as a `trimesh.Trimesh` (`mesh.mesh.Mesh`), z up, the side that the image shows towards -y.
+        """The coloured mesh as a `trimesh.Trimesh` (`mesh.mesh.Mesh`), z up. The side that the image shows faces -y.
 
         Args:
           resolution: grid points along a side of the model's cube.
           level: the field's value at the surface. None: the model's.
           texture: side of a texture in texels. None: vertex colours.
-          faces: the mesh is reduced to at most about so many triangles. None: all, with a texture 20,000.
+          faces: the most triangles, roughly; larger meshes are decimated. None: no limit, or 20,000 with a texture.
           dense: evaluate the whole grid, not only around the surface.
 
         Raises:
@@ -405,7 +413,7 @@ class Scene:
 
 
 def to_rgba(rendering: Rendering) -> UInt8[np.ndarray, "*B 4"]:
-    """sRGB with straight alpha, of premultiplied colour."""
+    """Converts a rendering's premultiplied colour to sRGB with straight alpha."""
     alpha = rendering.alpha[..., None]
     straight = np.divide(rendering.rgb, alpha, out=np.zeros_like(rendering.rgb), where=alpha > 0)
     return to_uint8(np.concatenate([straight, alpha], axis=-1))
@@ -415,40 +423,40 @@ def to_rgba(rendering: Rendering) -> UInt8[np.ndarray, "*B 4"]:
 
 
 def capture_world(capture: captures.Capture, training: dict) -> tuple[np.ndarray, float, str]:
-    """(rigid motion [4 4] from the capture's world to the model's, factor of positions after it, what it is in words).
+    """(rigid motion [4 4] from the capture's world to the model's, scale of positions after it, the model's world in words).
 
     Raises:
       InputError: the source cameras do not determine it.
     """
     normalize = loading.training_data(training).get("normalize", "source_views")
     if normalize not in ("all_views", "source_views"):
-        words = f"the poses' own, turned as in training (data.normalize={normalize})"
+        words = f"the poses' own, moved as in training (data.normalize={normalize})"
         motion = normalization.object_motion(capture.c2w[0], capture.fxfycxcy[0], normalize)
         return motion.astype(float), 1.0, words
     if len(capture.c2w) < 2:
         raise InputError(
-            f"{capture.names[0]} is the only source view: give two or more, whose distance is the unit of length"
+            f"{capture.names[0]} is the only source view: give two or more, because their distance sets the unit of length"
         )
-    # Not "all_views": a frame would depend on what other frames there are.
+    # Not "all_views": a frame would then depend on the other frames.
     motion, scale = normalization.scene_motion(capture.c2w, len(capture.c2w), "source_views")
     return motion, scale, "that of the mean source camera"
 
 
 def to_model(c2w: np.ndarray, motion: np.ndarray, scale: float) -> np.ndarray:
-    """Poses [N 4 4] of the capture's world in the model's, float32."""
+    """Moves poses [N 4 4] from the capture's world to the model's, float32."""
     c2w = motion @ c2w
     c2w[:, :3, 3] *= scale
     return c2w.astype(np.float32)
 
 
 def crop_images(capture: captures.Capture, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The middle squares, uint8 [V size size 3], and their boxes [V 4], see `captures.crop`."""
+    """The middle squares of the images, uint8 [V size size 3], and their boxes [V 4]: see `captures.crop`."""
     images, boxes = zip(*(captures.crop(image, size) for image in capture.images), strict=True)
     return np.stack(images), np.stack(boxes)
 
 
 def source_views(capture: captures.Capture, size: int, motion: np.ndarray, scale: float) -> Views:
-    """What the model is given, NumPy [1 V size size 3] in [0, 1]: the middle square of each image."""
+    """The model's input, NumPy [1 V size size 3] in [0, 1]: the middle square of each image."""
     images, boxes = crop_images(capture, size)
     seen_by = Cameras(
         c2w=to_model(capture.c2w, motion, scale),

@@ -1,4 +1,4 @@
-"""What crosses module boundaries: plain pytrees of arrays, and the one error that commands show to people.
+"""The types that modules exchange: plain pytrees of arrays, and the one error that commands show to users.
 
 Dimension key, used in names, signatures and comments everywhere:
 
@@ -16,7 +16,7 @@ import jax
 
 
 class InputError(ValueError):
-    """The input of a command is at fault: one line with the cause and the remedy, exit code 2, no traceback."""
+    """Bad input to a command: shown as one line with the cause and the remedy, exit code 2, no traceback."""
 
 
 @flax.struct.dataclass
@@ -38,17 +38,17 @@ class Rays:
 
 @flax.struct.dataclass
 class Views:
-    """Images and where they were taken from."""
+    """Images and their cameras."""
 
-    rgb: jax.Array  # [B V H W 3] sRGB in [0, 1]; straight (not premultiplied) where alpha is given
+    rgb: jax.Array  # [B V H W 3] sRGB in [0, 1]; straight (not premultiplied) if alpha is given
     cameras: Cameras  # [B V]
-    # [B V H W] in [0, 1]; None: the image has its background already
+    # [B V H W] in [0, 1]; None: the image already has its background
     alpha: jax.Array | None = None
 
 
 @flax.struct.dataclass
 class Batch:
-    """One training batch: views that are given and views that are predicted, of the same scenes."""
+    """One training batch: given views and views to predict, of the same scenes."""
 
     source: Views
     target: Views
@@ -56,7 +56,7 @@ class Batch:
 
 @flax.struct.dataclass
 class Rendering:
-    """What a ray sees."""
+    """What each ray sees."""
 
     # [*B 3] sRGB, premultiplied: composite on a background with rgb + (1 - alpha) * background
     rgb: jax.Array
@@ -67,10 +67,10 @@ class Rendering:
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a training step changes, and its random key."""
+    """Everything that a training step changes, and the random key."""
 
     step: jax.Array  # [] int32, number of updates made
     params: Any
-    ema_params: Any  # running mean of params: what is evaluated and exported
+    ema_params: Any  # running mean of params, which is evaluated and exported
     opt_state: Any
-    key: jax.Array  # the run's key; a step folds its number into it
+    key: jax.Array  # the run's key; each step folds its number into it

@@ -1,4 +1,4 @@
-"""Balls of random places and sizes in closed form: a data source for tests."""
+"""A data source for tests: balls with random places and sizes, rendered in closed form."""
 
 import jax
 import numpy as np
@@ -9,7 +9,7 @@ from lrm_jax.types import Batch, Views
 
 
 def ball(rays, centre, radius):
-    """Colour by world position and alpha of a ball of `centre` [3] and `radius`, seen along rays [V H W]."""
+    """Renders a ball of `centre` [3] and `radius` along rays [V H W]. Its colour depends on the world position."""
     offset = rays.origins - centre
     b = (offset * rays.dirs).sum(-1)
     discriminant = b**2 - (offset**2).sum(-1) + radius**2
@@ -19,7 +19,7 @@ def ball(rays, centre, radius):
 
 
 def sample(position, seed, num_views, source_size, target_size):
-    """The scene of a position, without the B axis; float images."""
+    """The scene at a position, without the B axis, with float images."""
     rng = np.random.default_rng((seed, position))
     centre = rng.uniform(-0.2, 0.2, 3).astype(np.float32)
     radius = np.float32(rng.uniform(0.3, 0.5))
@@ -34,14 +34,14 @@ def sample(position, seed, num_views, source_size, target_size):
 
 
 def batch(step, batch_size, num_views, source_size, target_size, seed=0):
-    """A batch of them."""
+    """A batch of these scenes."""
     positions = range(step * batch_size, (step + 1) * batch_size)
     scenes = [sample(i, seed, num_views, source_size, target_size) for i in positions]
     return jax.tree.map(lambda *leaves: np.stack(leaves), *scenes)
 
 
 def make(*, split, seed, num_target, source_size, target_size, **unused):
-    """The source, as `lrm_jax.data` says."""
+    """The data source, by the contract of `lrm_jax.data`."""
     seed += split == "val"
     positions = pipeline.order(64, split, seed)
     return Source(

@@ -1,4 +1,4 @@
-"""Eight CPU devices, programs compiled quickly rather than well, shape checks, strict rank promotion: set before jax starts.
+"""Settings made before jax starts: eight CPU devices, fast compilation of slower programs, shape checks, strict rank promotion.
 
 Tests against goldens also run on a GPU: `JAX_PLATFORMS=cuda python -m pytest tests/models/test_goldens.py`.
 """
@@ -8,8 +8,8 @@ from pathlib import Path
 
 ON_CPU = os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu"
 if ON_CPU:
-    # Compiling is most of what the tests do: two thirds of the time without LLVM's optimisation. The commands that the tests
-    # start are compiled as users have them.
+    # Most of the tests' time is compilation. Without LLVM's optimisation they take two thirds of the time. Commands that the
+    # tests start compile as for users.
     os.environ["XLA_FLAGS"] = " ".join(
         [
             "--xla_force_host_platform_device_count=8",
@@ -23,10 +23,10 @@ import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# The commands that the tests start have theirs in a folder of it.
+# The commands that the tests start use a subfolder of it.
 os.environ.setdefault("LRM_JAX_CACHE", str(Path(__file__).parents[1] / ".jax_cache"))
 jax.config.update("jax_compilation_cache_dir", os.environ["LRM_JAX_CACHE"])
-# All of them: the workers compile the same small programs.
+# Cache all programs, because the workers compile the same small ones.
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 CHECKED = (
     "ops", "models", "kernels", "images.load", "images.cutout", "images.recentre", "mesh.surface", "mesh.lattice",
@@ -37,7 +37,7 @@ install_import_hook([f"lrm_jax.{room}" for room in CHECKED], "beartype.beartype"
 
 @pytest.fixture(scope="session")
 def goldens() -> Path:
-    """The folder of golden tensors: LRM_GOLDENS where it is set, so that other files of the same form can be tested."""
+    """The folder of golden tensors. LRM_GOLDENS can name another folder with files of the same form."""
     return Path(os.environ.get("LRM_GOLDENS", Path(__file__).parent / "goldens"))
 
 
@@ -49,7 +49,7 @@ def pytest_addoption(parser):
 
 @pytest.fixture
 def same_text(request):
-    """Compares a text with that of a file of tests/, which `--update-goldens` writes: what changes is seen in the diff."""
+    """Compares a text with a file in tests/. `--update-goldens` writes that file, so that git diff shows the changes."""
 
     def check(name: str, text: str) -> None:
         path = Path(__file__).parent / name
@@ -63,7 +63,7 @@ def same_text(request):
 
 @pytest.fixture(autouse=True)
 def full_precision(request):
-    """Products of float32 are in float32 in tests against goldens, also on a GPU, where XLA takes TF32."""
+    """Tests against goldens compute float32 products in full float32, also on a GPU, where XLA would use TF32."""
     if ON_CPU or "goldens" not in request.fixturenames:
         yield
         return
@@ -72,5 +72,5 @@ def full_precision(request):
 
 
 def pytest_collection_modifyitems(items):
-    """The journey first: it takes longest, and at the end one worker would wait for the other."""
+    """Runs the journey first. It takes longest, and if it came last, the other workers would wait for it."""
     items.sort(key=lambda item: item.path.name != "test_journey.py")

@@ -1,4 +1,4 @@
-"""A folder of posed images of NeRF's kind: what tests of captures and of LVSM share."""
+"""A folder of posed images in NeRF's layout, shared by tests of captures and of LVSM."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from lrm_jax.ops import cameras, conventions
 
 
 def ring(num_views: int = 4, share: float = 0.4, centre=(2.0, 1.0, 0.0)) -> np.ndarray:
-    """Poses around a point, over a share of a circle."""
+    """Poses around a point, on part of a circle."""
     c2w = np.array(cameras.orbit(round(num_views / share), 2.0, 20.0, 40.0).c2w[:num_views])
     c2w[:, :3, 3] += centre
     return c2w.astype(np.float64)
@@ -25,7 +25,7 @@ def image(view: int, width: int = 24, height: int = 18) -> np.ndarray:
 def write_transforms(
     folder: str, c2w: np.ndarray, convention: str = "opengl-c2w", **fields
 ) -> None:
-    """A scene of NeRF's kind."""
+    """Writes a scene in NeRF's layout."""
     Path(folder, "images").mkdir(parents=True, exist_ok=True)
     for v in range(len(c2w)):
         Image.fromarray(image(v)).save(Path(folder, "images", f"{v}.png"))

@@ -1,4 +1,4 @@
-"""The library: what it takes, what it gives, and what it compiles."""
+"""The library: its inputs, its outputs, and when it compiles."""
 
 import io
 
@@ -43,8 +43,8 @@ def test_an_image_is_a_path_a_pil_image_or_an_array(model, scene, tmp_path):
 @pytest.mark.parametrize(
     "image, message",
     [
-        (np.zeros((4, 4, 2), np.uint8), "is no image"),
-        (np.zeros((0, 4, 3), np.uint8), "is no image"),
+        (np.zeros((4, 4, 2), np.uint8), "is not an image"),
+        (np.zeros((0, 4, 3), np.uint8), "is not an image"),
         (ball().astype(np.float32), "must lie in"),
         (ball() * np.float32(np.nan), "must lie in"),
         (ball().astype(np.int64), "array of int64"),
@@ -52,7 +52,7 @@ def test_an_image_is_a_path_a_pil_image_or_an_array(model, scene, tmp_path):
         ("nothing.png", "does not exist"),
     ],
 )
-def test_what_is_no_image_is_an_error(model, image, message):
+def test_anything_that_is_not_an_image_is_an_error(model, image, message):
     with pytest.raises(InputError, match=message):
         model.reconstruct(image)
 
@@ -69,15 +69,15 @@ def test_a_list_gives_a_list_in_batches_that_the_devices_share(model, scene, mon
     scenes = model.reconstruct([ball(), other] * 5)
     assert len(scenes) == 10 and len(shapes) == 1
     assert len(shapes[0].device_set) == jax.device_count() == 8
-    same(scenes[8], scene, 1e-5)
-    same(scenes[9], scenes[1], 1e-5)
+    same(scenes[8], scene, 1e-4)  # of values up to 20
+    same(scenes[9], scenes[1], 1e-4)
     np.testing.assert_array_equal(scenes[9].image, other)
     assert np.abs(scenes[0].encoded["triplane"] - scenes[1].encoded["triplane"]).max() > 1e-3
     assert model.reconstruct([]) == []
 
 
 def test_images_of_other_sizes_compile_nothing(tmp_path):
-    """Encode, render and query are compiled for the first image, and nothing at all for nineteen images of other sizes."""
+    """The first image compiles encode, render and query. Nineteen images of other sizes compile nothing."""
     model = lrm_jax.load(random_model(tmp_path / "tiny.safetensors"))
     compiled = []
 
@@ -97,7 +97,7 @@ def test_images_of_other_sizes_compile_nothing(tmp_path):
             use(size)
         assert not compiled
         model.reconstruct(ball()).render(size=24)
-        assert compiled  # the listener hears
+        assert compiled  # the listener works
     finally:
         jax.monitoring.unregister_event_duration_listener(listener)
     assert model._encode._cache_size() == model._query._cache_size() == 1
@@ -109,7 +109,7 @@ def test_views_are_images_with_straight_alpha(scene):
     assert frames.shape == (3, 20, 20, 4) and frames.dtype == np.uint8
     rendering = next(scene.renderings(lrm_jax.orbit(3), 20))
     straight = frames[0].astype(float) / 255
-    # Half a level of each factor.
+    # Half an 8-bit level for each factor.
     np.testing.assert_allclose(straight[..., 3], rendering.alpha, atol=0.51 / 255)
     np.testing.assert_allclose(
         straight[..., :3] * rendering.alpha[..., None], rendering.rgb, atol=0.51 / 255
@@ -136,7 +136,7 @@ def test_a_mesh_is_a_trimesh_whose_files_are_upright(scene, tmp_path):
     assert mesh.export(file_type="ply") == (tmp_path / "a.ply").read_bytes()
     up = trimesh.load(tmp_path / "a.glb", force="mesh").bounds
     np.testing.assert_allclose(up[:, 1], mesh.bounds[:, 2], atol=1e-6)
-    mesh.export(tmp_path / "a.stl")  # trimesh's own
+    mesh.export(tmp_path / "a.stl")  # written by trimesh
     stl = trimesh.load(tmp_path / "a.stl")
     np.testing.assert_allclose(stl.bounds, mesh.bounds, atol=1e-6)
     mesh.apply_scale(2.0)
@@ -163,10 +163,10 @@ def test_level_faces_and_texture_make_another_mesh(scene, tmp_path):
         scene.mesh(resolution=24, level=1e9)
 
 
-def test_recentring_can_be_had_and_left_out(model, scene):
+def test_recentring_can_be_turned_on_and_off(model, scene):
     aside = np.zeros((96, 96, 4), np.uint8)
     aside[:48, :48] = ball()
-    same(model.reconstruct(aside), scene)  # TripoSR's way
+    same(model.reconstruct(aside), scene)  # TripoSR's default
     same(model.reconstruct(aside, recenter=True), scene)
     kept = model.reconstruct(aside, recenter=False)
     assert np.abs(kept.encoded["triplane"] - scene.encoded["triplane"]).max() > 1e-3

@@ -1,4 +1,4 @@
-"""The bundled model and example: what a first `lrm reconstruct` shows."""
+"""The bundled model and example, which a first `lrm reconstruct` shows."""
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,7 @@ def test_the_example_is_reconstructed_with_its_silhouette(bundled, path):
     rendering = jax.jit(lambda p, s, r: model.apply({"params": p}, s, r, method="render"))(
         params, scene, rays
     )
-    # Both recentred: the image's camera is not known exactly, and the model does not know its distance.
+    # Both are recentred, because the image's camera is not known exactly, and the model does not know its distance.
     seen = np.asarray(jnp.round(rendering.alpha[0, 0] * 255)).astype(np.uint8)
     seen = recentre.recenter_foreground(
         np.stack([seen] * 3 + [np.where(seen > 127, 255, 0)], -1).astype(np.uint8), 0.85
@@ -59,4 +59,4 @@ def test_the_example_is_reconstructed_with_its_silhouette(bundled, path):
 
     vertices, faces = lattice.extract(field, 64, model.radius, model.surface_level)
     assert len(faces) > 500
-    assert np.ptp(vertices, axis=0).min() > 0.2  # no flat sheet
+    assert np.ptp(vertices, axis=0).min() > 0.2  # not flat

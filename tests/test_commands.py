@@ -1,4 +1,4 @@
-"""Every command that the pages and docstrings show is taken by its program, and every program is run by a test."""
+"""Every command in the pages and docstrings is accepted by its program, and every program is run by a test."""
 
 import argparse
 import ast
@@ -22,7 +22,7 @@ RUN_BY = {
     "lrm convert": "tests/models/test_lvsm.py::test_lrm_convert_round_trips_a_checkpoint_to_the_bit",
     "lrm evaluate": "tests/test_journey.py::test_what_was_trained_is_evaluated_and_reconstructs",
     "lrm reconstruct": "tests/test_journey.py::test_what_was_trained_is_evaluated_and_reconstructs",
-    "lrm synthesize": "tests/commands/test_synthesize.py::test_frames_film_sheet_and_report_are_written",
+    "lrm synthesize": "tests/commands/test_synthesize.py::test_frames_video_sheet_and_report_are_written",
     "lrm train": "tests/test_journey.py::test_killed_and_resumed_equals_uninterrupted_to_the_bit",
     "tools/aot.py": "tests/tools/test_aot.py::test_aot_prints_memory_collectives_and_work_of_a_cpu",
     "tools/average_weights.py": "tests/tools/test_average_weights.py::test_the_mean_of_two_is_a_model_file_that_names_both",
@@ -36,11 +36,11 @@ RUN_BY = {
 
 
 class Parsed(Exception):
-    """The program has taken its arguments."""
+    """The program has accepted its arguments."""
 
 
 def lines_of_page(text: str) -> list[str]:
-    """Shell blocks by line, and commands within sentences."""
+    """The lines of shell blocks, and the commands within sentences."""
     blocks = re.findall(r"```sh\n(.*?)```", text, re.S)
     sentences = re.sub(r"```.*?```", "", text, flags=re.S)
     inline = re.findall(r"`((?:lrm|python) [^` ]+ [^`]+)`", sentences)
@@ -48,13 +48,13 @@ def lines_of_page(text: str) -> list[str]:
 
 
 def lines_of_docstring(text: str) -> list[str]:
-    """Indented commands; what stands far to the right explains them."""
+    """Indented commands, without the explanations to the right of them."""
     lines = re.sub(r"\\\n *", "", text).splitlines()
     return [re.split(r"\s{3,}", line.strip())[0] for line in lines if line.startswith("    ")]
 
 
 def commands_in(line: str) -> list[list[str]]:
-    """The words of each command of this project in a line, where [OPTIONS ...] are given and a shell's variables are 1."""
+    """The words of each command of this project in a line. [OPTIONS ...] count as given, and shell variables as 1."""
     found = []
     for part in re.sub(r"\$\w+", "1", line).split("&&"):
         if match := re.search(r"(?:^|[\s/])((?:lrm|python) .*)", part):
@@ -67,7 +67,7 @@ def commands_in(line: str) -> list[list[str]]:
 
 
 def shown() -> dict[str, list[str]]:
-    """The commands by how they look, the same one once."""
+    """The commands by their text, without duplicates."""
     lines = [line for path in PAGES for line in lines_of_page(path.read_text())]
     for path in MODULES:
         lines += lines_of_docstring(ast.get_docstring(ast.parse(path.read_text())) or "")
@@ -82,8 +82,8 @@ def program(words: list[str]) -> str:
 
 
 @pytest.mark.parametrize("command", SHOWN)
-def test_a_command_that_is_shown_is_taken_by_its_program(command, monkeypatch):
-    """Its flags are known, and its config loads with what is overridden: then it is stopped."""
+def test_a_shown_command_is_accepted_by_its_program(command, monkeypatch):
+    """The program knows the flags, and the config loads with its overrides. Then the program is stopped."""
     words = SHOWN[command]
     parse_args, parse_config = argparse.ArgumentParser.parse_args, train.parse
 
@@ -125,7 +125,7 @@ def test_every_program_is_run_by_a_test():
         assert f"\ndef {name}(" in (ROOT / path).read_text(), test
 
 
-def test_extras_and_test_files_that_are_shown_are_there():
+def test_shown_extras_and_test_files_exist():
     text = "\n".join(path.read_text() for path in PAGES)
     setup = (ROOT / "setup.py").read_text()
     extras = re.findall(r"(?:lrm_jax|\.)\[([\w,]+)\]", text)

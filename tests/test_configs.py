@@ -1,4 +1,4 @@
-"""Every config loads, says what to expect, and makes a training step of its full size whose shapes agree; nothing is allocated."""
+"""Every config loads, documents its expected results, and makes a full-size training step with matching shapes. Nothing is allocated."""
 
 import ast
 import re
@@ -28,7 +28,7 @@ SIZES = {
     "lvsm_scenes": LVSM,
     "nano": ("", "fine", "tiny"),
 }
-# Fine-tuning takes the sizes of its sibling: one of them is enough.
+# Fine-tuning configs have the sizes of their siblings, so one of them is enough.
 CASES = [
     f"{name}:{size}"
     for name in NAMES
@@ -82,7 +82,7 @@ def test_the_images_of_a_config_are_those_of_its_model(case):
 
 @pytest.mark.parametrize("case", [case for case in CASES if "tiny" not in case])
 def test_an_evaluation_needs_less_than_300_mb_on_a_host_of_eight_devices(case):
-    """The batch, what is fetched for the grid, and the grid: an array, Pillow's copy of it, its PNG."""
+    """Counts the batch, the data fetched for the grid, and the grid as an array, as Pillow's copy, and as PNG."""
     config = load(case)
     device_mesh = sharding.make_device_mesh(data=-1)
     batch = setup.abstract_batch(
@@ -105,7 +105,7 @@ def test_an_evaluation_needs_less_than_300_mb_on_a_host_of_eight_devices(case):
 
 
 def test_the_paper_size_lrm_costs_what_its_sizes_say():
-    """The transformer's products, by hand: 16 layers of 3072 tokens of width 1024, looking at 1025 tokens of width 768."""
+    """Computes the transformer's products by hand: 16 layers of 3072 tokens of width 1024, which attend to 1025 tokens of width 768."""
     config = load("lrm:")
     device_mesh = sharding.make_device_mesh(**config.sharding)
     run = setup.make_run(config, device_mesh)
@@ -114,7 +114,7 @@ def test_the_paper_size_lrm_costs_what_its_sizes_say():
         needed = needed_flops(run.model, config.train.patch, run.abstract_state.params, batch)
     with jax.sharding.use_abstract_mesh(
         sharding.abstract_device_mesh((4, 2, 2), "tpu", "TPU v4")
-    ):  # whose attention pads
+    ):  # these platforms pad attention
         assert needed == needed_flops(
             run.model, config.train.patch, run.abstract_state.params, batch
         )
@@ -125,15 +125,15 @@ def test_the_paper_size_lrm_costs_what_its_sizes_say():
     encoder = 12 * (12 * M * E**2 + 2 * M**2 * E)
     samples = 4 * 128**2 * 128 * (8 * 64**2 + 64 * 4)  # the decoder after its first layer
     by_hand = 3 * 2 * 1024 * (16 * block + encoder + samples)
-    # Missing: upsampling, projection of the planes, the camera's embedding, the patches.
+    # Not counted: upsampling, projection of the planes, embedding of the camera, patches.
     assert by_hand < needed < 1.03 * by_hand
 
 
 @pytest.mark.parametrize("case", ["lrm:tiny", "triposr:tiny", "lvsm_scenes:tiny"])
 def test_no_gradient_of_a_16_bit_step_on_a_gpu_is_scattered_in_16_bits(case, monkeypatch):
-    """Their atomic additions repeat: 2 million lookups took an H200 4.2 s, and 12 ms in float32."""
+    """Atomic additions in 16 bits retry: 2 million lookups took 4.2 s on an H200, and 12 ms in float32."""
     monkeypatch.setattr(sharding, "platform", lambda: "gpu")
-    # Without a GPU, cuDNN's cannot be lowered.
+    # Without a GPU, cuDNN's attention cannot be lowered.
     monkeypatch.setattr(attention_cuda, "attention_by_cudnn", attention_plain.attention_by_xla)
     config = load(case)
     assert config.model.dtype == "bfloat16"
@@ -146,7 +146,7 @@ def test_no_gradient_of_a_16_bit_step_on_a_gpu_is_scattered_in_16_bits(case, mon
     scattered = re.findall(r'"stablehlo.scatter".*\n *\^bb0\(%\w+: tensor<(\w+)>', text)
     assert len(scattered) == text.count('"stablehlo.scatter"')
     assert not {"bf16", "f16"} & set(scattered)
-    assert ("f32" in scattered) == (config.model.name != "lvsm")  # the planes' gradient
+    assert ("f32" in scattered) == (config.model.name != "lvsm")  # gradient of the planes
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)

@@ -1,4 +1,4 @@
-"""Imports point one way: a room of the package imports only from the rooms below it, or single modules of others that are named."""
+"""Imports point one way: a folder of the package imports only from the folders below it, or from the single modules named here."""
 
 import ast
 import subprocess
@@ -17,7 +17,7 @@ ALLOWED = {
     "kernels": LOW | {"ops"},
     "models": LOW | {"ops", "images", "kernels"},
     "mesh": LOW | {"ops", "images"},
-    # Orbax only where a run's checkpoint is opened.
+    # Orbax only to open the checkpoint of a run.
     "weights": LOW | {"models", "training.checkpoints"},
     "api": LOW | {"ops", "images", "mesh", "weights"},
     "data": LOW | {"ops", "images", "weights.tensor_files"},
@@ -27,7 +27,7 @@ ALLOWED = {
 }
 ALLOWED["commands"] = set(ALLOWED) | {"__init__"}
 ALLOWED["__main__"] = {"types", "__init__"}  # a command is imported by its name
-ALLOWED["__init__"] = {"types", "api"}  # when their names are asked for
+ALLOWED["__init__"] = {"types", "api"}  # imported when their names are used
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -61,7 +61,7 @@ def test_imports_point_one_way(path):
 
 
 def defined_in(module: str) -> set[str]:
-    """The names that a module of lrm_jax defines, and the modules of a room."""
+    """The names that a module of lrm_jax defines, and the modules of a folder."""
     target = PACKAGE.joinpath(*module.split(".")[1:])
     source = target / "__init__.py" if target.is_dir() else target.with_suffix(".py")
     found = {path.stem for path in target.glob("*")}
@@ -75,7 +75,7 @@ def defined_in(module: str) -> set[str]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_a_name_comes_from_where_it_is_defined(path):
-    """No module hands on the names of another."""
+    """No module re-exports the names of another."""
     tree = ast.parse(path.read_text())
     modules = {}
     for node in ast.walk(tree):
@@ -108,7 +108,7 @@ def test_a_family_never_imports_another_family():
                 assert not taken & (set(families) - {name})
 
 
-# Seconds to import, or to install: each is imported where it is used.
+# These take seconds to import or are optional, so each is imported only where it is used.
 HEAVY = {
     "IPython", "embreex", "fast_simplification", "huggingface_hub", "imageio", "imageio_ffmpeg", "matplotlib", "pandas",
     "rembg", "skimage", "tensorflow", "tensorflow_datasets", "torch", "trimesh", "xatlas",

@@ -1,4 +1,4 @@
-"""The way of docs/training.md from 3D files to a model, command by command, with the run killed on the way."""
+"""Runs the commands of docs/training.md from 3D files to a model. Kills the training run midway."""
 
 import json
 import os
@@ -19,7 +19,7 @@ TIMES = ("samples_per_second", "mfu", "data_wait")
 
 
 def commands(folder):
-    """The page's commands by their program, writing into `folder` instead of `runs/toys`."""
+    """The commands of the page by program, changed to write into `folder` instead of `runs/toys`."""
     text = (ROOT / "docs" / "training.md").read_text()
     block = re.search(r"<!-- journey -->\s*```sh\n(.*?)```", text, re.S)[1]
     lines = block.replace("\\\n", " ").strip().splitlines()
@@ -28,7 +28,7 @@ def commands(folder):
 
 
 def start(words, devices=1):
-    """As a user has it on one device; on eight, compiled quickly rather than well."""
+    """Starts a command. On one device it compiles as for users; on eight it compiles fast, for slower programs."""
     program = {"python": [sys.executable], "lrm": [sys.executable, "-m", "lrm_jax"]}[words[0]]
     flags = f"--xla_force_host_platform_device_count={devices}"
     if devices > 1:
@@ -58,7 +58,7 @@ def without_times(row):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Rendered and built once."""
+    """The objects, rendered and built once."""
     path = tmp_path_factory.mktemp("toys")
     run(commands(path)["render_objects"])
     output = run(commands(path)["build_dataset"])
@@ -68,13 +68,13 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(folder):
-    """Trained once on one device, without interruption."""
+    """The run, trained once on one device, without interruption."""
     run(commands(folder)["lrm-train"])
     return folder / "run"
 
 
 def training_and_evaluations(workdir):
-    """The lines of metrics.jsonl by step, without times: those of training, and those of evaluations."""
+    """The lines of metrics.jsonl by step, without times, for training and for evaluations."""
     found = {}, {}
     for row in rows(workdir):
         found["val/psnr" in row][row["step"]] = without_times(row)
@@ -106,7 +106,7 @@ def test_killed_and_resumed_equals_uninterrupted_to_the_bit(folder, trained, dev
     run(killed, devices)
     steps_again, evaluations_again = training_and_evaluations(Path(f"{workdir}-killed"))
     assert steps_again == steps, f"killed at line {moment}"
-    # One that the signal interrupts is not made again: what a run dies of in it must not come again.
+    # An evaluation that was interrupted is not repeated, so that a crash in an evaluation cannot come again.
     assert len(evaluations_again) >= 2 and evaluations_again.items() <= evaluations.items()
 
 
@@ -119,7 +119,7 @@ def test_what_was_trained_is_evaluated_and_reconstructs(folder, trained):
         "psnr", "ssim", "lpips", "iou", "chamfer", "fscore@0.1", "fscore@0.2", "fscore@0.5"
     }  # fmt: skip
     assert 3 < scores["mean"]["psnr"] < 40 and list(scores["objects"]) == ["toys-box_B"]
-    # Twelve steps leave no surface where the level of the field is; the command must say so in one line, or write one.
+    # After twelve steps the field may not reach its level. Then the command must say so in one line. Otherwise it writes a surface.
     process = start(words["lrm-reconstruct"])
     output, _ = process.communicate(timeout=300)
     if process.returncode:

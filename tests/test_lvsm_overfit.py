@@ -1,4 +1,4 @@
-"""LVSM learns one object from its views alone, so well that views it has never seen come out over 30 dB. Minutes of CPU."""
+"""LVSM learns one object from its views alone, and renders unseen views at over 30 dB. Takes minutes on a CPU."""
 
 import sys
 from pathlib import Path
@@ -18,7 +18,7 @@ SIZE, PATCH, NUM_TRAIN, NUM_TARGET, STEPS = 16, 4, 400, 16, 3500
 
 
 def band(count: int, offset: float) -> Cameras:
-    """Cameras around the object at elevations of 5 to 35 degrees, by the golden angle: nowhere twice."""
+    """Cameras around the object at elevations of 5 to 35 degrees, placed by the golden angle, so that no two are equal."""
     place = (np.arange(count) + offset) / count
     azimuth = np.degrees(2.399963) * (np.arange(count) + offset)
     ring = [cameras.orbit(1, 3.0, 5 + 30 * x, 40.0, a) for x, a in zip(place, azimuth, strict=True)]

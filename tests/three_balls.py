@@ -1,4 +1,4 @@
-"""An object in closed form, three balls, as a folder of images for tests of evaluation."""
+"""A folder of images for tests of evaluation: three balls, rendered in closed form."""
 
 import functools
 from pathlib import Path
@@ -21,7 +21,7 @@ COLORS = np.array([[0.9, 0.2, 0.1], [0.1, 0.8, 0.2], [0.2, 0.3, 0.9]])
 @jax.numpy_rank_promotion("allow")
 @jax.jit
 def draw(rays: Rays, balls, radii) -> Rendering:
-    """The balls as seen by rays, in flat colours."""
+    """Renders the balls along rays, in flat colours."""
     offset = rays.origins[..., None, :] - balls
     along = (offset * rays.dirs[..., None, :]).sum(-1)
     squared = along**2 - (offset**2).sum(-1) + radii**2
@@ -44,7 +44,7 @@ def camera(azimuth: float, elevation: float) -> Cameras:
 
 
 def write_object(folder: Path, num_views: int = 5, points: bool = True, step: float = -5.0) -> None:
-    """View 1 is the source: the others are from too high or, with a negative step, too low."""
+    """Writes the object. View 1 is the source: the other views are too high or, with a negative step, too low."""
     views = [(10.0, 60.0), SOURCE, *((70.0 * i, step * i) for i in range(1, num_views - 1))]
     for name in ("rgba", "pose"):
         (folder / name).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Random tiny models, and their references' state dicts and configs, for several test modules."""
+"""Tiny random models for several test modules, with the state dicts and configs of their references."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from lrm_jax.weights import references
 
 @pytest.fixture(scope="module")
 def each_model_is_traced_once():
-    """Tracing takes a second, and a hundred checks here are of a few tiny models."""
+    """Traces each model once. Tracing takes a second, and a hundred tests share a few tiny models."""
     traced, trace = {}, references.param_shapes
 
     def param_shapes(model):
@@ -35,7 +35,7 @@ def tiny(family="triposr", seed=0, **overrides):
 
 
 def tiny_state(family="triposr", **overrides):
-    """A tiny model's state dict and config, as its reference has them."""
+    """The state dict and config of a tiny model, in the form of its reference."""
     model, params = tiny(family, **overrides)
     module = references.family(family)
     return module.to_torch(params, model), module.config_to_torch(model)

@@ -1,4 +1,4 @@
-"""A tiny model with a surface, and an image of a ball: what tests of reconstruction share."""
+"""A tiny model with a surface and an image of a ball, shared by tests of reconstruction."""
 
 from pathlib import Path
 
@@ -20,8 +20,8 @@ def ball(colour=(220, 120, 40), size: int = 48) -> np.ndarray:
 
 
 def random_model(path: Path, **fields) -> Path:
-    """A model file of TripoSR's tiny variant with random weights, whose field crosses its level."""
-    # exp(-1): the density where the decoder says 0.
+    """Writes a model file of TripoSR's tiny variant. Its weights are random, and its field crosses its level."""
+    # exp(-1) is the density if the decoder returns 0.
     model = models.build("triposr", "tiny", **{"surface_level": 0.37} | fields)
     source = Views(rgb=jnp.zeros((1, 1, 32, 32, 3)), cameras=cameras.orbit(1, 2.0, 0.0, 40.0))
     rays = cameras.pixel_rays(jax.tree.map(lambda x: x[None], source.cameras), 2, 2)

@@ -1,23 +1,29 @@
-"""Compiles a config's training step and its evaluation for chips that are not there, and says what one holds, does and sends.
+"""Compiles a config's training step and evaluation for chips that this machine does not have, and prints their costs per chip.
 
     python tools/aot.py --topology v4:4x4x4 --config configs/lrm.py [--config.data.batch_size=512]
     python tools/aot.py --topology v4:1x1x1 --config configs/lrm.py --config.data.batch_size=8
     python tools/aot.py --topology h100:1 --config configs/openlrm.py:base --config.data.batch_size=8
     python tools/aot.py --topology a100:16x8 --config configs/lrm.py
 
-Topologies: v4:XxYxZ, v5p:XxYxZ, v5e:XxY and v6e:XxY with the chips along each axis, from `pip install "jax[tpu]"` (a later
-libtpu compiles, but not all of what it says can be read); h100, h200 and a100 (of 40 GB) with the number of GPUs, or hosts x
-GPUs, from `pip install "jax[cuda13]"`; or cpu, for one CPU device.
+Topologies:
+  v4:XxYxZ, v5p:XxYxZ, v5e:XxY, v6e:XxY    chips along each axis. They need `pip install "jax[tpu]"`. A later libtpu compiles too,
+                                           but this jax may be unable to read all of its programs
+  h100:N, h200:N, a100:N (of 40 GB)        number of GPUs, or hosts x GPUs. They need `pip install "jax[cuda13]"`
+  cpu                                      one CPU device
 
-Printed: memory of a chip; its collectives with their payload and the bytes that it sends, and how much of that no product runs
-beside; cuDNN's calls and the scatters that add; its matrix products, beside its share of those as they were traced; and the shortest
-time that its arithmetic, its memory and its links each allow. Counts are read from the compiled program, loops included
-(tools/hlo.py); products are priced by the tiles that they fill, and lookups, which a chip does beside nothing else, by what their
-compiler or a measurement says of them (tools/chips.py). The inputs of a Pallas kernel are taken to be read once, unless its
-cost estimate says more; what it looks up or adds within is not known.
-Nothing is measured. JAX takes 75 % of a GPU's memory, unless XLA_PYTHON_CLIENT_MEM_FRACTION says more.
+Printed for one chip:
+  * its memory;
+  * its collectives with their payload, the bytes that it sends, and the part that no matrix product hides;
+  * cuDNN calls, and scatters that add;
+  * its matrix products, beside its share of the products as traced;
+  * the shortest time that its arithmetic, its memory and its links each allow.
 
-Exit code: 0 both programs fit; 1 one does not fit; 2 wrong usage, or a compiled program that cannot be read.
+Counts are read from the compiled program, loops included (tools/hlo.py). The time of a product depends on the tiles that it fills. The
+time of a lookup comes from the compiler's estimate or from a measurement (tools/chips.py), and nothing else runs during it. The inputs of
+a Pallas kernel count as read once, unless its cost estimate is higher. Lookups and additions inside a kernel are not known.
+Nothing is measured. JAX takes 75 % of a GPU's memory, unless XLA_PYTHON_CLIENT_MEM_FRACTION is higher.
+
+Exit code: 0 both programs fit; 1 one of them does not fit; 2 wrong usage, or a compiled program cannot be read.
 """
 
 import argparse
@@ -88,15 +94,15 @@ def main(argv: list[str]) -> int:
 
 
 class Unreadable(Exception):
-    """A compiled program whose text this jax cannot write."""
+    """This jax cannot write the text of a compiled program."""
 
 
 def compiled(traced, device_mesh):
-    """A traced program compiled for the device mesh, and how long it took; or None, and why it does not fit."""
+    """Compiles a traced program for the device mesh. Returns it and how long that took, or None and why it does not fit."""
     start = time.perf_counter()
     gpu = device_mesh.devices.flat[0].platform == "gpu"
     try:
-        # What is traced for a GPU that is not there would be lowered for the CPU that is.
+        # Without this, a program traced for a GPU that is not there would be lowered for the CPU.
         lowered = traced.lower(lowering_platforms=("cuda",)) if gpu else traced.lower()
         return lowered.compile(), f"compiled in {time.perf_counter() - start:.0f} s"
     except jax.errors.JaxRuntimeError as error:
@@ -106,18 +112,18 @@ def compiled(traced, device_mesh):
 
 
 def read(compiled, traced, device_mesh) -> hlo.Costs:
-    """What the text of a compiled program costs.
+    """Counts the costs of a compiled program from its text.
 
     Raises:
       Unreadable: jax cannot write the text.
-      hlo.UnknownCost: it has a kernel whose cost is unknown.
+      hlo.UnknownCost: the program has a kernel of unknown cost.
     """
     try:
         text = compiled.as_text()
     except jax.errors.JaxRuntimeError as error:
         raise Unreadable(
             f"this jax cannot read what this libtpu compiled ({str(error).splitlines()[0]}): "
-            'pip install "jax[tpu]" takes one that it can'
+            'pip install "jax[tpu]" installs a version that it can read'
         ) from None
     gpu = device_mesh.devices.flat[0].platform == "gpu"
     hosts = [device.process_index for device in device_mesh.devices.flat] if gpu else []
@@ -125,21 +131,21 @@ def read(compiled, traced, device_mesh) -> hlo.Costs:
 
 
 def needed_by_step(config, device_mesh) -> float:
-    """Operations that a training step cannot do without, on all chips together."""
+    """Operations that a training step cannot avoid, on all chips together."""
     run = setup.make_run(config, device_mesh)
     batch = setup.abstract_batch(config, device_mesh, config.data.batch_size)
     with jax.set_mesh(device_mesh):
         return needed_flops(run.model, config.train.patch, run.abstract_state.params, batch)
 
 
-# -- what is printed
+# -- output
 
 
 def memory_rows(memory, kept: int) -> dict[str, int]:
-    """Bytes by what they are for, from XLA's buffer assignment.
+    """Bytes by purpose, from XLA's buffer assignment.
 
     Args:
-      kept: arguments of the step, which stay where they are while an evaluation runs on a few of them; 0 for the step itself.
+      kept: bytes of the step's arguments. They stay in memory while an evaluation uses a few of them. 0 for the step itself.
     """
     return {
         "arguments": memory.argument_size_in_bytes,
@@ -151,7 +157,7 @@ def memory_rows(memory, kept: int) -> dict[str, int]:
 
 
 def print_memory(name: str, rows: dict[str, int], chip: chips.Chip | None, note: str) -> bool:
-    """Of one chip. Returns whether it fits."""
+    """Prints the memory of one chip. Returns whether the program fits."""
     total = sum(rows.values())
     fits = chip is None or total <= chip.memory
     of_chip = f", {total / chip.memory:.0%} of {chip.memory / 1e9:.1f}" if chip else ""
@@ -164,7 +170,7 @@ def print_memory(name: str, rows: dict[str, int], chip: chips.Chip | None, note:
 
 
 def print_collectives(costs: hlo.Costs) -> None:
-    """Counts and bytes of a program, by kind; "exposed": no product runs between start and end, or it has no start of its own."""
+    """Prints counts and bytes of collectives by kind. "Exposed": no matrix product runs between start and end, or it is synchronous."""
     if not costs.collectives:
         print("  collectives: none\n")
         return
@@ -178,7 +184,7 @@ def print_collectives(costs: hlo.Costs) -> None:
 
 
 def print_calls(costs: hlo.Costs) -> None:
-    """cuDNN's calls by kind, and scatters by the type that they add, where devices do that one after the other."""
+    """Prints cuDNN calls by kind, and by dtype the scatters that add, which devices do one after the other."""
     print(f"  {'calls':26s} {'written':>10s} {'run':>10s}")
     kinds = {"cuDNN attention forward", "cuDNN attention backward"}
     kinds |= {"scatter-add of f32", "scatter-add of bf16", "scatter-add of f16"}
@@ -189,12 +195,12 @@ def print_calls(costs: hlo.Costs) -> None:
 
 
 def print_work(costs: hlo.Costs, own_flops: float, needed: float | None, chip: chips.Chip | None) -> None:  # fmt: skip
-    """Matrix products as compiled, lookups and memory traffic."""
+    """Prints matrix products as compiled, lookups and memory traffic."""
     print(f"  {'work':26s} {'TFLOP':>10s}")
     if needed is not None:
-        print(f"    {'forward x 3':24s} {needed / 1e12:10.2f}   this chip's share of the model's products, none done twice")  # fmt: skip
-    print(f"    {'as traced':24s} {own_flops / 1e12:10.2f}   with what it computes twice, and the losses' networks")  # fmt: skip
-    print(f"    {'as compiled':24s} {costs.flops / 1e12:10.2f}   {costs.flops / own_flops:.2f} of the share: above 1 is work that chips repeat")  # fmt: skip
+        print(f"    {'forward x 3':24s} {needed / 1e12:10.2f}   this chip's share of the model's products, without recomputation")  # fmt: skip
+    print(f"    {'as traced':24s} {own_flops / 1e12:10.2f}   with recomputation and the networks of the losses")  # fmt: skip
+    print(f"    {'as compiled':24s} {costs.flops / 1e12:10.2f}   {costs.flops / own_flops:.2f} of the share; above 1: chips repeat work")  # fmt: skip
     if chip is not None:
         rows, columns, depth = chip.tile
         print(f"    {'in whole tiles':24s} {tiled(costs, chip) / 1e12:10.2f}   of {rows} rows x {columns} columns x {depth}")  # fmt: skip
@@ -209,13 +215,13 @@ def print_work(costs: hlo.Costs, own_flops: float, needed: float | None, chip: c
 
 
 def tiled(costs: hlo.Costs, chip: chips.Chip) -> float:
-    """Operations of the tiles that a program's products fill."""
+    """Operations of the whole tiles that a program's products fill."""
     return chips.tiled_flops(costs.products, chip.tile) + costs.noted_flops
 
 
 def print_roofline(costs: hlo.Costs, chip: chips.Chip, needed: float, batch_size: int) -> None:
-    """The shortest times that arithmetic, memory and links allow, and that lookups take beside them."""
-    source = "measured on an H200" if chip.target else "as XLA estimates them"
+    """Prints the shortest times that arithmetic, memory and links allow, and the time of the lookups, which is added."""
+    source = "measured on an H200" if chip.target else "as estimated by XLA"
     network = f", {chip.network / 1e9:.0f} for each GPU between hosts" if chip.network else ""
     rows = {
         "arithmetic": (tiled(costs, chip) / chip.flops, f"at {chip.flops / 1e12:.0f} TFLOP/s"),
@@ -229,7 +235,7 @@ def print_roofline(costs: hlo.Costs, chip: chips.Chip, needed: float, batch_size
     bound = max(rows, key=lambda name: rows[name][0])
     lookups = rows.pop("lookups")[0]
     seconds = lookups + max(seconds for seconds, _ in rows.values())
-    print(f"    {'in all':24s} {seconds:10.3f}   the lookups, and the longest of the others\n")
+    print(f"    {'in all':24s} {seconds:10.3f}   the lookups, plus the longest of the others\n")
     print(f"bound by {bound}: at best {batch_size / seconds:.0f} samples/s, MFU {needed / chip.flops / seconds:.0%}\n")  # fmt: skip
 
 

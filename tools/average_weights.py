@@ -2,8 +2,8 @@
 
     python tools/average_weights.py soup.safetensors runs/first runs/second nano.safetensors --variant nano-symmetric
 
-The models must have been fine-tuned from the same model: otherwise their mean is useless. The record of training is that of the
-first; its `averaged` has all paths, and `steps` is the sum of their steps.
+The models must have been fine-tuned from the same model, otherwise their mean is useless. The result keeps the training record of the
+first model. In this record, `averaged` lists all paths, and `steps` is the sum of all steps.
 
 Exit code: 0 written; 2 nothing was written.
 """
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "src", nargs="+", help="models to average, as for `lrm reconstruct --weights`"
     )
-    parser.add_argument("--variant", help="variant of the family, with the same parameters, to write (default: that of the first model)")  # fmt: skip
+    parser.add_argument("--variant", help="write this variant of the family, which must have the same parameters (default: the variant of the first model)")  # fmt: skip
     args = parser.parse_args(argv)
     try:
         model, params, training = average(args.src)
@@ -44,17 +44,19 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def average(paths: list[str]) -> tuple:
-    """The model of the first path, the mean of all parameters, and the record of training.
+    """Returns the model of the first path, the mean of all parameters, and the training record.
 
     Raises:
-      InputError: one cannot be read, or is another model.
+      InputError: a model cannot be read, or differs from the first.
     """
     model, params, info = loading.load_weights(paths[0])
     total, steps = jax.tree.map(np.float64, params), info["training"].get("steps", 0)
     for path in paths[1:]:
         other, params, its_info = loading.load_weights(path)
         if other != model:
-            raise InputError(f"{path}: is another model than {paths[0]}: their fields differ")
+            raise InputError(
+                f"{path}: differs from {paths[0]} in its fields: models to average must be the same"
+            )
         total = jax.tree.map(np.add, total, params)
         steps += its_info["training"].get("steps", 0)
     mean = jax.tree.map(lambda x: (x / len(paths)).astype(np.float32), total)
@@ -62,12 +64,12 @@ def average(paths: list[str]) -> tuple:
 
 
 def with_variant(model, variant: str):
-    """A variant of the family, which must have the parameters of `model`."""
+    """A variant of the family of `model`. It must have the same parameters."""
     family = models.name_of(model)
     named = models.build(family, variant)
     if references.param_shapes(named) != references.param_shapes(model):
         raise InputError(
-            f"--variant {variant}: has other parameters than the {family} that is given"
+            f"--variant {variant}: its parameters differ from those of the given {family}"
         )
     return named
 

@@ -4,20 +4,31 @@
     python tools/bench.py train --config configs/nano.py [--config.data.name=procedural ...] [--json FILE]
     python tools/bench.py gpu [WORD ...] [--minutes 4] [--out out/bench_gpu.jsonl]
 
-The second is tools/bench_train.py, the third tools/bench_gpu.py. The first, for each family: encoding one image, a 128 x 128 view of
-128 samples a ray forward, the same forward and backward, and a 256^3 surface. Weights are random, which costs what trained ones
-cost; the surface is of a smooth blob that goes through the model's own decoder at the same cost, as random weights have no
-surface. For LVSM: encoding 1, 2, 4, 8 and 16 images of the variant's size (encode-4), drawing one frame from them (frame-4; on an accelerator the share
-of one of 8 drawn together), and forward and backward of 6 target views (on a CPU 1) from 2 (gradient). Beside each time: the
-floating-point operations of its matrix products (counted by lrm_jax/training/flops.py, rematerialised ones included), their rate as a
-fraction of the plain matrix-product rate measured in turn with it, and the peak memory of the process.
+The second is tools/bench_train.py, the third tools/bench_gpu.py. The first times these stages of each triplane family:
 
-Children run with GLIBC_TUNABLES=glibc.malloc.hugetlb=1 unless you set that variable: large arrays then come in huge pages, without
-which page faults take up to a fifth of the time on a CPU.
+    encode     one image to planes
+    view       a 128 x 128 view with 128 samples per ray
+    gradient   the same view, forward and backward
+    surface    a 256^3 surface
 
-Times and rates are medians of a few runs, compiled before: machines are shared and noisy, so compare ratios within one run.
+and for LVSM, on images of the variant's size:
 
-Exit code: 0 every family is timed; 1 some families failed, the others are timed; 2 none could be timed, or wrong usage.
+    encode-4   encoding 4 images (also 1, 2, 8 and 16)
+    frame-4    rendering one frame from them (on an accelerator, one frame's share of 8 rendered together)
+    gradient   forward and backward of 6 target views (1 on a CPU) from 2 source views
+
+Weights are random, which costs as much as trained weights. Random weights have no surface, so the surface is a smooth blob. It is
+evaluated through the model's own decoder, at the same cost. Beside each time, the table has the floating-point operations of the
+matrix products (counted by lrm_jax/training/flops.py, with recomputation), their rate as a fraction of the rate of plain matrix
+products, and the peak memory of the process.
+
+Children run with GLIBC_TUNABLES=glibc.malloc.hugetlb=1 unless you set that variable. Large arrays then use huge pages. Without them, page
+faults take up to a fifth of the time on a CPU.
+
+Times and rates are medians of a few runs after compilation. The plain products are timed in turn with the stage. Machines are shared and
+noisy, so compare ratios within one run.
+
+Exit code: 0 every family was timed; 1 some families failed, the others were timed; 2 none could be timed, or wrong usage.
 """
 
 import argparse
@@ -58,9 +69,9 @@ VIEW_STAGES = (*(f"{x}-{n}" for n in NUM_VIEWS for x in ("encode", "frame")), "g
 
 
 def main() -> int:
-    """Runs each family in a process of its own, so that its peak memory is its own, and prints a table. Returns the exit code.
+    """Runs each family in its own process, so that its peak memory is not mixed with others, and prints a table. Returns the exit code.
 
-    This process leaves the accelerator to them.
+    This process does not use the accelerator itself.
     """
     if sys.argv[1:2] == ["train"]:
         return bench_train.main(sys.argv[2:])
@@ -91,14 +102,14 @@ def main() -> int:
         "--dtype",
         default="float32",
         choices=["float32", "bfloat16"],
-        help="number format of the computation (default: float32)",
+        help="number format to compute in (default: float32)",
     )
     parser.add_argument(
-        "--json", type=Path, help="also write the rows to this file, with machine and versions"
+        "--json", type=Path, help="also write the rows to this file, with the machine and versions"
     )
     parser.add_argument(
         "--one", action="store_true", help=argparse.SUPPRESS
-    )  # a child: one family, rows as JSON lines
+    )  # in a child process: one family, rows as JSON lines
     args = parser.parse_args()
     if args.one:
         print(json.dumps(machine()), flush=True)
@@ -203,7 +214,7 @@ def measure_views(name: str, stages: list[str], repeats: int, dtype: str):
         kind, _, count = stage.partition("-")
         reset_peak()
         if kind == "gradient":
-            num_targets = 1 if num_frames == 1 else 6  # six take a CPU ten minutes
+            num_targets = 1 if num_frames == 1 else 6  # six would take ten minutes on a CPU
             function, *arguments = gradient, params, views(2), rays(num_targets)
         elif kind == "encode":
             function, *arguments = encode, params, views(int(count))
@@ -227,7 +238,7 @@ def row(name: str, stage: str, seconds: float, work: float, rate: float) -> dict
 def surface(
     model, decoder: dict, scene: dict, repeats: int, products
 ) -> tuple[float, float, float]:
-    """Seconds of a 256^3 surface, coarse to fine, compiled before; rate of the plain products; operations."""
+    """Returns the seconds of a 256^3 surface (coarse to fine, after compilation), the rate of plain products, and the operations."""
     extract, per_point = mesh_extraction(model, decoder, scene, 256)
     evaluated = extract()  # compiles
     seconds, rate = median_time(extract, repeats, products)
@@ -235,9 +246,9 @@ def surface(
 
 
 def plain_products(dtype: str):
-    """(Run, operations) of plain products of 2048^2 (8192^2 on an accelerator) for about a second.
+    """Returns a call that runs plain products of 2048^2 (8192^2 on an accelerator) for about a second, and their operations.
 
-    Not of one product: what a processor does for a tenth of a second it does not keep up for the time of an encoder.
+    One product is not enough: a processor cannot sustain the rate of a tenth of a second for the time of an encoder.
     """
     cpu = jax.default_backend() == "cpu"
     side, times = (2048, 20) if cpu else (8192, 500)
@@ -247,16 +258,17 @@ def plain_products(dtype: str):
 
 
 def compiled(function, arguments):
-    """`function(*arguments)` as a call without arguments, compiled, that returns when it is done."""
+    """Compiles `function(*arguments)` as a call without arguments that returns when the device is done."""
     function = sharding.jit(function).lower(*arguments).compile()
     jax.block_until_ready(arguments)
     return lambda: jax.block_until_ready(function(*arguments))
 
 
 def median_time(run, repeats: int, products) -> tuple[float, float]:
-    """Seconds of a run and the rate of plain products, per second, `repeats` + 1 times in turn: medians.
+    """Returns the median seconds of a run, and the median rate of plain products per second.
 
-    In turn: a shared processor's clock goes up and down by a tenth within minutes. Medians: the best of each may be of two clocks.
+    Both are timed `repeats` + 1 times in turn, because the clock of a shared processor changes by a tenth within minutes. Medians are
+    used because the best times of the two may come from different clocks.
     """
     run_products, work = products
     times, times_of_products = [], []

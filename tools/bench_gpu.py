@@ -1,19 +1,19 @@
-"""Times the full-size families, their training steps and the pieces of both on a GPU, in four minutes.
+"""Times the full-size families, their training steps, and pieces of both on a GPU, in four minutes.
 
     python tools/bench.py gpu [WORD ...] [--minutes 4] [--out out/bench_gpu.jsonl]
 
-With words, only the works whose names have one of them: `bench.py gpu TripoSR`, `bench.py gpu "training step"`. What is measured is
-in tools/bench_steps.py; the figures beside it, of the PyTorch originals and of this code in 2026, in
-tools/bench_results/originals_h200.json.
+With words, it runs only works whose names contain one of them: `bench.py gpu TripoSR`, `bench.py gpu "training step"`. The works are
+defined in tools/bench_steps.py. tools/bench_results/originals_h200.json has the figures for comparison, of the PyTorch originals and
+of this code in 2026.
 
-The steps run in processes of their own, this one leaves the GPU to them. What takes too long, or ends its process, is reported and
-the rest goes on; after `--minutes` no more is started. Each result is printed and appended to `--out` as it comes. Compiled programs
-are kept in LRM_JAX_CACHE (~/.cache/lrm_jax), so that a second run has time for more.
+Separate processes run the works, and this process does not use the GPU itself. If a work takes too long or ends its process, that is
+reported and the others continue. After `--minutes`, no more works are started. Each result is printed and appended to `--out` as it comes.
+Compiled programs are kept in LRM_JAX_CACHE (~/.cache/lrm_jax), so a second run has time for more works.
 
-This file as a program is such a process: `python tools/bench_gpu.py WORK ...` prints a JSON line for the machine, and one for each
-of the works.
+Run as a program, this file is such a process: `python tools/bench_gpu.py WORK ...` prints a JSON line for the machine, and one for
+each work.
 
-Exit code: 0 every work has a result; 1 some have none; 2 none has one, no GPU, or wrong usage.
+Exit code: 0 every work has a result; 1 some works have none; 2 no work has one, no GPU, or wrong usage.
 """
 
 import argparse
@@ -38,22 +38,22 @@ from bench_steps import STEPS, Step  # noqa: E402
 
 ORIGINALS = Path(__file__).parent / "bench_results" / "originals_h200.json"
 START = 60.0  # seconds that a process may take to find the GPU
-NO_GPU = 2  # exit code of a process, and so of the benchmark
+NO_GPU = 2  # exit code of a child process, and then also of the benchmark
 
 
 class NoGpuError(Exception):
-    """A process has found no GPU, and has said so."""
+    """A child process found no GPU and printed that."""
 
 
 def main(argv: list[str]) -> int:
-    """Runs the steps. Returns the exit code: 0; 1 if some have no result; 2 if none has one, or without a GPU."""
+    """Runs the steps. Returns the exit code: 0 all have a result, 1 some have none, 2 none has one or there is no GPU."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "words",
         nargs="*",
-        help="run only works whose names have one of these words (default: all works)",
+        help="run only works whose names contain one of these words (default: all works)",
     )
     parser.add_argument(
         "--minutes",
@@ -70,7 +70,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     steps = [x for x in STEPS if not args.words or any(word in x.work for word in args.words)]
     if not steps:
-        parser.error(f"no work is named so: there are {'; '.join(x.work for x in STEPS)}")
+        parser.error(f"no work has such a name; the works are {'; '.join(x.work for x in STEPS)}")
     originals, commit, rows = read_originals(), measure.commit(), []
 
     def record(row: dict) -> None:
@@ -99,14 +99,14 @@ def main(argv: list[str]) -> int:
 def run_steps(
     steps: Sequence[Step], program: list[str], seconds: float, record: Callable[[dict], None]
 ) -> None:
-    """Gives `record` a row for each step as it comes: a result, or why there is none under "failed".
+    """Runs the steps, and calls `record` with a row for each: a result, or under "failed" the reason why there is none.
 
     Args:
-      program: the command that, with names of works behind it, runs them one after another, as `run_here` does.
-      seconds: for all steps.
+      program: command that, followed by names of works, runs them one after another, as `run_here` does.
+      seconds: time for all steps together.
 
     Raises:
-      NoGpuError: a process has found none.
+      NoGpuError: a child process found no GPU.
     """
     deadline = time.monotonic() + seconds
     while steps:
@@ -115,7 +115,7 @@ def run_steps(
                 record(
                     {
                         "work": step.work,
-                        "failed": f"not run: the {seconds:g} s of all works were over",
+                        "failed": f"not run: the {seconds:g} s for all works were over",
                     }
                 )
             return
@@ -127,7 +127,7 @@ def run_steps(
 def run_process(
     steps: Sequence[Step], program: list[str], deadline: float, record: Callable[[dict], None]
 ) -> int:
-    """Runs steps in a process, up to the first that fails: it may leave a GPU's context unusable. Returns how many are recorded."""
+    """Runs steps in one process, up to the first failure, which may make the GPU's context unusable. Returns how many were recorded."""
     with started([*program, *(step.work for step in steps)]) as (child, lines):
         where = next_row(child, lines, START, deadline)
         if child.returncode == NO_GPU:
@@ -144,8 +144,11 @@ def run_process(
 
 @contextlib.contextmanager
 def started(command: list[str]) -> Iterator[tuple[subprocess.Popen, queue.Queue]]:
-    """A process and the lines that it prints, None after the last; at the end it is killed, with the compilers that it started."""
-    environment = {"TF_CPP_MIN_LOG_LEVEL": "2", **os.environ}  # XLA's warnings of slow compilation
+    """Starts a process. Yields it and a queue of the lines that it prints, ended by None. Then kills it and the compilers it started."""
+    environment = {
+        "TF_CPP_MIN_LOG_LEVEL": "2",
+        **os.environ,
+    }  # hides XLA's warnings about slow compilation
     child = subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
     )
@@ -166,30 +169,30 @@ def started(command: list[str]) -> Iterator[tuple[subprocess.Popen, queue.Queue]
 
 
 def next_row(child: subprocess.Popen, lines: queue.Queue, limit: float, deadline: float) -> dict:
-    """The next JSON object that the process prints, or why there is none, as "failed"."""
+    """The next JSON object that the process prints, or under "failed" the reason why there is none."""
     left = max(deadline - time.monotonic(), 0.0)
     try:
         line = lines.get(timeout=min(limit, left))
     except queue.Empty:
         if left < limit:
-            return {"failed": f"stopped after {left:.0f} s: the time of all works was over"}
+            return {"failed": f"stopped after {left:.0f} s: the time for all works was over"}
         return {"failed": f"took longer than {limit:g} s"}
     if line is None:
         return {"failed": f"its process ended with code {child.wait()}"}
     return json.loads(line)
 
 
-# -- a process
+# -- the child process
 
 
 def child_main(works: list[str]) -> int:
-    """Runs works by name, on a GPU. Returns the exit code."""
+    """Runs works on a GPU, by name. Returns the exit code."""
     try:
         platform = jax.default_backend()
-    except RuntimeError as error:  # JAX_PLATFORMS asks for what is not there
+    except RuntimeError as error:  # JAX_PLATFORMS names a platform that is not available
         platform = str(error).splitlines()[0]
     if platform != "gpu":
-        print(f"bench.py gpu: JAX finds no GPU here ({platform}): on a machine with one, pip install 'jax[cuda13]'", file=sys.stderr)  # fmt: skip
+        print(f"bench.py gpu: JAX finds no GPU ({platform}): use a machine with a GPU, and pip install 'jax[cuda13]'", file=sys.stderr)  # fmt: skip
         return NO_GPU
     cache = os.environ.get("LRM_JAX_CACHE") or Path.home() / ".cache" / "lrm_jax"
     jax.config.update("jax_compilation_cache_dir", str(cache))
@@ -199,7 +202,7 @@ def child_main(works: list[str]) -> int:
 
 
 def run_here(steps: Sequence[Step]) -> None:
-    """Prints a JSON line for the machine and one for each step, whose error is its result."""
+    """Prints a JSON line for the machine, then one for each step. If a step raises, its line has the error."""
     print(json.dumps({"machine": measure.machine()}), flush=True)
     for step in steps:
         try:
@@ -219,12 +222,12 @@ HEADER = """\
 
 
 def read_originals() -> dict[str, dict]:
-    """Rows of the file by their work."""
+    """The rows of originals_h200.json, by work."""
     return {row["work"]: row for row in json.loads(ORIGINALS.read_text())["rows"]}
 
 
 def table_row(known: dict, row: dict) -> str:
-    """A line of the table, in Markdown.
+    """One line of the table, in Markdown.
 
     Args:
       known: a row of `read_originals`.

@@ -1,7 +1,7 @@
-"""What `bench.py gpu` measures: each step is a function of sizes that returns milliseconds, operations and memory.
+"""What `bench.py gpu` measures. Each step is a function of sizes that returns milliseconds, operations and memory.
 
-Weights are random, which costs what trained ones cost. Planes, latents and tokens of a scene are random too, so that nothing is
-compiled but what is measured.
+Weights are random, which costs as much as trained weights. The planes, latents and tokens of a scene are random too, so that only
+the measured program is compiled.
 """
 
 import sys
@@ -29,30 +29,30 @@ import bench_train  # noqa: E402
 import measure  # noqa: E402
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-AXES = ((0, 1), (0, 2), (1, 2))  # of the pieces' planes
-SECONDS = 2.0  # of runs, at most, but for three
+AXES = ((0, 1), (0, 2), (1, 2))  # axes of the planes in the pieces
+SECONDS = 2.0  # of runs at most, but always at least three runs
 
 
 class Step(NamedTuple):
     """One row of the table."""
 
-    work: str  # its name, that of a row of bench_results/originals_h200.json
-    limit: float  # seconds, compilation included
+    work: str  # name, the same as in a row of bench_results/originals_h200.json
+    limit: float  # seconds, including compilation
     run: Callable[[], dict]
-    alone: bool = False  # in a process of its own, so that its peak of memory is its own
+    alone: bool = False  # runs in its own process, so that its peak memory is not mixed with others
 
 
 # -- pieces
 
 
 def product(side: int) -> dict:
-    """A plain product of two square bfloat16 matrices: the rate that all else is to be compared with."""
+    """A plain product of two square bfloat16 matrices. Its rate is the one to compare all others with."""
     a = measure.normal(jax.ShapeDtypeStruct((side, side), jnp.bfloat16))
     return timed(lambda a: a @ a, a)
 
 
 def lookup(num_points: int, side: int, width: int, gradient: bool) -> dict:
-    """The sum of the lookups in three planes; or the gradient of float32 planes."""
+    """The sum of the lookups in three planes, or the gradient with respect to float32 planes."""
     planes, _, xyz = _field(num_points, side, width, 2, jnp.float32 if gradient else jnp.bfloat16)
 
     def look_up(planes, xyz):
@@ -62,7 +62,7 @@ def lookup(num_points: int, side: int, width: int, gradient: bool) -> dict:
 
 
 def products(num_points: int, width: int, num_layers: int, gradient: bool) -> dict:
-    """The decoder's products after its first layer, with SiLU, on features that are there already."""
+    """The products of the decoder after its first layer, with SiLU, on precomputed features."""
     x = measure.normal(jax.ShapeDtypeStruct((num_points, width), jnp.bfloat16))
     kernels = [kernel for kernel, _ in _layers(width, num_layers)[1:]]
 
@@ -75,7 +75,7 @@ def products(num_points: int, width: int, num_layers: int, gradient: bool) -> di
 
 
 def field(num_points: int, side: int, width: int, num_layers: int, gradient: bool) -> dict:
-    """The lookup and the products; or the gradient of float32 planes and of the layers."""
+    """The lookup and the products, or the gradient with respect to float32 planes and the layers."""
     dtype = jnp.float32 if gradient else jnp.bfloat16
     planes, kernels, xyz = _field(num_points, side, width, num_layers, dtype)
 
@@ -86,7 +86,7 @@ def field(num_points: int, side: int, width: int, num_layers: int, gradient: boo
 
 
 def attention(batch: int, length: int, num_keys: int, heads: int, gradient: bool) -> dict:
-    """The models' attention, in bfloat16, heads of 64."""
+    """The attention of the models, in bfloat16 with heads of 64."""
     q, k = (
         measure.normal(jax.ShapeDtypeStruct((batch, tokens, heads, 64), jnp.bfloat16))
         for tokens in (length, num_keys)
@@ -99,7 +99,7 @@ def attention(batch: int, length: int, num_keys: int, heads: int, gradient: bool
 
 
 def _gradient(function, argnums):
-    """Of the sum of squares of all that `function` returns."""
+    """The gradient of the sum of squares of everything that `function` returns."""
 
     def total(*arguments):
         leaves = jax.tree.leaves(function(*arguments))
@@ -109,7 +109,7 @@ def _gradient(function, argnums):
 
 
 def _field(num_points, side, width, num_layers, dtype):
-    """Planes, layers, and points along rays of 128 samples, as a view has them."""
+    """Planes, layers, and points along rays with 128 samples, as in a view."""
     planes = measure.normal(jax.ShapeDtypeStruct((3, side, side, width), dtype))
     rng, num_rays = np.random.default_rng(1), num_points // 128
     origins = rng.uniform(-1, 1, (num_rays, 1, 3))
@@ -119,7 +119,7 @@ def _field(num_points, side, width, num_layers, dtype):
 
 
 def _layers(width, num_layers):
-    """Kernels and biases of a decoder whose first layer the planes went through."""
+    """Kernels and biases of a decoder, without its first layer, which was already applied to the planes."""
     sizes = [width] * num_layers + [4]
     return [
         (0.1 * measure.normal(jax.ShapeDtypeStruct(shape, jnp.float32)), jnp.zeros(shape[1]))
@@ -157,7 +157,7 @@ def mesh(family: str, variant: str, resolution: int, dtype: str) -> dict:
 
 
 def encode_views(variant: str, num_views: int) -> dict:
-    """LVSM: what is computed once for a scene."""
+    """LVSM: what is computed once per scene."""
     model = models.build("lvsm", variant, dtype="bfloat16")
     source, rays = _views(model, num_views), _rays(1, model.image_size, 1.0)
     params = _params(model, source, rays)
@@ -165,7 +165,7 @@ def encode_views(variant: str, num_views: int) -> dict:
 
 
 def frame(variant: str, num_views: int, num_frames: int) -> dict:
-    """LVSM: one frame's share of several that are drawn together."""
+    """LVSM: one frame's share of several frames rendered together."""
     model = models.build("lvsm", variant, dtype="bfloat16")
     source, rays = _views(model, num_views), _rays(num_frames, model.image_size, 1.0)
     params = _params(model, source, rays)
@@ -184,7 +184,7 @@ def _params(model, source, rays):
 
 
 def _scene(model):
-    """Parameters and planes of a triplane model: all that `render` and `query` take."""
+    """Parameters and planes of a triplane model: everything that `render` and `query` need."""
     source = model.prepare([measure.image()])
     params = _params(model, source, _rays(1, 8, model.source_distance))
     scene = jax.eval_shape(partial(_apply, model, "encode"), params, source)
@@ -207,7 +207,7 @@ def _views(model, num_views):
 
 
 def training_step(config: str, *overrides: str) -> dict:
-    """The step of a config (`openlrm.py:base`) on one device, on images of noise."""
+    """The training step of a config (such as `openlrm.py:base`) on one device, on noise images."""
     config, *_ = train.parse(
         ["--config", f"{CONFIGS}/{config}", *overrides, "--workdir", "unused"]
     )  # fmt: skip
@@ -224,7 +224,7 @@ def training_step(config: str, *overrides: str) -> dict:
 
 
 def noise_batch(config, device_mesh) -> Batch:
-    """A batch of the config's sizes: opaque noise, seen from cameras around the object."""
+    """A batch with the config's sizes: opaque noise images from cameras around the object."""
     rng = np.random.default_rng(3)
 
     def views(x: Views) -> Views:
@@ -247,7 +247,7 @@ def noise_batch(config, device_mesh) -> Batch:
 
 
 def timed(function, *arguments, num_frames: int = 1) -> dict:
-    """Compiles `function`, runs it a few times, and returns a `num_frames`-th of its time and operations."""
+    """Compiles `function`, runs it a few times, and returns its time and operations divided by `num_frames`."""
     jitted = sharding.jit(function)
     work = flops.count(jitted, *arguments)
     start = time.perf_counter()
@@ -265,7 +265,7 @@ def timed(function, *arguments, num_frames: int = 1) -> dict:
 
 
 def median_seconds(run: Callable[[], object]) -> float:
-    """Of ten runs, or of as many as `SECONDS` allow, three at least; compiled before."""
+    """Median of ten runs, or of as many as `SECONDS` allow, but at least three. `run` must be compiled already."""
     times = []
     while len(times) < 3 or (len(times) < 10 and sum(times) < SECONDS):
         start = time.perf_counter()
@@ -278,9 +278,9 @@ def result(seconds: float, work: float, **more: float) -> dict:
     """What each step returns.
 
     Args:
-      seconds: median.
-      work: operations of the products, as lrm_jax/training/flops.py counts them.
-      more: planned_gb, of the compiled program's arguments and temporaries; first_seconds, of compiling and running it once.
+      seconds: median time.
+      work: operations of the matrix products, as lrm_jax/training/flops.py counts them.
+      more: planned_gb, for the arguments and temporaries of the compiled program; first_seconds, to compile and run it once.
     """
     row = {
         "ms": 1e3 * seconds,
@@ -292,7 +292,7 @@ def result(seconds: float, work: float, **more: float) -> dict:
     return {name: float(f"{value:.5g}") for name, value in row.items()}
 
 
-# -- the table: what is cheap comes first, so that little is lost where something fails
+# -- the table: cheap works come first, so that little is lost if one fails
 
 
 def _pieces() -> list[Step]:

@@ -1,12 +1,12 @@
-"""Times PyTorch on the products of an OpenLRM variant's planes, to read tools/bench.py's "encode" against.
+"""Times PyTorch on the products that make the planes of an OpenLRM variant, to compare with "encode" of tools/bench.py.
 
     pip install torch
     python tools/bench_torch.py [VARIANT ...]
 
-The nearest PyTorch code: the image encoder's and the transformer's blocks at their sizes, with `scaled_dot_product_attention`,
-q, k and v in one product, and random weights; no patch embedding and no upsampling (under 1 % of the operations). On a GPU
-where torch has one, in 16 bits there. The rate is that of plain products of torch, in turn with the blocks; medians of
-eight.
+This is the closest PyTorch code: the blocks of the image encoder and of the transformer at their sizes, with random weights,
+`scaled_dot_product_attention`, and q, k and v in one product. It has no patch embedding and no upsampling, which are under 1 % of the
+operations. It runs on a GPU in 16 bits if torch finds one, otherwise on the CPU. The rate is that of torch's plain products, timed in
+turn with the blocks. Times are medians of eight.
 """
 
 import argparse
@@ -21,7 +21,7 @@ DEVICE, DTYPE = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu
 
 
 def main() -> None:
-    """Prints a line for each variant."""
+    """Prints one line per variant."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def plain_products(side, times):
-    """A function that runs so many products of side^3."""
+    """A function that runs `times` products of side^3."""
     identity = torch.eye(side, device=DEVICE, dtype=DTYPE)
 
     def run():
@@ -57,7 +57,7 @@ def plain_products(side, times):
 
 
 def finished(function):
-    """`function`, which returns when the device is done with it."""
+    """Wraps `function` so that it returns only when the device is done."""
 
     def run():
         function()
@@ -68,7 +68,7 @@ def finished(function):
 
 
 def blocks(model):
-    """A function that runs all blocks of the model on one image, and the operations of its products."""
+    """Returns a function that runs all blocks of the model on one image, and the operations of its products."""
     encoder = model.encoder
     E, D = encoder["width"], model.width
     M = (model.image_size // encoder["patch"]) ** 2 + 1
@@ -121,7 +121,7 @@ def blocks(model):
 
 
 def attention(q_LD, k_MD, v_MD, num_heads):
-    """Multi-head attention of one sequence."""
+    """Multi-head attention for one sequence."""
     heads = [x.unflatten(-1, (num_heads, -1)).transpose(0, 1)[None] for x in (q_LD, k_MD, v_MD)]
     return F.scaled_dot_product_attention(*heads)[0].transpose(0, 1).flatten(1)
 

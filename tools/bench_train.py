@@ -3,14 +3,14 @@
     python tools/bench.py train --config configs/nano.py [--config.data.name=procedural ...] [--steps 10] [--json FILE]
 
 Printed, and written as JSON:
-  samples/s, seconds     of the step alone, on a batch that is there already; the median of `--steps` steps after two
-  mfu                    three times the model's forward products, a second, as a share of the peak rate
-  with recomputation     all products that the step as traced has: rematerialisation, the losses' networks
-  peak rate              of lrm_jax/training/flops.py: from a table, or, where the device has no entry, measured now
-  peak_gb                of the accelerator's memory, or of this process; and what XLA planned for one device
-  loader                 samples/s that the config's data source makes on its own; at least twice what the step eats is wanted
+  samples/s, seconds     of the step alone, on a batch that is already on the devices: median of `--steps` steps after two
+  mfu                    three times the model's forward products per second, as a share of the peak rate
+  with recomputation     the same for all products of the step as traced, with rematerialisation and the networks of the losses
+  peak rate              from the table in lrm_jax/training/flops.py, or measured now if the device is not in the table
+  peak_gb                peak of the accelerator's memory, or of this process; also what XLA planned for one device
+  loader                 samples/s that the config's data source makes on its own: at least twice the rate of the step is good
 
-Weights are random, those of the losses' networks zeros: their files need not be there.
+Weights are random. Those of the losses' networks are zeros, so their files are not needed.
 
 Exit code: 0 measured; 2 wrong usage or input.
 """
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--steps", type=int, default=10, help="number of steps to time (default: 10)"
     )
-    parser.add_argument("--json", type=Path, help="also write the result here")
+    parser.add_argument("--json", type=Path, help="also write the result to this file")
     args, rest = parser.parse_known_args(argv)
     try:
         config, *_ = train.parse([*rest, "--workdir", "unused"])
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> int:
 
 
 def measure_step(config, device_mesh, batch, num_steps: int) -> dict[str, float]:
-    """Rates and memory of the step, by name, on a batch that is on the devices."""
+    """Rates and memory of the step, by name. The batch is already on the devices."""
     with jax.set_mesh(device_mesh):
         run = setup.make_run(config, device_mesh)
         networks = jax.device_put(
@@ -113,7 +113,7 @@ def measure_step(config, device_mesh, batch, num_steps: int) -> dict[str, float]
 
 
 def print_row(row: dict[str, float]) -> None:
-    """The lines that the docstring names."""
+    """Prints the lines that the module's docstring describes."""
     print(
         f"step    {row['samples_per_second']:.2f} samples/s, {row['seconds']:.3f} s; {row['tflop']:.3f} TFLOP"
     )
@@ -123,4 +123,4 @@ def print_row(row: dict[str, float]) -> None:
     print(
         f"memory  {row['peak_gb']:.2f} GB peak; planned for one device {row['planned_gb']:.2f} GB"
     )
-    print(f"loader  {row['loader_samples_per_second']:.1f} samples/s, {row['loader_over_step']:.1f} times what the step eats")  # fmt: skip
+    print(f"loader  {row['loader_samples_per_second']:.1f} samples/s, {row['loader_over_step']:.1f} times the rate of the step")  # fmt: skip

@@ -1,14 +1,15 @@
 """Turns a folder of rendered objects into ArrayRecord shards: `build_dataset.py FOLDER OUT`.
 
-FOLDER has OpenLRM's layout (`tools/render_objects.py` writes it). OUT is then read with `--config.data.name=records
---config.data.root=OUT`: by any number of processes, from any disk, decoding only what a batch needs. Worth it from some ten
-thousand objects or for images too large for a decoded cache; for small data `--config.data.name=objects` reads FOLDER itself.
+FOLDER has OpenLRM's layout, as `tools/render_objects.py` writes it. Train from OUT with `--config.data.name=records
+--config.data.root=OUT`. Any number of processes can read it, from any disk, and they decode only what a batch needs. This is worth it from
+about ten thousand objects, or if the images are too large for a decoded cache. For small data, `--config.data.name=objects` reads FOLDER
+itself.
 
-Every image is decoded once, to know that it is whole. Objects that cannot be used are left out and named on stderr. The
-data set appears in OUT when it is complete. Which objects are held out for "val" (8 %, variants of an object on one side) is
-decided by their names at reading, as for FOLDER.
+Every image is decoded once, to check that it is complete. Objects that cannot be used are left out and named on stderr. The data set
+appears in OUT only when it is complete. The names of the objects decide, at reading, which of them are held out for "val" (8 %, with all
+variants of an object on one side). This is the same for FOLDER.
 
-Exit code: 0 built of all objects; 1 some objects could not be used, built of the others; 2 nothing was built, or wrong usage; 130 interrupted.
+Exit code: 0 built from all objects; 1 some objects could not be used, built from the others; 2 nothing was built, or wrong usage; 130 interrupted.
 """
 
 import argparse
@@ -25,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="objects in OpenLRM's layout")
-    parser.add_argument("out", type=Path, help="where the data set is written")
+    parser.add_argument("out", type=Path, help="folder to write the data set to")
     args = parser.parse_args(argv)
     try:
         builder = records.build(args.folder, args.out)

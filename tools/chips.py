@@ -1,4 +1,4 @@
-"""Chips that need not exist: what their makers say of them, what a compiler asks about them, and what a program's parts cost there."""
+"""Chips that this machine need not have: their makers' numbers, their descriptions for the compiler, and the costs of a program on them."""
 
 import dataclasses
 import math
@@ -18,28 +18,28 @@ from lrm_jax.types import InputError
 class Chip:
     """One chip."""
 
-    flops: float  # a second, bfloat16
+    flops: float  # operations per second, bfloat16
     memory: float  # bytes
-    bandwidth: float  # bytes a second, of that memory
-    links: float  # bytes a second that leave the chip when all its links to others are busy; of GPUs, to those of the host
-    tile: tuple[
-        int, int, int
-    ]  # rows, columns and depth of the products that its matrix unit does whole
-    lookups: Mapping[str, float]  # bytes a second: see `lookup_seconds`
-    network: float = 0.0  # bytes a second for each GPU, between hosts
+    bandwidth: float  # bytes per second of that memory
+    links: float  # bytes per second that leave the chip when all links are busy; for a GPU, links to GPUs of the same host
+    tile: tuple[int, int, int]  # rows, columns and depth of the smallest product of the matrix unit
+    lookups: Mapping[str, float]  # bytes per second, see `lookup_seconds`
+    network: float = 0.0  # bytes per second between hosts, for each GPU
     target: str = ""  # XLA's description of a GPU
 
 
 def _tpu(peak, gib, bandwidth, links, tile, lookups):
-    # XLA's cost analysis (`optimal_seconds`) of libtpu 0.0.52 takes every row that is looked up for the 8 rows of its tile, as far
-    # as it is wide, and of what is added to for reading and writing them. With the rates here tests/tools/test_chips.py finds its times.
+    # XLA's cost analysis (`optimal_seconds`) in libtpu 0.0.52 charges for each row that is looked up all 8 rows of its tile, over the
+    # row's width. For each row that is added to, it charges reading and writing them. tests/tools/test_chips.py checks that the rates
+    # here give the same times.
     rates = {"gather": lookups, "scatter-add": lookups / 2, "scatter": lookups / 2}
     return Chip(peak, gib * 2**30, bandwidth, links, (8, tile, tile), rates)
 
 
 def _gpu(peak, bandwidth, links, network, tile, target, lookups):
-    # On one H200, 25,165,824 rows of 64 channels (2,097,152 points, four corners in three planes): read in 1.1 ms in bfloat16, from
-    # L2; added to in 12.4 ms in float32, and in 4.19 s in bfloat16. Other GPUs are taken to have as much for each core and clock.
+    # Measured on one H200 for 25,165,824 rows of 64 channels (2,097,152 points, four corners in three planes): reading takes 1.1 ms in
+    # bfloat16 from L2. Adding takes 12.4 ms in float32 and 4.19 s in bfloat16. Other GPUs are assumed to have the same rate per core and
+    # clock.
     rates = {"gather": 2.9e12, "scatter-add": 0.52e12, "scatter-add of 16 bits": 0.77e9}
     rates = {kind: rate * lookups for kind, rate in rates.items()} | {"scatter": bandwidth / 2}
     memory = float(re.search(r"device_memory_size: (\d+)", target)[1])
@@ -62,10 +62,11 @@ device_description_str: "{name}"
 """
 
 
-# Makers' numbers: https://cloud.google.com/tpu/docs/v4, v5p, v5e and v6e; links: their number (6 in a 3-D, 4 in a 2-D torus) times
-# the one-way rate of one in https://jax-ml.github.io/scaling-book/tpus. https://www.nvidia.com/en-us/data-center/h100/ and a100/
-# (H100 SXM, A100 SXM of 40 GB): NVLink one way. Between hosts, an assumption: an adapter for each GPU, NDR of 400 Gb/s beside an
-# H100 or H200, HDR of 200 Gb/s beside an A100. Tiles of GPUs: the smallest of Hopper's wgmma and of Ampere's mma in 16 bits.
+# The makers' numbers. TPUs: https://cloud.google.com/tpu/docs/v4, v5p, v5e and v6e. Their links are the number of links (6 in a 3-D, 4 in
+# a 2-D torus) times the one-way rate of one link in https://jax-ml.github.io/scaling-book/tpus. GPUs:
+# https://www.nvidia.com/en-us/data-center/h100/ and a100/ (H100 SXM, A100 SXM of 40 GB), with NVLink one way. The rates between hosts are
+# an assumption: one adapter per GPU, NDR of 400 Gb/s with an H100 or H200, HDR of 200 Gb/s with an A100. Tiles of GPUs are the smallest
+# of Hopper's wgmma and of Ampere's mma in 16 bits.
 CHIPS = {
     "v4": _tpu(flops.PEAK["TPU v4"], 32, 1.2e12, 6 * 45e9, 128, 0.983e12),
     "v5p": _tpu(flops.PEAK["TPU v5"], 95, 2.765e12, 6 * 90e9, 128, 2.35e12),
@@ -89,14 +90,14 @@ CHIPS = {
 }  # fmt: skip
 
 
-# -- what a program's parts cost
+# -- costs of a program's parts
 
 
 def tiled_flops(products: Mapping[flops.Product, float], tile: tuple[int, int, int]) -> float:
-    """Operations of the whole tiles that products fill. The longer of the two sides that are not summed over is the rows'.
+    """Operations of the whole tiles that products fill. The rows are the longer of the two sides that are not summed over.
 
-    A TPU's tile is 128 x 128 (v6e: 256 x 256) of columns and depth, that rows go through by eights: with 64 columns and a depth
-    of 64 a product takes as long as one four times as large (v6e: 16 times).
+    A TPU's tile is 128 x 128 (v6e: 256 x 256) columns x depth, and rows pass through it in groups of eight. A product with 64 columns
+    and a depth of 64 takes as long as one that is four times as large (v6e: 16 times).
     """
 
     def padded(sizes):
@@ -108,9 +109,9 @@ def tiled_flops(products: Mapping[flops.Product, float], tile: tuple[int, int, i
 
 
 def lookup_seconds(lookups: Mapping[hlo.Lookup, float], chip: Chip) -> float:
-    """Time of gathers and scatters: by XLA's own estimate on a TPU, by what was measured on a GPU.
+    """Time of gathers and scatters, from XLA's own estimate for a TPU, and from measurements for a GPU.
 
-    A GPU has no tiles, but moves sectors of 32 bytes.
+    GPU memory has no tiles. It moves in sectors of 32 bytes.
     """
     seconds = 0.0
     for lookup, count in lookups.items():
@@ -123,7 +124,7 @@ def lookup_seconds(lookups: Mapping[hlo.Lookup, float], chip: Chip) -> float:
 
 
 def link_seconds(links: Mapping[int, float], chip: Chip) -> float:
-    """Time of what collectives send; on GPUs of several hosts over the adapters of a group's devices in a host."""
+    """Time to send the data of collectives. If a group spans several hosts of GPUs, it uses the adapters of its devices in one host."""
     return sum(
         sent / (min(chip.links, devices * chip.network) if devices and chip.network else chip.links)
         for devices, sent in links.items()
@@ -134,18 +135,18 @@ def link_seconds(links: Mapping[int, float], chip: Chip) -> float:
 
 
 def open_topology(name: str) -> list:
-    """The devices of a topology that need not exist.
+    """The devices of a topology, which this machine need not have.
 
     Raises:
-      InputError: no such topology, or no library that compiles for it.
+      InputError: there is no such topology, or no installed library compiles for it.
     """
     if name == "cpu":
         return jax.devices("cpu")[:1]
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
     if match is None or match[1] not in CHIPS:
         raise InputError(
-            f"--topology {name}: must be cpu, or one of {', '.join(CHIPS)} with the chips along each axis, as v4:4x4x4, or of GPUs "
-            "the number, or hosts x GPUs, as h100:8 or a100:16x8"
+            f"--topology {name}: must be cpu, or one of {', '.join(CHIPS)} with the chips along each axis, such as v4:4x4x4; for GPUs "
+            "with the number of GPUs, or hosts x GPUs, such as h100:8 or a100:16x8"
         )
     if CHIPS[match[1]].target:
         return _gpus(name, CHIPS[match[1]], match[2])
@@ -153,7 +154,7 @@ def open_topology(name: str) -> list:
 
 
 def _tpus(name: str, kind: str, sizes: str) -> list:
-    # It would ask the cloud's metadata server about the chips of this machine, and other programs may use the library too.
+    # Without these, libtpu asks the cloud's metadata server about this machine's chips, and only one program can use it at a time.
     os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
     os.environ.update(TPU_ACCELERATOR_TYPE="v4-8", TPU_WORKER_HOSTNAMES="localhost")
     options = {}
@@ -166,12 +167,12 @@ def _tpus(name: str, kind: str, sizes: str) -> list:
     except (jax.errors.JaxRuntimeError, RuntimeError, ValueError) as error:
         cause = str(error).splitlines()[0]
         raise InputError(
-            f'--topology {name}: {cause}: it needs libtpu (pip install "jax[tpu]"), and sizes that the chip comes in'
+            f'--topology {name}: {cause}: this needs libtpu (pip install "jax[tpu]"), and a size in which the chip exists'
         ) from None
 
 
 def _gpus(name: str, chip: Chip, sizes: str) -> list:
-    # Read when JAX starts its back ends: no GPU of this machine is touched, and that there is none, or no driver, is no error.
+    # JAX reads these when it starts its back ends. Then it uses no GPU of this machine, and a missing GPU or driver is no error.
     os.environ.update(CUDA_VISIBLE_DEVICES="-1", JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1")
     sizes = [int(x) for x in sizes.split("x")]
     hosts, per_host = sizes if len(sizes) == 2 else (1, *sizes[:1])
@@ -184,5 +185,5 @@ def _gpus(name: str, chip: Chip, sizes: str) -> list:
     except (jax.errors.JaxRuntimeError, RuntimeError, ValueError) as error:
         cause = str(error).splitlines()[0]
         raise InputError(
-            f'--topology {name}: {cause}: it needs pip install "jax[cuda13]", and the number of GPUs, or hosts x GPUs'
+            f'--topology {name}: {cause}: this needs pip install "jax[cuda13]", and the number of GPUs, or hosts x GPUs'
         ) from None

@@ -1,14 +1,14 @@
-"""Gives a trained TripoSR smaller patches and more tokens per plane, as a start for more training.
+"""Gives a trained TripoSR smaller patches and more tokens per plane, as a starting point for further training.
 
     python tools/finer_tokens.py runs/nano runs/start.safetensors --variant nano-fine
     lrm train --config configs/nano.py:fine --workdir runs/fine --config.train.init_from=runs/start.safetensors
 
-Nothing is learnt here, but what was learnt is kept as far as it fits:
+This does not train. It keeps what the model has learnt, as far as possible:
 
-* the ViT's patches of p pixels become patches of p / k: their kernel is that for an image enlarged k times, each pixel repeated
-  (https://arxiv.org/abs/2212.08013, section 3.3, of this enlargement);
-* its grid of positions and the planes' queries are interpolated linearly between the centres of the tokens;
-* a plane's token stands for a smaller square: the upsampler's kernel is the middle of what one token told, interpolated.
+* The ViT's patches of p pixels become patches of p / k. The new kernel gives what the old one gives for an image enlarged k times by
+  repeating pixels (https://arxiv.org/abs/2212.08013, section 3.3, for this enlargement).
+* The ViT's grid of positions and the planes' queries are interpolated linearly between the centres of the tokens.
+* A token of a plane now covers a smaller square. The upsampler's new kernel is the interpolated middle of the old one.
 
 All other fields of the models must be the same.
 
@@ -49,13 +49,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def refine(params: dict, coarse, fine) -> dict:
-    """Parameters with which `fine` makes of an image about what `coarse` makes of it with `params`.
+    """Parameters with which `fine` gives about the same output for an image as `coarse` with `params`.
 
     Raises:
-      InputError: `coarse` is no TripoSR, or the two differ in more than their tokens.
+      InputError: `coarse` is not a TripoSR, or the models differ in more than their tokens.
     """
     if models.name_of(coarse) != "triposr":
-        raise InputError(f"{models.name_of(coarse)}: give a TripoSR")
+        raise InputError(f"the model is of the family {models.name_of(coarse)}: give a TripoSR")
     tokens = dict(plane_tokens=fine.plane_tokens, upsample=fine.upsample)
     encoder = {**coarse.encoder, **{k: fine.encoder[k] for k in ("patch", "grid")}}
     there, wanted = (
@@ -63,7 +63,7 @@ def refine(params: dict, coarse, fine) -> dict:
     )
     if wrong := [k for k in wanted if there[k] != wanted[k]]:
         raise InputError(
-            f"{wrong[0]} is {there[wrong[0]]} there and {wanted[wrong[0]]} here: only tokens can be made finer"
+            f"{wrong[0]} is {there[wrong[0]]} in the given model and {wanted[wrong[0]]} in the variant: the two may differ only in their tokens"
         )
     flat = {name: np.asarray(x) for name, x in flatten_dict(params, sep="/").items()}
     kernel, positions = "image_tokenizer/patch_kernel", "image_tokenizer/positions"
@@ -78,28 +78,30 @@ def refine(params: dict, coarse, fine) -> dict:
 
 
 def smaller_patches(kernel: np.ndarray, patch: int) -> np.ndarray:
-    """The kernel [patch patch 3 D] that makes of an image what `kernel` [p p 3 D] makes of it enlarged p / patch times."""
+    """The kernel [patch patch 3 D] that gives for an image what `kernel` [p p 3 D] gives for the image enlarged p / patch times."""
     factor, rest = divmod(len(kernel), patch)
     if rest:
-        raise InputError(f"patches of {patch} pixels do not divide those of {len(kernel)}")
+        raise InputError(
+            f"patches of {len(kernel)} pixels cannot be divided into patches of {patch}"
+        )
     blocks = kernel.reshape(patch, factor, patch, factor, *kernel.shape[2:])
     return blocks.sum((1, 3))
 
 
 def finer_positions(positions: np.ndarray, grid: int) -> np.ndarray:
-    """Positions [1 1+grid^2 D] from [1 1+g^2 D]; the first is CLS's."""
+    """Positions [1 1+grid^2 D] from [1 1+g^2 D]. The first one belongs to CLS."""
     cls, old = positions[:, :1], math.isqrt(positions.shape[1] - 1)
     table = resampled(positions[:, 1:].reshape(1, old, old, -1), centres(grid, old))
     return np.concatenate([cls, table.reshape(1, grid**2, -1)], axis=1)
 
 
 def centres(count: int, length: float) -> np.ndarray:
-    """Where `count` cells that divide a `length` have their centres, if a cell of length 1 at its beginning has its own at 0."""
+    """The centres of `count` equal cells that divide `length`. The origin is the centre of a cell of length 1 at the beginning."""
     return (np.arange(count) + 0.5) * length / count - 0.5
 
 
 def resampled(table: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """A table [A h w C], linear between its cells and on beyond the outer ones, at places [n] along both axes: [A n n C]."""
+    """Samples a table [A h w C] at places [n] along both axes, by linear interpolation, or extrapolation outside: [A n n C]."""
     size = table.shape[1]
     below = np.clip(np.floor(places), 0, size - 2).astype(int)
     weights = np.zeros((len(places), size), np.float32)

@@ -1,7 +1,7 @@
-"""What one device does in a compiled program, counted in its HLO text: matrix products, memory traffic, lookups, collectives.
+"""Counts what one device does in a compiled program, from its HLO text: matrix products, memory traffic, lookups, collectives.
 
-XLA's own cost analysis counts the body of a loop once, whatever its length, and here the layers and the chunks of rays are
-loops. So the text is read instead, and every loop's body counts as often as it runs. Facts, no times: tools/chips.py prices them.
+XLA's own cost analysis counts the body of a loop only once. Here the layers and the chunks of rays are loops. So this module reads the
+text, and counts the body of a loop as often as it runs. It counts work, not time: tools/chips.py turns the counts into times.
 """
 
 import collections
@@ -37,40 +37,40 @@ from hlo_text import (
 from lrm_jax.training import flops
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-# Instructions that move nothing: names for parts of buffers, and control flow, whose bodies are counted themselves.
+# Instructions that move no data: names for parts of buffers, and control flow, whose bodies are counted on their own.
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "iota", "after-all",
     "partition-id", "replica-id", "opt-barrier", "async-start", "async-update", "async-done", "domain", "add-dependency",
     "fusion-done",
 }  # fmt: skip
 _FREE_CALLS = ("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "Sharding")
-# Custom calls of kernels that are not the compiler's: of Pallas on TPUs, and by way of Triton and Mosaic on GPUs.
+# Custom calls of kernels that the compiler did not make: Pallas kernels on TPUs, and through Triton and Mosaic on GPUs.
 _KERNELS = re.compile(r"tpu_custom_call|__gpu\$xla\.gpu\.triton|triton_kernel_call|mosaic_gpu.*")
 
 
 class UnknownCost(Exception):
-    """A kernel that would count as nothing."""
+    """The cost of a kernel is unknown. It would count as nothing."""
 
 
 class Lookup(NamedTuple):
-    """A kind of window that gathers read, or scatters write, at places that only the indices tell."""
+    """A kind of window that gathers read or scatters write, at places that the indices give."""
 
-    kind: str  # "gather"; "scatter-add", whatever it combines by; "scatter" of what nothing else writes
+    kind: (
+        str  # "gather"; "scatter-add" for any combining function; "scatter" if nothing is combined
+    )
     dtype: str
     window: float  # bytes
-    touched: (
-        float  # bytes of the tiles that the window lies in; as `window` where arrays have no tiles
-    )
+    touched: float  # bytes of the tiles that the window touches; the same as `window` if arrays have no tiles
 
 
 @dataclasses.dataclass
 class Traffic:
-    """All executions of one kind of collective."""
+    """Totals over all executions of one kind of collective."""
 
     count: float = 0.0
-    payload: float = 0.0  # bytes of the results (of the operands of a reduce-scatter)
-    sent: float = 0.0  # bytes that leave the device in a ring: 2 (n - 1) / n of the payload for an all-reduce of n, ...
-    exposed_count: float = 0.0  # of those that no product runs beside, see `Program`
+    payload: float = 0.0  # bytes of the results (for a reduce-scatter, of the operands)
+    sent: float = 0.0  # bytes that leave the device in a ring, such as 2 (n - 1) / n of the payload for an all-reduce of n
+    exposed_count: float = 0.0  # collectives without a product beside them, see `Program`
     exposed_sent: float = 0.0
 
 
@@ -78,37 +78,37 @@ class Traffic:
 class Calls:
     """One kind of call or scatter."""
 
-    written: int = 0  # in the program
-    count: float = 0.0  # in a run of it
+    written: int = 0  # occurrences in the program
+    count: float = 0.0  # executions in a run
 
 
 @dataclasses.dataclass
 class Costs:
-    """Of one device, in one run of the program."""
+    """Costs for one device in one run of the program."""
 
     products: collections.Counter[flops.Product] = dataclasses.field(
         default_factory=collections.Counter
-    )  # convolutions, too, as products of patches
-    noted_flops: float = 0.0  # what kernels say of themselves, of which nothing else is known
-    memory_bytes: float = 0.0  # read from and written to main memory, as far as the text tells
+    )  # including convolutions, as products of patches
+    noted_flops: float = 0.0  # from the cost estimates of kernels whose products are unknown
+    memory_bytes: float = 0.0  # read from and written to main memory, as far as the text shows
     lookups: collections.Counter[Lookup] = dataclasses.field(default_factory=collections.Counter)
     calls: dict[str, Calls] = dataclasses.field(
         default_factory=lambda: collections.defaultdict(Calls)
-    )  # cuDNN's by kind, and combining scatters by type
+    )  # cuDNN's calls by kind, and scatters that combine by dtype
     collectives: dict[str, Traffic] = dataclasses.field(
         default_factory=lambda: collections.defaultdict(Traffic)
     )
     links: collections.Counter[int] = dataclasses.field(default_factory=collections.Counter)
-    """Bytes sent, by how many devices of a group are on one host; 0: the group is within a host."""
-    loops_of_unknown_length: int = 0  # their bodies counted once
+    """Bytes sent, by the number of a group's devices on one host; 0: the whole group is on one host."""
+    loops_of_unknown_length: int = 0  # their bodies are counted once
 
     @property
     def flops(self) -> float:
-        """Of matrix products and convolutions, 2 a multiplication."""
+        """Operations of matrix products and convolutions: 2 per multiplication."""
         return flops.total(self.products) + self.noted_flops
 
     def add(self, other: "Costs", times: float = 1.0, hidden: bool = False) -> None:
-        """Adds `times` runs of a part; `hidden`: its collectives run beside products."""
+        """Adds `times` runs of a part. If `hidden`, its collectives run beside products."""
         for counts, others in (
             (self.products, other.products),
             (self.lookups, other.lookups),
@@ -137,14 +137,14 @@ def count(
     kernels: Mapping[flops.Shapes, Mapping[flops.Product, float]] | None = None,
     hosts: Sequence[int] = (),
 ) -> Costs:
-    """Counts a module: `compiled.as_text()`.
+    """Counts the costs of a module, given as `compiled.as_text()`.
 
     Args:
       kernels: products of Pallas kernels, from `flops.kernels`.
-      hosts: of each device of the program, the host that it is in; empty: all are in one.
+      hosts: the host of each device of the program; empty: all devices are on one host.
 
     Raises:
-      UnknownCost: a kernel has no cost estimate, and no products that are known.
+      UnknownCost: a kernel has neither a cost estimate nor known products.
     """
     entry, computations = parse(text)
     return Program(computations, kernels or {}, hosts).computation(entry)
@@ -153,8 +153,8 @@ def count(
 class Program:
     """The computations of a program, each counted once.
 
-    A collective is hidden where a matrix product runs between its start and what first takes its result, in the order of the
-    schedule, however short that is; it is exposed where it is synchronous, or where only other work or none runs beside it.
+    A collective is hidden if, in the order of the schedule, a matrix product runs between its start and the first use of its result,
+    however short the product is. It is exposed if it is synchronous, or if no product runs beside it.
     """
 
     def __init__(self, computations: dict[str, Body], kernels: Mapping, hosts: Sequence[int]):
@@ -163,7 +163,7 @@ class Program:
         self.fused = functools.cache(self._fused)
 
     def _computation(self, name: str) -> Costs:
-        """Of a computation whose instructions run one after the other."""
+        """Costs of a computation whose instructions run one after another."""
         total, body = Costs(), self.computations[name]
         parts = {i.name: self._instruction(i, body) for i in body.values()}
         for i in body.values():
@@ -172,7 +172,7 @@ class Program:
         return total
 
     def _fused(self, name: str) -> Costs:
-        """Of what runs as one kernel: all but the memory, which the fusion's operands and results tell."""
+        """Costs of what runs as one kernel, without the memory traffic, which follows from the fusion's operands and results."""
         total, body = Costs(), self.computations[name]
         for i in body.values():
             total.add(self._work(i, body))
@@ -203,7 +203,7 @@ class Program:
         return total
 
     def _work(self, i: Instruction, body: Body) -> Costs:
-        """Products, lookups and collectives of an instruction by itself."""
+        """Products, lookups and collectives of a single instruction."""
         total = Costs(products=collections.Counter(instruction_products(i, body)))
         if i.opcode in ("gather", "scatter"):
             total.lookups, combining = self._lookups(i, body)
@@ -230,11 +230,11 @@ class Program:
             traced = re.search(r'op_name="([^"]*)"', i.attributes)
             raise UnknownCost(
                 f"{target(i)} of the kernel {i.name} ({traced[1] if traced else 'nameless'}): it has neither a cost estimate "
-                "nor matrix products, and would count as nothing: give pallas_call its cost_estimate"
+                "nor known matrix products, and would count as nothing: pass a cost_estimate to pallas_call"
             )
 
     def _lookups(self, i: Instruction, body: Body) -> tuple[collections.Counter, list[str]]:
-        """Windows of a gather or scatter; and the types that it combines, one write after the other."""
+        """Windows of a gather or scatter, and the dtypes that it combines one write after another."""
         found = collections.Counter()
         operand = body[i.operands[0]].shape
         if i.opcode == "gather":
@@ -284,7 +284,7 @@ class Program:
             elif later.opcode in _FREE and not later.opcode.endswith("-done"):
                 names.add(later.name)
             elif later.opcode == "fusion" and not self._has(later, "-done"):
-                busy |= parts[later.name].flops > 0  # a product that carries the transfer along
+                busy |= parts[later.name].flops > 0  # a product that also passes the transfer on
                 names.add(later.name)
             else:
                 break
@@ -303,7 +303,7 @@ class Program:
 
 
 def instruction_products(i: Instruction, body: Body) -> dict[flops.Product, float]:
-    """Products of a dot, of a convolution (TPUs write products as convolutions), or of cuDNN's and cuBLAS's calls."""
+    """Products of a dot, a convolution (TPUs write products as convolutions), or a call of cuDNN or cuBLAS."""
     name = target(i)
     if i.opcode == "dot":
         return _dot_products(i, body, "lhs_{}_dims", "rhs_{}_dims")
@@ -341,8 +341,8 @@ def _dot_products(i: Instruction, body: Body, left_name: str, right_name: str) -
 def _convolution_products(i: Instruction, input_shape, kernel_shape, out_shape) -> dict:
     """A convolution as products of patches.
 
-    On a TPU axes of products are disguised as space. Where each place has a tap of its own, it is a batch (or columns, where the
-    places are all of the same input); one without taps is rows, and one with many taps and one place is summed over.
+    On a TPU, spatial axes can stand for axes of a product. An axis on which each place has its own tap is a batch axis, or a column axis
+    if all places read the same input. An axis without taps is a row axis. An axis with many taps and one place is summed over.
     """
     left, right, out = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.attributes).groups()
     sizes, inputs, kernel = (
@@ -365,14 +365,14 @@ def _convolution_products(i: Instruction, input_shape, kernel_shape, out_shape) 
 
 @functools.cache
 def _valid_taps(out, size, kernel, stride, pad_low, left_dilation, right_dilation) -> int:
-    """Pairs of an output place and a kernel place that meet an element of the input, along one axis."""
+    """Counts the pairs of an output place and a kernel place that hit an element of the input, along one axis."""
     places = np.arange(out)[:, None] * stride - pad_low + np.arange(kernel)[None] * right_dilation
     inside = (places >= 0) & (places <= (size - 1) * left_dilation) & (places % left_dilation == 0)
     return int(inside.sum())
 
 
 def _window(attributes: str) -> list[tuple[int, int, int, int]]:
-    """(stride, low padding, dilation of the input, dilation of the kernel) of each spatial axis of a convolution."""
+    """(stride, low padding, input dilation, kernel dilation) of each spatial axis of a convolution."""
     match = re.search(r"window=\{([^}]*)\}", attributes)
     if match is None:
         return []
@@ -391,7 +391,7 @@ def _window(attributes: str) -> list[tuple[int, int, int, int]]:
 
 
 def _noted(i: Instruction, what: str) -> float:
-    """What a kernel's cost estimate says, 0 without one."""
+    """A value of a kernel's cost estimate, or 0 without one."""
     match = re.search(rf'"cost_estimate":\{{[^}}]*"{what}":"?(\d+)', i.attributes)
     return float(match[1]) if match else 0.0
 
@@ -407,7 +407,7 @@ def _lookup(kind: str, operand: str, sizes: tuple[int, ...]) -> Lookup:
 
 
 def _is_sliced(i: Instruction, body: Body) -> bool:
-    """Whether each device keeps its part of a reduction: a reduce-scatter, as a TPU's compiler writes it in a fusion."""
+    """Whether each device keeps only its part of a reduction. The TPU compiler writes a reduce-scatter in this way in a fusion."""
     users = [x for x in body.values() if i.name in x.operands]
     return bool(users) and all(
         x.opcode == "dynamic-slice" and any(y.opcode == "partition-id" for y in body.values())
@@ -431,7 +431,7 @@ def _plain_bytes(i: Instruction, body: Body) -> float:
         )
     if i.opcode == "dynamic-update-slice":
         return 2 * memory_bytes(operands[1], True)
-    if i.opcode == "gather":  # what it reads is a lookup, as what a scatter writes
+    if i.opcode == "gather":  # its reads are counted as lookups, and so are a scatter's writes
         return memory_bytes(i.shape, True)
     if i.opcode == "scatter":
         return sum(memory_bytes(x, True) for x in operands[len(operands) // 2 :])
@@ -440,9 +440,10 @@ def _plain_bytes(i: Instruction, body: Body) -> float:
 
 
 def _fusion_bytes(i: Instruction, body: Body, inner: Body) -> float:
-    """What a fusion reads and writes: of an operand that it only slices, what it takes; of an update in place, the update.
+    """Bytes that a fusion reads and writes. From an operand that it only slices, it reads the slice. In an in-place update, it writes the
+    update.
 
-    What it looks up, or scatters to, is not memory traffic but a lookup.
+    Gathers and scatters inside the fusion count as lookups, not as memory traffic.
     """
     total, users = 0.0, collections.defaultdict(list)
     parameters = sorted((x for x in inner.values() if x.opcode == "parameter"), key=parameter_number)  # fmt: skip
@@ -475,7 +476,7 @@ def _fusion_bytes(i: Instruction, body: Body, inner: Body) -> float:
 
 
 def _uses(name: str, users: dict) -> list[tuple[Instruction, int]]:
-    """Who uses a value, through bitcasts."""
+    """The users of a value, also through bitcasts."""
     found = []
     for part, position in users[name]:
         found += _uses(part.name, users) if part.opcode == "bitcast" else [(part, position)]

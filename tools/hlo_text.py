@@ -1,4 +1,4 @@
-"""The text of a compiled program: its computations, instructions and shapes."""
+"""Parses the text of a compiled program: computations, instructions and shapes."""
 
 import dataclasses
 import math
@@ -18,13 +18,13 @@ class Instruction:
 
     name: str
     opcode: str
-    shape: str  # of the result, with layout: "bf16[8,128]{1,0:T(8,128)S(1)}", or a tuple of such
+    shape: str  # shape and layout of the result, such as "bf16[8,128]{1,0:T(8,128)S(1)}", or a tuple of shapes
     operands: tuple[str, ...]
     attributes: str  # the rest of the line
     is_root: bool
 
 
-# The instructions of a computation by name, in the order of the text, which is the schedule's.
+# The instructions of a computation by name, in the order of the text, which is the order of the schedule.
 Body = dict[str, Instruction]
 
 
@@ -50,7 +50,7 @@ def parse(text: str) -> tuple[str, dict[str, Body]]:
 
 
 def _joined(text: str) -> list[str]:
-    """Lines, one an instruction: a kernel's metadata go over several."""
+    """Lines with one instruction each. In the text, the metadata of a kernel can span several lines."""
     lines = []
     for line in text.splitlines():
         begins = _COMPUTATION.match(line) or _INSTRUCTION.match(line) or line in ("", "}")
@@ -62,9 +62,9 @@ def _joined(text: str) -> list[str]:
 
 
 def trip_count(loop: Instruction, computations: dict[str, Body], condition: str) -> int | None:
-    """How often a loop's body runs, from what XLA notes or from the constant that its condition compares with.
+    """How often the body of a loop runs, from XLA's annotation or from the constant in the loop's condition.
 
-    The second holds for loops that count from 0 by 1, as those of `lax.scan`, `map` and `fori_loop` do.
+    The constant is right for loops that count from 0 in steps of 1, as `lax.scan`, `map` and `fori_loop` do.
     """
     if known := re.search(r'known_trip_count"?:?=?\{"?n"?[:=]"?(\d+)', loop.attributes):
         return int(known[1])
@@ -92,31 +92,31 @@ def called(i: Instruction, attribute: str) -> list[str]:
 
 
 def branches(i: Instruction) -> list[str]:
-    """Computations of which a conditional runs one."""
+    """The computations from which a conditional runs one."""
     if listed := re.search(r"branch_computations=\{([^}]*)\}", i.attributes):
         return re.findall(r"%?([\w.\-]+)", listed[1])
     return called(i, "true_computation") + called(i, "false_computation")
 
 
 def numbers(i: Instruction, attribute: str) -> tuple[int, ...]:
-    """A list of numbers: `offset_dims={1,2}`, or cuBLAS's `"lhs_contracting_dimensions":["1"]`; none where it is missing."""
+    """A list of numbers, as in `offset_dims={1,2}` or cuBLAS's `"lhs_contracting_dimensions":["1"]`. Empty if the attribute is missing."""
     match = re.search(rf'\b{attribute}"?[=:] ?[{{\[]([^}}\]]*)[}}\]]', i.attributes)
     return tuple(int(x) for x in re.findall(r"\d+", match[1])) if match else ()
 
 
 def target(i: Instruction) -> str:
-    """What a custom call calls."""
+    """The target of a custom call."""
     match = re.search(r'custom_call_target="([^"]*)"', i.attributes)
     return match[1] if match else ""
 
 
 def parameter_number(i: Instruction) -> int:
-    """Which parameter of its computation it is; -1 for other instructions."""
+    """The number of a parameter in its computation, or -1 for other instructions."""
     return int(re.match(r"\d+", i.attributes)[0]) if i.opcode == "parameter" else -1
 
 
 def group(attributes: str) -> list[int]:
-    """Devices that take part in the first group of a collective, from any of the three ways that HLO writes them."""
+    """The devices in the first group of a collective, in any of the three notations of HLO."""
     if meshed := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", attributes):
         sizes = {name: int(size) for name, size in re.findall(r"'?(\w+)'?=(\d+)", meshed[1])}
         taking_part = re.findall(r"\w+", meshed[2])
@@ -131,7 +131,7 @@ def group(attributes: str) -> list[int]:
         return devices.reshape(int(iota[1]), int(iota[2]))[0].tolist()
     if listed := re.search(
         r"(?:replica_groups|source_target_pairs)=\{\{([\d,]*)\}", attributes
-    ):  # pairs, of a collective-permute
+    ):  # a collective-permute has pairs
         return [int(x) for x in listed[1].split(",") if x]
     return []
 
@@ -140,13 +140,13 @@ def group(attributes: str) -> list[int]:
 
 
 def arrays(shape: str, main_memory_only: bool = False) -> list[str]:
-    """The arrays of a shape or tuple; without those that stay on the chip (a memory space above 0), where asked."""
+    """The arrays in a shape or tuple; on request without those that stay on the chip (with a memory space above 0)."""
     found = [match[0] for match in _ARRAY.finditer(shape)]
     return [x for x in found if not (main_memory_only and re.search(r"S\([1-9]", x))]
 
 
 def elements(shape: str) -> list[str]:
-    """The shapes that a tuple is made of, which may be tuples."""
+    """The elements of a tuple's shape, which may be tuples themselves."""
     if not shape.startswith("("):
         return [shape]
     parts, depth, start = [], 0, 1
@@ -159,33 +159,33 @@ def elements(shape: str) -> list[str]:
 
 
 def dimensions(shape: str) -> tuple[int, ...]:
-    """Of an array's shape, or of the first of a tuple."""
+    """The dimensions of an array, or of the first array of a tuple."""
     return tuple(int(x) for x in _ARRAY.search(shape)[2].split(",") if x)
 
 
 def dtype(shape: str) -> str:
-    """Of an array's shape."""
+    """The dtype of an array."""
     return _ARRAY.search(shape)[1]
 
 
 def item_bytes(shape: str) -> float:
-    """Of one element of an array."""
+    """The size of one element of an array."""
     name = dtype(shape)
     return (_BITS.get(name) or int((re.search(r"\d+", name) or ["0"])[0])) / 8
 
 
 def array_bytes(shape: str, main_memory_only: bool = False) -> float:
-    """Bytes of the elements of a shape or of all arrays of a tuple."""
+    """Bytes of all elements of an array, or of all arrays of a tuple."""
     return sum(math.prod(dimensions(x)) * item_bytes(x) for x in arrays(shape, main_memory_only))
 
 
 def memory_bytes(shape: str, main_memory_only: bool = False) -> float:
-    """Bytes that the arrays take in memory: on TPUs in whole tiles, so that 64 channels take as much as 128."""
+    """Bytes that the arrays take in memory. TPUs store whole tiles, so that 64 channels take as much as 128."""
     return sum(window_bytes(x, dimensions(x)) for x in arrays(shape, main_memory_only))
 
 
 def window_bytes(shape: str, sizes: tuple[int, ...]) -> float:
-    """Bytes of the tiles of an array that a window of these sizes touches; without tiles, of the window."""
+    """Bytes of the array's tiles that a window of these sizes touches. Without tiles, bytes of the window."""
     layout = re.search(r"\{([\d,]*)(?::T\(([\d,]+)\))?", shape)
     order = [int(x) for x in layout[1].split(",") if x] if layout else []
     tile = [int(x) for x in layout[2].split(",")] if layout and layout[2] else []
@@ -200,13 +200,13 @@ def window_bytes(shape: str, sizes: tuple[int, ...]) -> float:
 
 
 def _split_shape(text: str) -> tuple[str, str]:
-    """The shape that a line starts with, and the rest of it."""
+    """The shape at the start of a line, and the rest of the line."""
     end = _closing(text[1:]) + 2 if text.startswith("(") else text.index(" ")
     return text[:end], text[end:].lstrip()
 
 
 def _closing(text: str) -> int:
-    """Where the parenthesis closes that was opened just before `text`."""
+    """The position at which the parenthesis that was opened just before `text` closes."""
     depth = 1
     for match in re.finditer(r"[()]", text):
         depth += 1 if match[0] == "(" else -1

@@ -1,4 +1,4 @@
-"""What the benchmarks share: what is measured, peak memory, and on which machine."""
+"""Shared by the benchmarks: inputs, peak memory, and a description of the machine."""
 
 import platform
 import resource
@@ -19,19 +19,19 @@ NORMAL = np.random.default_rng(0).standard_normal(2**20, np.float32)
 
 
 def image() -> np.ndarray:
-    """A disc on transparent ground."""
+    """A disc on a transparent background."""
     y, x = np.mgrid[:256, :256] - 127.5
     alpha = np.where(x**2 + y**2 < 100**2, 255, 0)
     return np.stack([x + 128, y + 128, 255 - x / 2 - 128, alpha], axis=-1).astype(np.uint8)
 
 
 def normal(x: jax.ShapeDtypeStruct) -> jax.Array:
-    """Normal numbers of this shape, without a program to compile; of zeros a product takes less power, and so less time."""
+    """Normal random numbers of this shape, without compiling a program. A product of zeros would take less power, and so less time."""
     return _placed(np.resize(NORMAL, x.shape), x)
 
 
 def random_params(shapes):
-    """Parameters of about the initial ones' size, without a program to compile."""
+    """Parameters with about the magnitude of initial ones, without compiling a program."""
 
     def one(path, x):
         name = str(path[-1].key)
@@ -44,7 +44,7 @@ def random_params(shapes):
 
 
 def random_state(abstract: TrainState) -> TrainState:
-    """A state before the first step, with `random_params`; sharded as `abstract` says."""
+    """A training state before the first step, with `random_params`, sharded like `abstract`."""
     return TrainState(
         step=_placed(np.zeros(()), abstract.step),
         params=random_params(abstract.params),
@@ -61,15 +61,15 @@ def _placed(values: np.ndarray, x: jax.ShapeDtypeStruct) -> jax.Array:
 def mesh_extraction(
     model, decoder: dict, scene: dict, resolution: int
 ) -> tuple[Callable[[], int], float]:
-    """Extracts a mesh of a smooth blob, at the cost of the model's own decoder: random weights have no surface.
+    """Prepares to extract the mesh of a smooth blob, at the cost of the model's own decoder, because random weights have no surface.
 
     Returns:
-      A function that does it, and returns at how many points it evaluated the field; and the operations of one point.
+      A function that extracts the mesh and returns at how many points it evaluated the field, and the operations per point.
     """
 
     def query(decoder, scene, xyz):
         field, _ = model.apply({"params": decoder}, scene, xyz[None], method="query")
-        # Radius and ripples of an object; the model's own value is computed, and too small to matter.
+        # A sphere with ripples. The model's own value is computed too, but is too small to matter.
         blob = 0.6 * model.radius - jnp.linalg.norm(xyz, axis=-1) + 0.05 * jnp.sin(12 * xyz).sum(-1)
         return model.surface_level * jnp.exp(8 * blob) + 1e-30 * field[0]
 
@@ -92,7 +92,7 @@ def mesh_extraction(
 
 
 def reset_peak() -> None:
-    """Starts the peak of resident memory anew, where Linux lets us."""
+    """Resets the peak of resident memory, if Linux allows it."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -100,7 +100,7 @@ def reset_peak() -> None:
 
 
 def peak_gb() -> float:
-    """Peak of the accelerator's memory, or of this process's resident memory since `reset_peak`."""
+    """Peak of the accelerator's memory or, without an accelerator, of this process's resident memory since `reset_peak`."""
     stats = jax.devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"] / 1e9
@@ -117,7 +117,7 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """The commit that was measured; empty where git does not know."""
+    """The commit that was measured. Empty if git cannot tell."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()

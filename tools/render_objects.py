@@ -7,31 +7,32 @@ layout (https://github.com/3DTopia/OpenLRM/blob/3108b69/openlrm/datasets/objaver
     OUT/<uid>/pose/000.npy ...   [3 4] float32 camera to world, Blender's camera axes (x right, y up, z backward)
     OUT/<uid>/intrinsics.npy     [3 2] float32 (fx, fy), (cx, cy), (width, height) in pixels
     OUT/<uid>/points.npy         [10000 3] float32 random points of the true surface, uniform by area, in the same world
-    OUT/render.json              the settings;  OUT/failures.json  cause -> uids of what could not be rendered
+    OUT/render.json              the settings
+    OUT/failures.json            cause -> uids of objects that could not be rendered
 
-and with --geometry, of the rays through the pixels' centres, 0 where nothing is,
+With --geometry, it also writes, for the rays through the pixels' centres, and 0 for the background:
 
     OUT/<uid>/depth/000.png ...  16 bits, steps of 1e-4 world units, along the optical axis (not along the ray)
-    OUT/<uid>/normal/000.png ... 8-bit RGB = 127.5 n + 127.5, unit, in the world's frame, of the side that is seen
+    OUT/<uid>/normal/000.png ... 8-bit RGB = 127.5 n + 127.5 for the unit normal n, in the world's frame, of the visible side
 
-`<uid>` is `<zip or folder stem>-<file stem>`. The world has z up (the files are y-up, as glTF says) and the object's bounding
-box is centred on the origin. How large the object is in it, where the cameras are and what the light is: `--protocol`, in numbers in
-`tools/rendering/protocols.py`. By default the farthest vertex is at distance 1: the object fills the bounding sphere of radius 1.
-Views with even numbers then have an elevation in [5, 35] degrees, as photographs have; the odd ones in `--elevation`.
+`<uid>` is `<zip or folder stem>-<file stem>`. The world has z up (the files are y-up, as glTF requires), and the object's bounding
+box is centred on the origin. `--protocol` sets the size of the object, the cameras and the light. The numbers are in
+`tools/rendering/protocols.py`. By default the farthest vertex is at distance 1, so the object fills the bounding sphere of radius 1.
+Views with even numbers then have an elevation in [5, 35] degrees, like photographs. Views with odd numbers have one in `--elevation`.
 
-Two back ends have the same cameras, light, depth and normals: embree (needs nothing, on a CPU, without OpenGL; matt, no shadows)
-and Blender's Cycles (shadows, reflections, the file's whole material; bpy in an environment of its own, see `--blender`).
-A run that was interrupted goes on where it stopped.
+There are two back ends with the same cameras, light, depth and normals. embree runs on a CPU without OpenGL, and needs no other
+installation. It renders matt surfaces without shadows. Blender's Cycles renders shadows, reflections and the file's whole material. It
+needs bpy in a separate environment, see `--blender`. An interrupted run continues where it stopped.
 
-Exit code: 0 every object is rendered; 1 some objects failed, the others are rendered; 2 no object could be rendered, wrong usage, or the
-disk stopped the run; 130 interrupted.
+Exit code: 0 every object was rendered; 1 some objects failed, the others were rendered; 2 no object could be rendered, wrong usage, or a
+disk error stopped the run; 130 interrupted.
 """
 
 import os
 
 os.environ.setdefault(
     "JAX_PLATFORMS", "cpu"
-)  # rays are made by lrm_jax.ops; no accelerator is worth waking for that
+)  # lrm_jax.ops makes the rays, which is too little work to start an accelerator for
 
 import argparse  # noqa: E402
 import dataclasses  # noqa: E402
@@ -58,7 +59,7 @@ def render_all(
     limit: int | None,
     blender: cycles.Blender | None = None,
 ) -> tuple[int, dict[str, list[str]]]:
-    """Renders what is not there yet. Returns the number of all objects, and cause -> uids of those that could not be rendered."""
+    """Renders the objects that are missing. Returns the number of all objects, and cause -> uids of those that failed."""
     objects = dict(list(find_objects(source).items())[:limit])
     prepare_folder(out, settings)
     missing = {uid: where for uid, where in objects.items() if not is_finished(out, uid)}
@@ -79,20 +80,20 @@ def render_all(
 def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Settings]:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
-        epilog="Settings that are not given are those of the protocol. "
+        epilog="Settings that are not given are taken from the protocol. "
         + " ".join(__doc__.split("\n\n")[-1].split()),
     )
     add = parser.add_argument
     add("source", type=Path, metavar="IN", help="a 3D file, a .zip, or a folder")
-    add("out", type=Path, metavar="OUT", help="output folder; objects that it has already are kept")
+    add("out", type=Path, metavar="OUT", help="output folder; objects that it already has are kept")
     add(
         "--protocol",
         choices=PROTOCOLS,
         default="default",
-        help="cameras, box and light: the default ones, or those of a paper",
+        help="cameras, box and light: the default, or those of a paper",
     )
-    add("--views", type=int, help="images of each object (default protocol: 32)")
-    add("--size", type=int, help="side of an image in pixels (256)")
+    add("--views", type=int, help="images per object (default protocol: 32)")
+    add("--size", type=int, help="height and width of an image in pixels (256)")
     pair = {"type": float, "nargs": 2, "metavar": ("LO", "HI")}
     add(
         "--distance",
@@ -102,7 +103,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Setting
     add("--elevation", **pair, help="elevation of the odd views in degrees (-30 75)")
     add("--fov", type=float, help="full vertical field of view in degrees (40)")
     add("--lighting", choices=("fixed", "varied"), help="varied: different for each object (fixed)")
-    add("--geometry", action="store_true", help="write depth and normals as well")
+    add("--geometry", action="store_true", help="also write depth and normals")
     add(
         "--backend",
         choices=("embree", "cycles"),
@@ -112,16 +113,18 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Setting
     add(
         "--blender",
         metavar="PYTHON",
-        help=f"for Cycles: a Python with bpy, installed by: {cycles.INSTALL}",
+        help=f"for Cycles: a Python that has bpy. To install it: {cycles.INSTALL}",
     )
     add("--samples", type=int, help="for Cycles: samples per pixel (32)")
     add("--workers", type=int, default=2, help="number of processes (default: 2)")
-    add("--seed", type=int, default=0, help="random seed of cameras and light (default: 0)")
+    add("--seed", type=int, default=0, help="random seed for cameras and light (default: 0)")
     add("--limit", type=int, metavar="N", help="render only the first N objects")
     args = parser.parse_args(argv)
     protocol = PROTOCOLS[args.protocol]
     if args.elevation is not None and protocol.elevation is None:
-        parser.error(f"--elevation: the cameras of --protocol {args.protocol} have heights instead")
+        parser.error(
+            f"--elevation: the cameras of --protocol {args.protocol} are set by height, not by elevation"
+        )
     if args.samples is not None and args.backend != "cycles":
         parser.error("--samples: only for --backend cycles")
     chosen = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(Settings)}
@@ -133,7 +136,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Setting
 
 
 def _problem(args: argparse.Namespace, settings: Settings) -> str | None:
-    """What is wrong with the numbers."""
+    """Describes what is wrong with the numbers, or returns None."""
     for name in ("views", "size", "samples"):
         if getattr(settings, name) < 1:
             return f"--{name} {getattr(settings, name)}: must be at least 1"
@@ -182,13 +185,14 @@ def main(argv: list[str] | None = None) -> int:
     else:
         return _report(args.out, count, causes)
     print(
-        f"render_objects: {stopped}: what is rendered is kept, run again to go on", file=sys.stderr
+        f"render_objects: {stopped}: rendered objects are kept, run again to continue",
+        file=sys.stderr,
     )
     return 130 if stopped == "interrupted" else 2
 
 
 def _report(out: Path, count: int, causes: dict[str, list[str]]) -> int:
-    """Says what was written and what was not. Returns the exit code."""
+    """Prints what was written and what was not. Returns the exit code."""
     for cause, uids in causes.items():
         names = ", ".join(uids[:3]) + (" ..." if len(uids) > 3 else "")
         print(f"skipped {len(uids)}: {cause}: {names}", file=sys.stderr)

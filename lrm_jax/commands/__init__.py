@@ -1,1 +1,1 @@
-"""The commands: arguments, messages and exit codes. `lrm_jax/__main__.py` calls them."""
+"""The commands: their arguments, messages and exit codes. `lrm_jax/__main__.py` calls them."""

@@ -1,4 +1,4 @@
-"""Arguments that several commands share, and checks of them."""
+"""Arguments that several commands share, and their checks."""
 
 import argparse
 
@@ -6,20 +6,20 @@ from lrm_jax.types import InputError
 
 # The help of --weights.
 WEIGHTS = (
-    "model file, checkpoint of TripoSR, OpenLRM or LVSM, folder with one, training run (runs/x, or runs/x@5000 at a step), or "
-    "hf:ORG/NAME (default: the small bundled model)"
+    "model file, checkpoint of TripoSR, OpenLRM or LVSM, folder that holds one, training run (runs/x, or runs/x@5000 for step "
+    "5000), or hf:ORG/NAME (default: the small bundled model)"
 )
 
 
 def parser(name: str, about: str) -> argparse.ArgumentParser:
-    """A parser whose --help shows `about`, the docstring of a command, as it is."""
+    """A parser whose --help shows `about`, a command's docstring, without reflowing it."""
     return argparse.ArgumentParser(
         prog=name, description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
 
 def check_ranges(args: argparse.Namespace, **limits: tuple[float, float]) -> None:
-    """Raises InputError if an argument is outside its (low, high). An argument that is None is not checked."""
+    """Raises InputError if an argument is outside its (low, high). None is always accepted."""
     for name, (low, high) in limits.items():
         value = getattr(args, name)
         if value is not None and not low <= value <= high:

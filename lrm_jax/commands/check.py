@@ -1,17 +1,17 @@
-"""`lrm check`: tell whether a checkpoint is what it should be.
+"""Check whether a checkpoint looks right: what it is, what had to be assumed, and what it makes of images.
 
     lrm check                                     the bundled model
-    lrm check model.ckpt chair.png                a checkpoint, with an image of yours
+    lrm check model.ckpt chair.png                a checkpoint, with an image of your own
     lrm check scene_decoder_only_256.pt garden    LVSM, with a folder of posed images
 
-Prints what the model is, what of it was assumed, and what was found, a line each: `ok`, `!!` for what does not look right, `--` for
-what is told only. The image and the bundled examples are reconstructed; each given view is rendered and compared with its image, and
-the field and the surface are looked at. The median over the images is judged, so that one hard image does not condemn a model.
+Prints one line for each check: `ok`, `!!` if something does not look right, or `--` for information. The image and the bundled
+examples are reconstructed. Each is rendered from the camera of its image and compared with the image, and the field and its surface
+are measured. The median over the images is judged, so a single difficult image does not fail a good checkpoint.
 
-The last line is the verdict: `looks right`, or `does not look right:` and why. It is no proof. Damage that hardly changes what the
-model makes of the examples is not found, and nothing is compared with the PyTorch original.
+The last line is the verdict: `looks right`, or `does not look right:` and the first causes. It is not a proof: damage that barely
+changes the reconstructions of the examples is not found, and the PyTorch original is not run for comparison.
 
-Exit codes: 0 looks right, 1 does not look right, 2 could not be checked, or bad usage.
+Exit code: 0 looks right; 1 does not look right; 2 could not be checked, or wrong usage.
 """
 
 import argparse
@@ -58,9 +58,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     # fmt: off
     add("weights", nargs="?", help=arguments.WEIGHTS)
     add("image", nargs="?", type=Path, help="an image of an object; for LVSM a folder of posed images (default: a bundled example; for LVSM none)")
-    add("--resolution", type=int, default=64, help="grid points along an axis of the cube that the field and the mesh are looked at in (default: 64)")
+    add("--resolution", type=int, default=64, help="grid points along each axis, for the field and the mesh (default: 64)")
     add("--size", type=int, default=128, help="pixels along a side of the rendered views (default: 128)")
-    add("--json", type=Path, metavar="FILE", help="also write all numbers to FILE")
+    add("--json", type=Path, metavar="FILE", help="also write all numbers to this JSON file")
     # fmt: on
     args = parser.parse_args(argv)
     arguments.check_ranges(args, resolution=(16, 256), size=(32, 1024))
@@ -74,7 +74,7 @@ def verdict_of(found: list[Finding]) -> str:
         more = f", and {len(causes) - 3} more" if len(causes) > 3 else ""
         return f"does not look right: {'; '.join(causes[:3])}{more}"
     unseen = any(x.name == "views" and x.ok is None for x in found)
-    return "looks right" + (", as far as the tensors tell" if unseen else "")
+    return "looks right" + (", judging by the tensors alone" if unseen else "")
 
 
 def check(args: argparse.Namespace, stages: messages.Stages, summary: dict) -> list[Finding]:
@@ -83,7 +83,7 @@ def check(args: argparse.Namespace, stages: messages.Stages, summary: dict) -> l
         with stages("load", f" {args.weights or 'the bundled model'}"):
             model = api.load(args.weights)
     except InputError as error:
-        # A name that is wrong tells nothing of a checkpoint; a file that is there and cannot be loaded does.
+        # A wrong path says nothing about a checkpoint; a file that exists but cannot be loaded does.
         if args.weights is None or not Path(args.weights).expanduser().exists():
             raise
         return [Finding(False, "load", str(error), "it cannot be loaded")]
@@ -102,7 +102,7 @@ def check(args: argparse.Namespace, stages: messages.Stages, summary: dict) -> l
 
 
 def identity(model: api.Model, count: int) -> list[Finding]:
-    """What the model is, and what of it nobody has told."""
+    """What the model is, and what had to be assumed."""
     info = model.info
     text = f"{info['family']}, variant {info['variant']}, {count / 1e6:.1f} M parameters, images of {model.module.image_size} pixels"  # fmt: skip
     found = [Finding(None, "model", text), Finding(None, "file", str(info["path"]))]
@@ -128,7 +128,7 @@ def of_images(model: api.Model, args, stages, summary: dict) -> list[Finding]:
     knows_camera = model.info["family"] == "lrm" or bool(model.info["training"])
     found = checks.judged(measured, model.module.surface_level, knows_camera)
     with stages("mesh"):
-        return [*found, checks.mesh(scenes[str(paths[0])], args.resolution)]
+        return [*found, checks.mesh(list(scenes.values()), args.resolution)]
 
 
 def of_capture(model: api.Model, args, stages, summary: dict) -> list[Finding]:

@@ -1,13 +1,13 @@
-"""`lrm convert`: checkpoints between PyTorch's layouts and ours.
+"""Convert a PyTorch checkpoint to a model file of lrm_jax, or back.
 
-    lrm convert model.ckpt triposr.safetensors          a reference's checkpoint to our model file
-    lrm convert triposr.safetensors folder --to torch   and back, to the bit
-    lrm convert vgg16-397923af.pth lpips_vgg16.safetensors --linear vgg.pth     the network of the loss and metric LPIPS
+    lrm convert model.ckpt triposr.safetensors          a PyTorch checkpoint to a model file
+    lrm convert triposr.safetensors folder --to torch   and back, bit for bit
+    lrm convert vgg16-397923af.pth lpips_vgg16.safetensors --linear vgg.pth     the network of LPIPS, as loss and metric
     lrm convert imagenet-vgg-verydeep-19.mat vgg19.safetensors                  the network of LVSM's perceptual loss
 
-Our model file is a safetensors file: parameters by their dotted path, and in its metadata the family, its fields and a summary
-of the training. --to torch writes these beside the reference's own files, as lrm_jax.json, so that the way back gives the same
-model. An encoder alone is written as transformers' from_pretrained loads it.
+A model file is a safetensors file. It names parameters by their dotted path; its metadata holds the model family, the family's
+fields and a summary of the training. With --to torch, this metadata goes to lrm_jax.json, beside the files that the PyTorch code
+loads, so that converting back gives the same model. An encoder alone is written in the format of transformers' from_pretrained.
 """
 
 import argparse
@@ -31,28 +31,26 @@ def main(argv: list[str]) -> int:
     args = parse(argv)
     dst = Path(args.dst)
     if args.to == "torch" and (dst.is_file() or dst.suffix in SUFFIXES):
-        raise InputError(
-            f"{dst}: --to torch writes a folder with weights and config: name a folder"
-        )
+        raise InputError(f"{dst} is a file name, but --to torch writes a folder: name a folder")
     if args.to == "torch" and args.dtype != "float32":
         raise InputError(
-            f"--dtype {args.dtype}: the references' files are float32: leave it out with --to torch"
+            f"--dtype {args.dtype} does not go with --to torch, which writes float32: leave it out"
         )
     if args.to == "torch" and (dst / "checkpoints").is_dir():
-        raise InputError(f"{dst}: the folder of a training run: name another for its export")
+        raise InputError(f"{dst} is the folder of a training run: name another folder")
     if args.force and args.to != "torch":
-        raise InputError("--force is of --to torch: leave it out")
+        raise InputError("--force has no effect without --to torch: leave it out")
     network = lpips if args.linear is not None else None
     network = perceptual if network is None and args.src.endswith(".mat") else network
     if network is not None and (args.to, args.dtype) != ("lrm_jax", "float32"):
         raise InputError(
-            f"{args.src}: a loss's network is kept as float32 and for lrm_jax only: leave out --to and --dtype"
+            f"{args.src}: the network of a loss is written as float32 and only for lrm_jax: leave out --to and --dtype"
         )
     if args.to == "lrm_jax" and dst.is_dir():
         dst = dst / f"{'model' if network is None else network.NETWORK}.safetensors"
     if args.to == "lrm_jax" and dst.suffix != ".safetensors":
         raise InputError(
-            f"{dst}: a model file's name ends in .safetensors: rename it, or add --to torch"
+            f"{dst}: the name of a model file must end in .safetensors: change it, or add --to torch"
         )
     stages = Stages()
     if network is not None:
@@ -83,42 +81,43 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "src",
-        help="a model file, a reference's checkpoint (TripoSR, OpenLRM 1.0 and 1.1, LVSM, DINO, DINOv2; its config.yaml or config.json"
-        " is read from the same folder), a folder with one, a training workdir, WORKDIR@STEP, hf:ORG/NAME, or hf:ORG/NAME/FILE",
+        help="model file, PyTorch checkpoint (TripoSR, OpenLRM 1.0 and 1.1, LVSM, DINO, DINOv2; its config.yaml or "
+        "config.json must be in the same folder), folder that holds one, training run (WORKDIR, or WORKDIR@STEP), hf:ORG/NAME or "
+        "hf:ORG/NAME/FILE",
     )
     parser.add_argument(
         "dst",
-        help="the model file to write, *.safetensors; with --to torch the folder to write into",
+        help="model file to write, *.safetensors; with --to torch, folder to write to",
     )
     parser.add_argument(
         "--to", choices=("lrm_jax", "torch"), default="lrm_jax",
-        help="lrm_jax: our model file; torch: the weights and config that the PyTorch reference loads (default: %(default)s)",
+        help="lrm_jax: a model file; torch: weights and config for the original PyTorch code (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--dtype", choices=("float32", "float16", "bfloat16"), default="float32",
-        help="number format of the model file; the 16-bit ones halve it and round (default: %(default)s)",
+        help="number format of the model file; 16-bit formats halve its size and round the weights (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--force", action="store_true",
-        help="with --to torch: write also what the reference's code cannot load, for lrm_jax to read back",
+        help="with --to torch: write the model even if the PyTorch code cannot load it; lrm_jax can still read it back",
     )  # fmt: skip
     parser.add_argument(
         "--linear", metavar="FILE",
-        help="LPIPS's linear heads, lpips/weights/v0.1/vgg.pth of the PyPI package lpips; src is then torchvision's VGG16",
+        help="linear heads of LPIPS: lpips/weights/v0.1/vgg.pth from the PyPI package lpips. src is then torchvision's VGG16",
     )  # fmt: skip
     return parser.parse_args(argv)
 
 
 def convert_network(network: ModuleType, files: list[str], dst: Path) -> None:
-    """Writes the network of a loss.
+    """Converts the network of a loss.
 
     Args:
-      network: `lpips`, or `perceptual`.
-      files: torchvision's VGG16 and LPIPS's heads; or MatConvNet's VGG19.
+      network: the module `lpips` or `perceptual`.
+      files: for `lpips`, torchvision's VGG16 and the linear heads; for `perceptual`, MatConvNet's VGG19.
       dst: the file to write.
 
     Raises:
-      InputError: a file that is missing, damaged, or something else.
+      InputError: a file is missing, damaged, or not what is expected.
     """
     contents = [tensor_files.read(Path(file).expanduser())[0] for file in files]
     try:

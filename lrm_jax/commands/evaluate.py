@@ -1,18 +1,18 @@
-"""Compare a model with ground truth: held-out views and surfaces of objects, or held-out views of scenes.
+"""Compare a model with held-out views and true surfaces of objects, or with held-out views of scenes.
 
     lrm evaluate --data data/kaykit --split val --baseline-data data/kaykit         the bundled model
     lrm evaluate --weights hf:stabilityai/TripoSR --data data/gso --lpips lpips_vgg16.safetensors
     lrm evaluate --weights scene_decoder_only_256.pt --data data/re10k --index evaluation_index_re10k.json
 
-Objects (--data): the model is given one view of each object, or as many as in training if its family takes posed views (LVSM).
-The model's renderings are compared with other views (PSNR, SSIM, LPIPS, foreground IoU), and its mesh with points of the true
-surface (Chamfer distance, F-scores). The baseline is the mean object: the mean of the images and sizes of other objects.
+Objects (--data): the model gets one view of each object, or, if its family takes posed views (LVSM), as many as in training. Its
+renderings are compared with other views (PSNR, SSIM, LPIPS, foreground IoU), and its mesh with points on the true surface
+(Chamfer distance, F-scores). The baseline is the mean object: the mean image and the mean size of other objects.
 
-Scenes (--data with --index): the index names the views that the model is given and the views that it must predict. All its scenes
-are evaluated. The baseline is the given image whose camera is nearest.
+Scenes (--data with --index): the index file names the views that the model gets and the views that it must predict, for every
+scene. The baseline is the given image with the nearest camera.
 
-Prints a table and writes `evaluation.json` and `evaluation.html` to --out. An object that cannot be used is named on stderr and left
-out of the means. If the model makes no surface of an object, its F-scores are 0.
+Prints a table and writes `evaluation.json` and `evaluation.html` to --out. Objects that cannot be used are named on stderr and
+left out of the means. If the model finds no surface, the F-scores of that object are 0.
 
 Exit code: 0 every object was evaluated; 1 some could not be used, the others are evaluated; 2 none could be used, or wrong usage.
 """
@@ -85,25 +85,25 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--data",
         type=Path,
         required=True,
-        help="folder of rendered objects, as tools/render_objects.py writes it; with --index, folder of scenes",
+        help="folder of rendered objects, from tools/render_objects.py; with --index, folder of scenes",
     )
     add(
         "--index",
         metavar="FILE",
-        help="evaluate scenes: pixelSplat's JSON file that names the views of each. The model must take posed views",
+        help="evaluate scenes: pixelSplat's JSON file, which names the views of each scene. The model must take posed views",
     )
     add(
         "--sources",
         type=int,
-        help="number of views of an object that the model is given, if its family takes posed views (default: as in training)",
+        help="number of views of each object to give the model, if its family takes posed views (default: as in training)",
     )
     add("--weights", help=arguments.WEIGHTS)
-    add("--out", type=Path, default=Path("out"), help="write the results here (default: out)")
+    add("--out", type=Path, default=Path("out"), help="folder to write to (default: out)")
     add(
         "--split",
         choices=("all", "val", "train"),
         default="all",
-        help="objects to evaluate: val are those that `lrm train` holds out of this folder, train the others (default: all)",
+        help="objects to evaluate: val for those that `lrm train` holds out, train for the others (default: all)",
     )
     add(
         "--views",
@@ -114,32 +114,32 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add(
         "--size",
         type=int,
-        help="height and width of the compared images in pixels (default: 128; with --index, the size of the model's images)",
+        help="side of the compared images in pixels (default: 128; with --index, the image size of the model)",
     )
     add(
         "--resolution",
         type=int,
         default=128,
-        help="grid points along each axis when the mesh is extracted (default: 128)",
+        help="grid points along each axis for extracting the mesh (default: 128)",
     )
     add(
         "--lpips",
         metavar="FILE",
-        help=f"weights of LPIPS. Without this file LPIPS is not computed: {lpips.REMEDY}",
+        help=f"weights of LPIPS. Without them, LPIPS is not computed: {lpips.REMEDY}",
     )
     add(
         "--baseline-data",
         type=Path,
         metavar="DIR",
-        help="make the mean object of the training objects in this folder (default: of the other evaluated objects, which makes "
-        "the baseline better than it should be)",
+        help="average the training objects in this folder into the mean object (default: average the other evaluated objects, "
+        "which makes the baseline look better than it should)",
     )
     add(
         "--scale",
         choices=("data", "image"),
-        help="size of an object in the model's world. data: the size that it has in the data, for models that were trained so by "
-        "`lrm train`. image: the size that it appears to have in the image, seen by the camera that the model assumes, for "
-        "reference checkpoints and for models trained with data.normalize=image (default: as the model was trained)",
+        help="size of an object in the model's world. data: its size in the data, for models that `lrm train` trained that way. "
+        "image: its size in the image, as seen by the camera that the model assumes, for PyTorch checkpoints and for models "
+        "trained with data.normalize=image (default: as the model was trained)",
     )
     args = parser.parse_args(argv)
     for name in ("split", "views", "sources", "resolution", "scale", "baseline_data"):
@@ -154,7 +154,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def tell(skipped: dict[str, str]) -> None:
-    """Says on stderr which objects are left out, of all means or of some: one line for each cause."""
+    """Prints to stderr which objects are left out of some or all means: one line per cause."""
     by_cause = {}
     for uid, cause in skipped.items():
         by_cause.setdefault(cause, []).append(uid)

@@ -1,15 +1,15 @@
-"""`lrm reconstruct`: images in, 3D meshes, contact sheets, viewer pages and videos out.
+"""Reconstruct objects from images: writes 3D meshes, contact sheets, viewer pages and videos.
 
-    lrm reconstruct                                              the bundled examples with the bundled model
+    lrm reconstruct                                              the bundled examples, with the bundled model
     lrm reconstruct chair.png photos/ --weights hf:stabilityai/TripoSR --video
 
-Writes one folder per image, `out/<image>/`, with `mesh.glb` (and the other formats), `contact_sheet.png` (the image, views around
-the object, depth and normals), `viewer.html` (opens in any browser, without a network) and with --video `turntable.mp4`; and
-`out/report.json` about all of them. All files of an image are written, or none.
+Each image gets a folder `out/<image>/` with `mesh.glb` (or the formats in --formats), `contact_sheet.png` (the image, views
+around the object, depth and normals), `viewer.html` (opens in any browser, without a network) and, with --video, `turntable.mp4`.
+`out/report.json` covers all images. Either all files of an image are written, or none.
 
-The side that the image shows faces the viewer: it looks along -y in `.ply` (z up), and along +z in `.glb` and `.obj` (y up).
+The side shown in the image faces -y in `.ply` (z up), and +z in `.glb` and `.obj` (y up).
 
-Exit codes: 0 all images done, 1 some failed, 2 none done, or bad usage.
+Exit code: 0 all images are done; 1 some failed, the others are done; 2 none is done, or wrong usage.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
     paths = load.find_images(args.images or [EXAMPLES])
     batch = min(args.batch or jax.local_device_count(), len(paths))
     images = read_images(paths, args.remove_background, stages, failures)
-    # A mistyped name is reported at once, not after the model has been loaded.
+    # Report a mistyped name at once, not after loading the model.
     first = list(itertools.islice(images, 1))
     summary = {"images": done, "failures": failures}
     if first:
@@ -75,24 +75,24 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = arguments.parser("lrm reconstruct", __doc__)
     add = parser.add_argument
     # fmt: off
-    add("images", nargs="*", metavar="IMAGE", help="images, or folders of them; without any, the bundled examples")
+    add("images", nargs="*", metavar="IMAGE", help="images, or folders of images (default: the bundled examples)")
     add("--out", type=Path, default=Path("out"), help="folder to write to (default: out)")
     add("--weights", help=arguments.WEIGHTS)
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="what the model computes in (default: float32)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="number format that the model computes in (default: float32)")
     add("--formats", default="glb", help=f"mesh formats, comma-separated: {', '.join(formats.FORMATS)} (default: glb)")
-    add("--resolution", type=int, default=256, help="grid points along an axis of the cube that the mesh is made in (default: 256)")
-    add("--level", type=float, help="value of the model's field at the surface; lower gives a fuller object (default: the model's)")
+    add("--resolution", type=int, default=256, help="grid points along each axis for extracting the mesh (default: 256)")
+    add("--level", type=float, help="value of the model's field at the surface; a lower value makes the object thicker (default: depends on the model)")
     add("--faces", type=int, metavar="N", help="reduce the mesh to about N triangles (default: keep all; with --texture 20000)")
-    add("--texture", type=int, metavar="N", help="an N x N texture instead of vertex colours; reduces the mesh to 20,000 triangles, or --faces")
-    add("--dense", action="store_true", help="evaluate the whole grid, not only around the surface: slower, and finds specks")
-    add("--views", type=int, default=8, help="views on the contact sheet (default: 8)")
-    add("--size", type=int, default=256, help="pixels along a side of the rendered views and of the video (default: 256)")
-    add("--elevation", type=float, metavar="DEGREES", help="of the camera that goes around the object (default: the image's)")
+    add("--texture", type=int, metavar="N", help="write an N x N texture instead of vertex colours; also reduces the mesh, see --faces")
+    add("--dense", action="store_true", help="evaluate the whole grid, not only around the surface: slower, but finds small separate pieces too")
+    add("--views", type=int, default=8, help="number of views on the contact sheet (default: 8)")
+    add("--size", type=int, default=256, help="side of the rendered views and of the video, in pixels (default: 256)")
+    add("--elevation", type=float, metavar="DEGREES", help="elevation of the camera that circles the object (default: that of the image)")
     add("--video", action="store_true", help="also write turntable.mp4")
-    add("--frames", type=int, default=72, help="frames of the video, 24 a second (default: 72)")
-    add("--recenter", action=argparse.BooleanOptionalAction, help="move the object to the middle of the image, to fill 85%% of it (default: as the model's original does)")
-    add("--remove-background", action="store_true", help="cut out the object with rembg where an image has no alpha channel")
-    add("--batch", type=int, help="images that go through the model together (default: one for each device)")
+    add("--frames", type=int, default=72, help="number of video frames, at 24 per second (default: 72)")
+    add("--recenter", action=argparse.BooleanOptionalAction, help="move the object to the centre of the image and scale it to fill 85%% (default: as the original PyTorch code does)")
+    add("--remove-background", action="store_true", help="cut out the object with rembg if an image has no alpha channel")
+    add("--batch", type=int, help="number of images to process together (default: one per device)")
     # fmt: on
     args = parser.parse_args(argv)
     args.formats = [x.strip() for x in args.formats.split(",")]
@@ -110,7 +110,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def read_images(
     paths: list[Path], remove_background: bool, stages: messages.Stages, failures: dict
 ) -> Iterator[tuple[str, Path, np.ndarray]]:
-    """Yields (folder name, path, uint8 [H W 4]) of all good images; reports the bad ones, and puts them in `failures`."""
+    """Yields (folder name, path, uint8 [H W 4]) of each good image. Reports bad ones and adds them to `failures`."""
     taken = {"report.json"}
     for path in paths:
         try:
@@ -127,7 +127,7 @@ def read_images(
 
 
 def fail(failures: dict, path: Path, error: InputError) -> None:
-    """One line for an image that is given up."""
+    """Reports an image that failed, in one line."""
     message = str(error) if str(path) in str(error) else f"{path}: {error}"
     failures[str(path)] = message
     print(f"lrm: error: {message}", file=sys.stderr, flush=True)
@@ -136,7 +136,7 @@ def fail(failures: dict, path: Path, error: InputError) -> None:
 def reconstruct(
     model: api.Model, group: list[tuple[str, Path, np.ndarray]], batch: int, args, stages, failures
 ) -> Iterator[tuple[tuple, dict[str, bytes]]]:
-    """Reconstructs up to `batch` images at once, and yields each with its files."""
+    """Reconstructs up to `batch` images at once. Yields each with its files."""
     prepared = []
     for image in group:
         try:
@@ -181,7 +181,7 @@ def files_of(name: str, scene: api.Scene, args, stages) -> dict[str, bytes]:
 
 
 def contact_sheet(name: str, scene: api.Scene, path, on_sheet, white, kept) -> bytes:
-    """The image, and of each view on the sheet colour, depth and normals."""
+    """A PNG of the image, and of the colour, depth and normals of each view on the sheet."""
     alpha, depth = (np.stack([getattr(x, key) for x in kept]) for key in ("alpha", "depth"))
     some = jax.tree.map(lambda x: np.asarray(x)[on_sheet], path)
     rays = jax.tree.map(np.asarray, ops_cameras.pixel_rays(some, *alpha.shape[1:]))

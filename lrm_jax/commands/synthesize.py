@@ -1,24 +1,24 @@
-"""`lrm synthesize`: posed images of a scene in, a video along a camera path out.
+"""Render a video along a camera path from posed images of a scene.
 
     lrm synthesize --source garden --weights scene_decoder_only_256.pt --out out
     lrm synthesize --source garden --weights runs/lvsm --views 0,3,7 --path spiral --frames 120
 
-The source folder has `transforms.json` (NeRF, instant-ngp, nerfstudio: OpenGL axes), or COLMAP's `sparse/0` and `images/`. Images
-are resized, and cropped to the middle square of the model's size. Paths:
+The source folder must hold `transforms.json` (NeRF, instant-ngp, nerfstudio: OpenGL axes), or COLMAP's `sparse/0` and `images/`.
+Images are resized and centre-cropped to the square that the model takes. Paths:
 
     orbit        a full turn around the point that the cameras look at, at their mean height and distance
     spiral       two turns around the mean camera, looking where the cameras look
-    interpolate  through the source cameras in their order: a Catmull-Rom spline, rotations by slerp
-    FILE         the poses of a transforms.json, in the world of the source
+    interpolate  through the source cameras in order: a Catmull-Rom spline for positions, slerp for rotations
+    FILE         the poses in a transforms.json, in the world of the source
 
-Frames of orbit, spiral and FILE have the mean intrinsics of the source images. Writes `out/frames/0000.png` ..., `synthesis.mp4`,
-`contact_sheet.png`, `report.json`, and `path.json`: the frames' poses as a transforms.json, in the world of the source.
+Frames of orbit, spiral and FILE use the mean intrinsics of the source images. Writes `out/frames/0000.png` ..., `synthesis.mp4`,
+`contact_sheet.png`, `report.json`, and `path.json`: the poses of the frames as a transforms.json, in the world of the source.
 
-The model's world is the one that it was trained in. Trained on scenes (as the references' checkpoints): the mean source camera is at
-the origin, and the largest coordinate of a camera is 1 / 1.35. Trained on objects by `lrm train`: the world of the poses, with the
-object around the origin, turned as `data.normalize` of the training says.
+Poses are moved to the world in which the model was trained. For models trained on scenes (such as the published checkpoints), the
+mean source camera is at the origin and the largest coordinate of any camera is 1 / 1.35. For models that `lrm train` trained on
+objects, the poses must be in a world with the object around the origin; it is rotated as `data.normalize` says.
 
-Exit codes: 0 done, 2 nothing done, or bad usage.
+Exit code: 0 done; 2 nothing is done, or wrong usage.
 """
 
 import argparse
@@ -73,16 +73,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = arguments.parser("lrm synthesize", __doc__)
     add = parser.add_argument
     # fmt: off
-    add("--source", type=Path, required=True, metavar="DIR", help="folder of posed images: transforms.json, or COLMAP's sparse/0 and images/")
-    add("--weights", required=True, help="checkpoint, model file, folder, training run, or hf:ORG/NAME/FILE, of a family that takes posed images (LVSM)")
+    add("--source", type=Path, required=True, metavar="DIR", help="folder of posed images: with transforms.json, or with COLMAP's sparse/0 and images/")
+    add("--weights", required=True, help="model file, checkpoint, folder that holds one, training run, or hf:ORG/NAME/FILE; the model must take posed images (LVSM)")
     add("--out", type=Path, default=Path("out"), help="folder to write to (default: out)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="what the model computes in (default: float32)")
-    add("--views", help=f"images that the model is given: how many, evenly spread, or which ones, as 0,3,7, numbered in the order of their names (default: all, at most {captures.MAX_VIEWS})")
-    add("--path", default="interpolate", metavar="|".join((*camera_paths.PATHS, "FILE")), help="where the camera goes (default: interpolate)")
-    add("--frames", type=int, default=60, help="frames of the path; has no effect with a FILE (default: 60)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="number format that the model computes in (default: float32)")
+    add("--views", help=f"images to give the model: a number, for as many evenly spread images; or a list such as 0,3,7, counted in order of file name (default: all, at most {captures.MAX_VIEWS})")
+    add("--path", default="interpolate", metavar="|".join((*camera_paths.PATHS, "FILE")), help="path of the camera (default: interpolate)")
+    add("--frames", type=int, default=60, help="number of frames; has no effect if the path is a FILE (default: 60)")
     add("--fps", type=float, default=24.0, help="frames per second of the video (default: 24)")
-    add("--batch", type=int, default=4, help="frames that each device renders together (default: 4)")
-    add("--convention", choices=tuple(conventions.MEANINGS), help="axes and direction of the poses in DIR and FILE, where they differ from their format's: opengl-c2w in a transforms.json, opencv-w2c in COLMAP's files")
+    add("--batch", type=int, default=4, help="number of frames that each device renders at once (default: 4)")
+    add("--convention", choices=tuple(conventions.MEANINGS), help="axes and direction of the poses in DIR and FILE, if they are not the usual ones of their format: opengl-c2w in transforms.json, opencv-w2c in COLMAP's files")
     # fmt: on
     args = parser.parse_args(argv)
     arguments.check_ranges(args, frames=(1, 10_000), fps=(0.1, 1000), batch=(1, 1024))
@@ -96,7 +96,7 @@ def write(
     frames: np.ndarray,
     path: camera_paths.CameraPath,
 ) -> None:
-    """All files but the report."""
+    """Writes all files except the report."""
     shown = np.linspace(0, len(frames) - 1, len(images)).round().astype(int)
     rows = {"source": images, "rendered": frames[shown]}
     columns = [f"view {v}, frame {f}" for v, f in zip(capture.views, shown, strict=True)]
@@ -110,7 +110,7 @@ def write(
     names = [f"{i:04}.png" for i in range(len(frames))]
     folder = args.out / "frames"
     whole_files.write_files(folder, dict(zip(names, map(png.png, frames), strict=True)))
-    # Of an earlier, longer run: they would pass for the end of this one.
+    # Delete frames of an earlier, longer run: they would look like the end of this one.
     for old in folder.glob("[0-9]" * 4 + ".png"):
         if old.name not in names:
             old.unlink()

@@ -1,25 +1,26 @@
-"""Train a model from a config, or find out whether a run fits in memory.
+"""Train a model from a config, or check whether a run fits in memory.
 
     lrm train --config configs/nano.py --workdir runs/nano --config.train.steps=100
     lrm train --config configs/nano.py --dry_run
     lrm train --config configs/nano.py --help
 
-The same command resumes a run from the last checkpoint in its workdir, bit for bit. The device mesh and the number of processes
-may have changed. The workdir holds:
+To resume a run from its last checkpoint, bit for bit, repeat the command. The device mesh and the number of processes may differ.
+The workdir holds:
 
-    metrics.jsonl        one JSON object a line: `step`, `train/loss` and each term of the loss; the scores of an evaluation are a
-                         line of their own: `val/psnr` of views that were not given to the model, `val/source_psnr` of those that
-                         were; the same numbers are written for TensorBoard
-    checkpoints/         parameters, their running mean, optimiser, step, random key and place in the data
+    metrics.jsonl        one JSON object per line: `step`, `train/loss` and each term of the loss. The scores of an evaluation
+                         have a line of their own: `val/psnr` for views that the model was not given, `val/source_psnr` for views
+                         that it was given. TensorBoard files hold the same numbers
+    checkpoints/         parameters, their running mean, optimiser, step, random key and position in the data
     grids/               images of up to eight held-out scenes: the source, then target, rendering and depth of each view
     config.json          the config
     parameters.txt       names, shapes and sizes of the parameters
-    model.safetensors    the model, written at the end; before that, `lrm convert WORKDIR FILE` makes it from a checkpoint
+    model.safetensors    the model, written at the end. To get it earlier, run `lrm convert WORKDIR FILE`
 
-SIGTERM saves a checkpoint and exits; with several processes at the next multiple of `log_every` steps. Slurm, GKE and Cloud TPU
-start several processes without flags; elsewhere give each process --coordinator, --num_processes and --process_id.
+On SIGTERM or Ctrl-C, the run saves a checkpoint and exits; with several processes, at the next multiple of `log_every` steps. On
+Slurm, GKE and Cloud TPU, several processes need no flags. Elsewhere, give each --coordinator, --num_processes and --process_id.
 
-Exit code: 0 trained, or the dry run fits; 1 the dry run does not fit; 2 wrong usage or input; 130 interrupted; 143 saved after SIGTERM.
+Exit code: 0 trained, or the dry run fits; 1 the dry run does not fit; 2 wrong usage or input; 130 interrupted; 143 saved after
+SIGTERM or Ctrl-C.
 """
 
 import contextlib
@@ -47,7 +48,7 @@ from lrm_jax.weights.references import what_it_is
 
 
 def main(argv: list[str]) -> int:
-    """Runs `lrm train`. Returns the exit code: 0; 1 if a dry run does not fit; 143 if SIGTERM ended the run after saving it."""
+    """Runs `lrm train`. Returns the exit code: 0; 1 if a dry run does not fit; 143 if a signal ended the run, which is saved."""
     if {"-h", "--help"} & set(argv):
         print(train_flags.help_text(argv, __doc__))
         return 0
@@ -58,7 +59,7 @@ def main(argv: list[str]) -> int:
     if only_compile:
         return dry_run(config, device_mesh)
     networks = losses.load_networks(config.losses, config.networks)
-    peak_rate = flops.peak_rate()  # before the loader's threads and the first program run
+    peak_rate = flops.peak_rate()  # measured before the loader's threads and the first program run
     data = open_data(*batch_axes.process_slice(device_mesh), **config.data)
     run = make_run(config, device_mesh)
     # Before anything is written to the workdir.
@@ -94,7 +95,7 @@ def main(argv: list[str]) -> int:
 
 
 def dry_run(config: ConfigDict, device_mesh: Mesh) -> int:
-    """Compiles both programs of a run and prints the memory that they need. Returns the exit code: 1 if one does not fit."""
+    """Compiles both programs of a run and prints how much memory they need. Returns the exit code: 1 if one does not fit."""
     limit = (device_mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
     fits = True
     for name, traced in trace_programs(config, device_mesh).items():
@@ -114,19 +115,19 @@ def dry_run(config: ConfigDict, device_mesh: Mesh) -> int:
 
 
 class Arguments(NamedTuple):
-    """What the command line says."""
+    """The parsed command line."""
 
     config: ConfigDict
-    workdir: Path | None  # None: --dry_run without one
+    workdir: Path | None  # None: --dry_run without --workdir
     processes: dict  # arguments of `processes.start`
     dry_run: bool
 
 
 def parse(argv: list[str]) -> Arguments:
-    """The config, with what replaces its values, and the other flags.
+    """The config, with the values that flags override, and the other flags.
 
     Raises:
-      InputError: see `train_flags.read`; or no config, or no workdir.
+      InputError: as in `train_flags.read`; or there is no config or no workdir.
     """
     values = train_flags.read(argv)
     if values.config is None or (values.workdir is None and not values.dry_run):
@@ -137,10 +138,10 @@ def parse(argv: list[str]) -> Arguments:
 
 
 def claim(workdir: Path, config: ConfigDict) -> None:
-    """Writes `config.json` into the workdir. If the workdir holds a run, its model must be the same; the rest may differ.
+    """Writes `config.json` to the workdir. If the workdir holds a run already, its model must be the same; the rest may differ.
 
     Raises:
-      InputError: it holds a run of another model, or something else.
+      InputError: the workdir holds a run of another model, or its config.json is not that of a run.
     """
     path = workdir / "config.json"
     if path.exists():

@@ -1,4 +1,4 @@
-"""The flags of `lrm train`: how they are read, and the help that is made from them."""
+"""The flags of `lrm train`: their parser and their help."""
 
 import re
 import sys
@@ -17,22 +17,22 @@ usage: lrm train --config FILE --workdir FOLDER [--config.KEY=VALUE ...] [flags]
        lrm train --config FILE --help"""
 LIST_KEYS = "List the keys of a config with their values: lrm train --config FILE --help"
 OF_CONFIG = {
-    "--config FILE": "Python file with a function get_config(), as configs/nano.py. FILE:NAME calls get_config(NAME): "
-    "configs/nano.py:tiny is a few steps of a tiny model, to try things out.",
-    "--config.KEY VALUE": "Replace one value of the config, as --config.train.steps=100. Quote tuples: "
+    "--config FILE": "Python file with a function get_config(), such as configs/nano.py. FILE:NAME calls get_config(NAME). "
+    "To try things out, configs/nano.py:tiny trains a tiny model for a few steps.",
+    "--config.KEY VALUE": "Override one value of the config, for example --config.train.steps=100. Quote tuples: "
     '"--config.data.mix=(3,1)". --config FILE --help lists the keys.',
 }
 FLAGS = {
-    "workdir": (flags.DEFINE_string, "FOLDER", "Write the run to this folder, or resume the one that it holds."),
-    "dry_run": (flags.DEFINE_bool, "", "Compile the training step and the evaluation, print the memory that each needs on a device, and exit with code 1 if one does not fit."),
-    "coordinator": (flags.DEFINE_string, "HOST:PORT", "Address of process 0, for a run of several processes outside Slurm, GKE and Cloud TPU. Needs the next two flags."),
-    "num_processes": (flags.DEFINE_integer, "N", "Number of processes of the run. 1: do not look for others."),
-    "process_id": (flags.DEFINE_integer, "I", "Number of this process, from 0 to N - 1."),
+    "workdir": (flags.DEFINE_string, "FOLDER", "Write the run to this folder, or resume the run in it."),
+    "dry_run": (flags.DEFINE_bool, "", "Compile the training step and the evaluation, print how much memory each needs per device, and exit with code 1 if one does not fit."),
+    "coordinator": (flags.DEFINE_string, "HOST:PORT", "Address of process 0, for a run with several processes outside Slurm, GKE and Cloud TPU. Needs the next two flags."),
+    "num_processes": (flags.DEFINE_integer, "N", "Number of processes in the run. 1: do not look for others."),
+    "process_id": (flags.DEFINE_integer, "I", "Index of this process, from 0 to N - 1."),
 }  # fmt: skip
 
 
 def read(argv: list[str]) -> flags.FlagValues:
-    """The values of FLAGS, and `config` with the values that replace its own. What is not given is None.
+    """The values of FLAGS, and `config` with its overridden values. Flags that are not given are None.
 
     Raises:
       InputError: an unknown flag or config key, a value of the wrong type, or a config that cannot be loaded.
@@ -42,7 +42,7 @@ def read(argv: list[str]) -> flags.FlagValues:
         if path.suffix == ".py":
             if not path.is_file():
                 raise InputError(f"{path}: no such config: check the path")
-            # A config starts from its siblings, or from those of the repository: `configs.common`.
+            # A config may import its siblings, as `common` or as `configs.common`.
             sys.path[:0] = [str(folder) for folder in path.absolute().parents[:2]]
     values = flags.FlagValues()
     argv = ["lrm train", *argv]
@@ -51,7 +51,7 @@ def read(argv: list[str]) -> flags.FlagValues:
         define(name, None, text, flag_values=values)
     try:
         rest = values(argv)[1:]
-    except Exception as error:  # a config is a program
+    except Exception as error:  # a config is a program: it can raise anything
         raise InputError(_cause(error)) from None
     if rest:
         raise InputError(f"lrm train: unknown argument {rest[0]!r}: flags begin with --")
@@ -59,7 +59,7 @@ def read(argv: list[str]) -> flags.FlagValues:
 
 
 def _cause(error: Exception) -> str:
-    """One line on what is wrong with the flags or the config."""
+    """What is wrong with the flags or the config, in one line."""
     text = str(error).strip()
     if near := re.search(r'Did you mean "(\w+)" instead of "(\w+)"', text):
         return f"the config has no key {near[2]!r}: did you mean {near[1]!r}?"
@@ -70,7 +70,7 @@ def _cause(error: Exception) -> str:
         remedy = f"did you mean --{near[1]}?" if near else "see lrm train --help"
         return f"lrm train: unknown flag --{error.flagname}: {remedy}"
     remedy = "check it against the config file"
-    if "Traceback" in text:  # of a config file
+    if "Traceback" in text:  # raised by a config file
         text = text.splitlines()[-1]
     elif isinstance(error, flags.Error) and "--config." not in text:
         remedy = "see lrm train --help"
@@ -81,10 +81,10 @@ def _cause(error: Exception) -> str:
 
 
 def help_text(argv: list[str], description: str) -> str:
-    """The help, and every key of the config if one is given.
+    """The help, with every key of the config if one is given.
 
     Raises:
-      InputError: see `read`.
+      InputError: as in `read`.
     """
     argv = [arg for arg in argv if arg not in ("-h", "--help")]
     named = {f"--{name} {metavar}".rstrip(): text for name, (_, metavar, text) in FLAGS.items()}

@@ -1,4 +1,4 @@
-"""What computed a result: versions and devices."""
+"""The software versions and devices that computed a result."""
 
 import platform
 
@@ -10,7 +10,7 @@ import lrm_jax
 
 
 def versions() -> dict[str, str]:
-    """What computed this."""
+    """The versions and devices, by name."""
     return {
         "lrm_jax": lrm_jax.__version__,
         "jax": jax.__version__,

@@ -1,6 +1,6 @@
-"""The element of one object: which of its views are given and predicted, cropped and resized, in which world.
+"""Makes the element of one object: chooses source and target views, crops and resizes them, and normalizes the world.
 
-All of it is NumPy: this runs in the loader's processes, where jax would take the accelerator.
+This is all NumPy: it runs in the loader's processes, where JAX would allocate the accelerator.
 """
 
 import dataclasses
@@ -16,22 +16,22 @@ from lrm_jax.types import Batch, Cameras, InputError, Views
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How an element is made from an object's views: fields of a source's `make` that all sources of objects share.
+    """How to make an element from an object's views: fields of `make` that all sources of objects share.
 
-    num_target: views besides the sources; the target views are the sources (uncropped), then these.
+    num_target: number of views besides the sources. The target views are the sources (uncropped), then these.
     source_size, target_size: sides of the square images, pixels.
-    num_source: views that are given.
-    source_elevation: degrees; the sources are drawn from the views within. None: from all.
-    foreground_ratio: the sources are cropped to the object, which fills this share of the square (TripoSR: 0.85), and
-      their cameras are those of the crops; None keeps the whole images.
-    normalize: "azimuth": the world is turned about z so that the first source's camera is at azimuth 0, above or below
-      the +x axis, with the elevation and distance that it had (TripoSR). "source": all poses are multiplied from the left so that it
-      stands at (0, -d, 0), with the distance d that it had, and looks along +y with z up (LRM, OpenLRM). "image": turned
-      about z, moved and scaled until the first source looks as if taken by `assumed_camera` (`ops.cameras.image_motion`). None:
-      the world is as it was.
-    assumed_camera: (distance, vertical field of view in degrees) of the camera that the model takes an image to be taken by; of
-      "image" alone.
-    mirror: every other element on average is mirrored in the vertical plane through the first source's camera.
+    num_source: number of views that the model is given.
+    source_elevation: (low, high), degrees: the sources are drawn from the views in this range. None: from all views.
+    foreground_ratio: the sources are cropped so that the object fills this share of the square (TripoSR: 0.85), and their
+      cameras are adjusted to the crops. None: the images stay whole.
+    normalize: how the world is moved. "azimuth": it is rotated about z until the first source camera is at azimuth 0, above or
+      below the +x axis; elevation and distance stay the same (TripoSR). "source": all poses are multiplied from the left so that
+      the first source camera is at (0, -d, 0), where d is its distance, and looks along +y with z up (LRM, OpenLRM). "image": it
+      is rotated about z, moved and scaled until the first source looks as if taken by `assumed_camera`
+      (`ops.cameras.image_motion`). None: it stays as it is.
+    assumed_camera: (distance, vertical field of view in degrees) of the camera that the model assumes for an image; only for
+      "image".
+    mirror: half of the elements, at random, are mirrored in the vertical plane through the first source camera.
     """
 
     num_target: int
@@ -46,10 +46,10 @@ class Recipe:
 
 
 def make_recipe(split: str, **fields) -> Recipe:
-    """The recipe with these fields for a split: only "train" is mirrored.
+    """The recipe for a split. Only "train" is ever mirrored.
 
     Raises:
-      InputError: no such field, or one that is out of its range.
+      InputError: a field does not exist, or is out of range.
     """
     try:
         recipe = Recipe(**fields)
@@ -75,7 +75,7 @@ def make_recipe(split: str, **fields) -> Recipe:
 
 
 def check_normalize(normalize: str | None, assumed_camera) -> None:
-    """Raises InputError where these are no fields of a Recipe."""
+    """Raises InputError if these are not valid fields of a Recipe."""
     if normalize not in ("azimuth", "source", "image", None):
         raise InputError(f"normalize {normalize!r}: must be azimuth, source, image or None")
     if normalize == "image" and (assumed_camera is None or len(assumed_camera) != 2):
@@ -86,7 +86,7 @@ def check_normalize(normalize: str | None, assumed_camera) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """Images of some views, as they are stored and drawn, with the cameras that see just them."""
+    """Images of some views, and the intrinsics of cameras that see exactly these images."""
 
     rgb: np.ndarray  # [V H W 3] uint8, straight
     alpha: np.ndarray  # [V H W] uint8
@@ -94,7 +94,7 @@ class Images:
 
 
 def in_band(c2w: np.ndarray, elevation: tuple[float, float] | None) -> np.ndarray:
-    """Which cameras c2w [V 4 4] stand at an elevation, in degrees, within the band: bool [V]."""
+    """Whether the elevation of each camera c2w [V 4 4] is in a range, in degrees: bool [V]."""
     if elevation is None:
         return np.ones(len(c2w), bool)
     eye = c2w[:, :3, 3]
@@ -103,16 +103,16 @@ def in_band(c2w: np.ndarray, elevation: tuple[float, float] | None) -> np.ndarra
 
 
 def lacking(num_in_band: int, num_views: int, recipe: Recipe) -> str | None:
-    """Why an object has too few views; None where it has enough."""
+    """Why an object has too few views, or None if it has enough."""
     if num_in_band < recipe.num_source:
         return (
             f"{num_in_band} views with an elevation in {recipe.source_elevation} "
-            f"for {recipe.num_source} sources"
+            f"are too few for num_source={recipe.num_source}"
         )
     if num_views < recipe.num_source + recipe.num_target:
         return (
-            f"{num_views} views for {recipe.num_source} sources and "
-            f"{recipe.num_target} other targets"
+            f"{num_views} views are too few for num_source={recipe.num_source} and "
+            f"num_target={recipe.num_target}"
         )
     return None
 
@@ -120,10 +120,10 @@ def lacking(num_in_band: int, num_views: int, recipe: Recipe) -> str | None:
 def draw(
     is_source: np.ndarray, recipe: Recipe, seed: int, position: int
 ) -> tuple[np.ndarray, np.ndarray, bool]:
-    """(source views, target views, whether to mirror) at a position, from an object whose view v may be a source where is_source[v].
+    """Draws (source views, target views, whether to mirror) for a position. View v may be a source if is_source[v].
 
     Raises:
-      InputError: too few views.
+      InputError: the object has too few views.
     """
     if cause := lacking(int(is_source.sum()), len(is_source), recipe):
         raise InputError(cause)
@@ -137,7 +137,7 @@ def draw(
 def assemble(
     source: Images, target: Images, c2w: np.ndarray, recipe: Recipe, mirrored: bool
 ) -> Batch:
-    """The element with these images, without the B axis. c2w [V 4 4]: of the target views, the sources among them first."""
+    """The element with these images, without the B axis. c2w [V 4 4]: poses of the target views, which begin with the sources."""
     motion = normalization.object_motion(
         c2w[0], source.fxfycxcy[0], recipe.normalize, recipe.assumed_camera
     )
@@ -158,14 +158,14 @@ def make(
     seed: int,
     position: int,
 ) -> Batch:
-    """The element at a position, of an object whose images are decoded only now.
+    """The element at a position. Decodes only the images that it needs.
 
     Args:
       read: view -> [H W 4] uint8 with straight alpha.
-      c2w, fxfycxcy: [V 4 4], [V 4] of all its views.
+      c2w, fxfycxcy: [V 4 4], [V 4] of all views of the object.
 
     Raises:
-      InputError: too few views, an image that `read` cannot read, an empty one.
+      InputError: there are too few views, or an image cannot be read or is empty.
     """
     views, targets, mirrored = draw(in_band(c2w, recipe.source_elevation), recipe, seed, position)
     shrunk, crops, boxes = [], [], []
@@ -191,17 +191,17 @@ def make(
 
 
 def shrink(rgba: np.ndarray, size: int) -> np.ndarray:
-    """A target image [size size 4]: the area average, of premultiplied colour (so Pillow resizes RGBA)."""
+    """A target image [size size 4]: the area average of premultiplied colour, which is how Pillow resizes RGBA."""
     return np.asarray(Image.fromarray(rgba).resize((size, size), Image.Resampling.BOX))
 
 
 def source_crop(
     rgba: np.ndarray, size: int, foreground_ratio: float | None, name: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A source image [size size 4], and its (top, left, height, width) as fractions of the whole.
+    """A source image [size size 4], and its (top, left, height, width) as fractions of the whole image.
 
     Raises:
-      InputError: see `recentered`.
+      InputError: as in `recentered`.
     """
     crop, box = recentered(rgba, foreground_ratio, name)
     image = Image.fromarray(crop).resize((size, size), Image.Resampling.BILINEAR)
@@ -211,10 +211,10 @@ def source_crop(
 def recentered(
     rgba: np.ndarray, foreground_ratio: float | None, name: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """An image cropped or padded to a square around its foreground, and where that square is, as `source_crop` has it.
+    """An image cropped or padded to a square around its foreground, and the square's place, in the form of `source_crop`.
 
     Raises:
-      InputError: the image, `name`, has no foreground to crop to.
+      InputError: the image has no foreground to crop to. The message starts with `name`.
     """
     if foreground_ratio is None:
         return rgba, np.array([0.0, 0.0, 1.0, 1.0])
@@ -228,10 +228,10 @@ def recentered(
 
 
 def _mirror(c2w: np.ndarray) -> np.ndarray:
-    """The cameras [V 4 4] of flipped images of the world mirrored in the vertical plane through view 0's camera.
+    """The poses [V 4 4] after mirroring the world in the vertical plane through the camera of view 0. The images are flipped.
 
-    With the reflection M = 1 - 2 n n^T, a point M p has in the camera M c2w diag(-1, 1, 1, 1) the coordinates that p has
-    in c2w, with x negated: the image is flipped left to right.
+    Let M = 1 - 2 n n^T be the reflection. In the camera M c2w diag(-1, 1, 1, 1), the point M p has the coordinates that p
+    has in c2w, but with x negated: the image is flipped left to right.
     """
     x, y = c2w[0, :2, 3]
     normal = np.array([-y, x, 0, 0]) / np.hypot(x, y) if x or y else np.eye(4)[1]

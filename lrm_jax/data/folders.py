@@ -1,7 +1,7 @@
-"""OpenLRM's folder layout, which `tools/render_objects.py` writes, read object by object.
+"""Reads OpenLRM's folder layout, which `tools/render_objects.py` writes, object by object.
 
     root/<uid>/rgba/000.png ...   sRGB with straight alpha
-    root/<uid>/pose/000.npy ...   [3 4] camera to world, Blender's camera axes, z-up world, object around the origin
+    root/<uid>/pose/000.npy ...   [3 4] camera to world, Blender's camera axes; world z up, object around the origin
     root/<uid>/intrinsics.npy     [3 2] (fx, fy), (cx, cy), (width, height) in pixels
 
 (https://github.com/3DTopia/OpenLRM/blob/3108b69/openlrm/datasets/objaverse.py#L53-L70)
@@ -31,7 +31,7 @@ def find(root: Path) -> list[str]:
     """The uids of the objects in a folder, sorted.
 
     Raises:
-      InputError: no such folder, or no object in it.
+      InputError: the folder does not exist, or holds no object.
     """
     if not root.is_dir():
         raise InputError(f"{root}: no such folder: render one with tools/render_objects.py")
@@ -42,13 +42,13 @@ def find(root: Path) -> list[str]:
     )
     if not uids:
         raise InputError(
-            f"{root}: no object (<uid>/rgba, pose, intrinsics.npy) in it: render some with tools/render_objects.py"
+            f"{root}: no object (<uid>/rgba, pose, intrinsics.npy) in this folder: render some with tools/render_objects.py"
         )
     return uids
 
 
 def fingerprint(root: Path, uids: list[str]) -> dict[str, list[tuple[str, int, int]]]:
-    """uid -> (name, size, time of change) of its files, which identify the contents."""
+    """uid -> (name, size, modification time) of its files, to identify their contents."""
     files = {}
     for uid in uids:
         folder = root / uid
@@ -62,7 +62,8 @@ def read_cameras(folder: Path) -> Cameras:
     """The cameras of one object.
 
     Raises:
-      InputError: a file is missing, damaged, of another shape, or not finite; named without the object.
+      InputError: a file is missing or damaged, or has the wrong shape or values that are not finite. The message does not name
+        the object.
     """
     images = tuple(sorted(folder.glob("rgba/*.png")))
     if not images:
@@ -83,7 +84,7 @@ def read_image(cameras: Cameras, view: int) -> np.ndarray:
     """[H W 4] uint8, sRGB with straight alpha.
 
     Raises:
-      InputError: the file cannot be read, or has not the size that intrinsics.npy says.
+      InputError: the file cannot be read, or its size differs from that in intrinsics.npy.
     """
     path = cameras.images[view]
     rgba = load_image(path)

@@ -1,8 +1,8 @@
-"""Objects as evaluation sees them: source views, other views as targets, and points of the true surface.
+"""Reads objects for evaluation: source views, other views as targets, and points on the true surface.
 
-Read from OpenLRM's layout (see `folders`), with one file more, which `tools/render_objects.py` writes:
+The layout is OpenLRM's (see `folders`) with one more file, which `tools/render_objects.py` also writes:
 
-    root/<uid>/points.npy         [N 3] points of the true surface, uniform in area, in the world of the poses
+    root/<uid>/points.npy         [N 3] points on the true surface, uniform in area, in the world of the poses
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import numpy as np
 from lrm_jax.data import elements, folders, splits
 from lrm_jax.types import Cameras, InputError
 
-SOURCE_ELEVATION = (5.0, 35.0)  # degrees, both included: as photographs are taken
+SOURCE_ELEVATION = (5.0, 35.0)  # degrees, inclusive: typical of photographs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +27,8 @@ class HeldOut:
     source_cameras: Cameras  # [N]
     targets: np.ndarray  # uint8 [V S S 4] straight alpha
     target_cameras: Cameras  # [V]
-    points: np.ndarray | None  # float64 [N 3] world; None: not known
-    no_points: str  # why not
+    points: np.ndarray | None  # float64 [N 3] world; None: unknown
+    no_points: str  # why they are unknown
 
     @property
     def uid(self) -> str:
@@ -36,7 +36,7 @@ class HeldOut:
 
     @property
     def source(self) -> np.ndarray:
-        """The first source [H H 4], the only one of families that take single images."""
+        """The first source [H H 4]; families that take a single image use only this one."""
         return self.sources[0]
 
     @property
@@ -45,28 +45,29 @@ class HeldOut:
 
 
 def find(root: Path, split: str) -> list[Path]:
-    """The folders of a split's objects, by name; "all" is both splits.
+    """The folders of the objects in a split, sorted by name. "all" is both splits.
 
     Raises:
-      InputError: no such folder, or no object in it or in the split.
+      InputError: the folder does not exist, or there is no object in it or in the split.
     """
     uids = folders.find(root)
     return [root / uids[i] for i in splits.select(uids, split, str(root))]
 
 
 def read(folder: Path, num_targets: int, size: int, num_sources: int = 1) -> HeldOut:
-    """Reads an object: its name draws the first source, from those in SOURCE_ELEVATION, and a target of each part of the other views.
+    """Reads an object. A hash of its name chooses the first source and the targets.
 
-    Further sources are evenly spread over the views in SOURCE_ELEVATION. Were the source the first view, or every fourth one a target, they
-    would be alike in all objects: see `choose_cameras` of tools/rendering/protocols.py.
+    The first source is one of the views in SOURCE_ELEVATION; further sources are evenly spread over them. The other views are
+    split into `num_targets` consecutive parts, with one target from each. A fixed choice, such as view 0 as source or every
+    fourth view as target, would give all objects similar views: see `choose_cameras` in tools/rendering/protocols.py.
 
     Args:
       num_targets: V.
-      size: S, the side to which the target images are scaled.
+      size: S, the side of the target images after resizing, pixels.
       num_sources: N.
 
     Raises:
-      InputError: a file is missing, damaged or of another shape; no view can be the source; too few views.
+      InputError: a file is missing or damaged, or has the wrong shape; no view can be the source; there are too few views.
     """
     cameras = folders.read_cameras(folder)
     if cameras.size[0] != cameras.size[1]:
@@ -75,14 +76,14 @@ def read(folder: Path, num_targets: int, size: int, num_sources: int = 1) -> Hel
     if len(in_band) < num_sources:
         low, high = SOURCE_ELEVATION
         raise InputError(
-            f"{len(in_band) or 'no'} view has an elevation of {low:g} to {high:g} degrees, of {num_sources} sources"
+            f"{len(in_band) or 'no'} view has an elevation of {low:g} to {high:g} degrees, but {num_sources} sources are needed"
         )
     digest = hashlib.sha256(folder.name.encode()).digest()
     first, rng = int.from_bytes(digest[:8]) % len(in_band), np.random.default_rng(list(digest))
     sources, count = _spread(np.roll(in_band, -first), num_sources), len(cameras.images)
     if count < num_sources + num_targets:
         raise InputError(
-            f"{count} views are too few for {num_sources} as source and {num_targets} as targets: lower --views"
+            f"{count} views are too few for {num_sources} source and {num_targets} target views: lower --views"
         )
     others = np.delete(np.arange(count), sources)
     chosen = [rng.choice(part) for part in np.array_split(others, num_targets)]
@@ -99,7 +100,7 @@ def read(folder: Path, num_targets: int, size: int, num_sources: int = 1) -> Hel
 
 
 def _spread(views: np.ndarray, count: int) -> np.ndarray:
-    """`count` of them, the first one first."""
+    """`count` of the views, evenly spread, beginning with the first."""
     return views[np.arange(count) * len(views) // count]
 
 
@@ -109,7 +110,7 @@ def _at(cameras: folders.Cameras, views) -> Cameras:
 
 
 def _points(path: Path) -> tuple[np.ndarray | None, str]:
-    """The points, or why there are none: images can be compared without."""
+    """The points, or None and why they are unknown. Images can be compared without points."""
     try:
         points = np.asarray(np.load(path), np.float64)
     except FileNotFoundError:

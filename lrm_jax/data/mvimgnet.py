@@ -1,17 +1,18 @@
-"""MVImgNet: photographs of real objects, cut out, with COLMAP's cameras (https://arxiv.org/abs/2303.06042).
+"""MVImgNet: photographs of real objects, with masks and COLMAP's cameras (https://arxiv.org/abs/2303.06042).
 
-    root/<class>/<uid>/images/001.jpg ...       photographs, about 30 on a half circle
+    root/<class>/<uid>/images/001.jpg ...       photographs, about 30 along a half circle
     root/<class>/<uid>/sparse/0/                 cameras.bin, images.bin
-    masks/<class>/<uid>/001.jpg.png ...          white where the object is; 001.png is taken too
+    masks/<class>/<uid>/001.jpg.png ...          white where the object is; 001.png also works
 
-written from the description at https://github.com/GAP-LAB-CUHK-SZ/MVImgNet. Not verified against the data, which is handed out on
-request: the names of the mask files; that no photograph has an EXIF orientation, which would be applied and then not fit its camera.
+This follows the description at https://github.com/GAP-LAB-CUHK-SZ/MVImgNet. The data is available only on request, so two
+assumptions are not verified: the names of the mask files, and that no photograph has an EXIF orientation (it would be applied,
+and the image would no longer fit its camera).
 
-LRM and OpenLRM train on it (LRM, https://arxiv.org/abs/2311.04400, section 4.1), but neither has published how: the world
-here is what the cameras and the masks tell. The object's centre is the point that the rays through the middles of the
-masks come closest to, its outline is in the unit sphere, up is what is up in all the images. Every image becomes
-the square one of a camera at the same place that looks at the object's centre and stands upright, as in rendered data: a homography
-of the photograph. What lies outside the photograph is transparent.
+LRM and OpenLRM train on this data (LRM, https://arxiv.org/abs/2311.04400, section 4.1), but neither published how. Here the world
+is derived from the cameras and the masks. The object's centre is the point closest to the rays through the centres of the masks;
+its outline is scaled into the unit sphere; up is the common upward direction of the images. Each photograph is warped, by a
+homography, to the square image of an upright camera at the same place that looks at the object's centre, as in rendered data.
+Pixels outside the photograph are transparent.
 """
 
 import dataclasses
@@ -27,8 +28,8 @@ from lrm_jax.images.load import load_image
 from lrm_jax.ops import paths
 from lrm_jax.types import Batch, InputError
 
-NUM_OUTLINES = 8  # masks that the object's place and size are taken from
-MARGIN = 1.1  # side of the images over the diameter of the sphere in them
+NUM_OUTLINES = 8  # masks that determine the object's place and size
+MARGIN = 1.1  # side of the images / diameter of the unit sphere in them
 
 
 def make(
@@ -43,15 +44,16 @@ def make(
     """Opens a copy of MVImgNet.
 
     Args:
-      root: the folder of the classes.
-      split: "train", "val" or "all", told apart as `objects` does.
-      seed: of the order of the objects and the choice of views.
-      masks: the folder with the masks of the classes; None: root/masks.
-      source_elevation: as all `fields`, see `elements.Recipe`; people hold cameras where they like.
+      root: folder with one folder per class.
+      split: "train", "val" or "all"; objects are split as in `objects`.
+      seed: seed of the order of the objects and the choice of views.
+      masks: folder with the masks, one folder per class. None: root/masks.
+      source_elevation: as in `elements.Recipe`. The default is None: people hold cameras at any elevation.
+      fields: other fields of `elements.Recipe`.
 
     Raises:
-      InputError: no such folder, or no object in it or in this split. An object that cannot be used is noticed when it is
-        read.
+      InputError: the folder does not exist, or there is no object in it or in this split. An unusable object is noticed only
+        when it is read.
     """
     root = Path(root)
     recipe = elements.make_recipe(split, source_elevation=source_elevation, **fields)
@@ -80,21 +82,23 @@ def _find(root: Path) -> list[str]:
         if (uid / "sparse").is_dir()
     ]
     if not uids:
-        raise InputError(f"{root}: no object (<class>/<uid>/images, sparse/0) in it")
+        raise InputError(
+            f"{root}: no object (<class>/<uid>/images, sparse/0) in this folder: check data.root"
+        )
     return uids
 
 
 @dataclasses.dataclass(frozen=True)
 class _Object:
-    """The views of one object, in a world where it is around the origin, within the unit sphere, z up."""
+    """The views of one object. In its world, the object is around the origin, within the unit sphere, with z up."""
 
     images: tuple[Path, ...]
     masks: tuple[Path, ...]
     sizes: np.ndarray  # [V 2] (width, height) of the photographs, pixels
-    c2w: np.ndarray  # [V 4 4] float64, OpenCV axes, of the cameras that look at the origin
-    fxfycxcy: np.ndarray  # [V 4], theirs
-    sides: np.ndarray  # [V] of their images, pixels
-    homographies: np.ndarray  # [V 3 3], from pixels of their images to those of the photographs
+    c2w: np.ndarray  # [V 4 4] float64, OpenCV axes, of cameras that look at the origin
+    fxfycxcy: np.ndarray  # [V 4] of these cameras
+    sides: np.ndarray  # [V] of the images of these cameras, pixels
+    homographies: np.ndarray  # [V 3 3] from pixels of these images to pixels of the photographs
 
 
 def _load(
@@ -115,7 +119,9 @@ def _load(
         raise InputError(f"{root}: {names[index]}: {error}") from None
 
 
-@functools.lru_cache(maxsize=10_000)  # masks are slow to decode, and an object comes again
+@functools.lru_cache(
+    maxsize=10_000
+)  # masks are slow to decode, and objects are read again in every epoch
 def _read_object(folder: Path, masks: Path) -> _Object:
     cameras = colmap.read(folder / "sparse" / "0")
     images = tuple(folder / "images" / name for name in cameras.names)
@@ -138,7 +144,7 @@ def _mask_of(masks: Path, image: Path) -> Path:
 
 
 def _outline(mask: Path, fxfycxcy: np.ndarray) -> np.ndarray:
-    """[N 2] foreground points (x, y) of the plane z = 1, on a coarse grid."""
+    """[N 2] foreground points (x, y) in the camera's plane z = 1, on a coarse grid."""
     alpha = Image.fromarray(_read_mask(mask)).resize((128, 128), Image.Resampling.BOX)
     rows, columns = np.nonzero(np.asarray(alpha) > 127)
     if not len(rows):
@@ -148,10 +154,10 @@ def _outline(mask: Path, fxfycxcy: np.ndarray) -> np.ndarray:
 
 
 def _normalize(c2w: np.ndarray, views: np.ndarray, outlines: list[np.ndarray]) -> np.ndarray:
-    """The poses [V 4 4] in the object's world, which the outlines of some views tell.
+    """The poses [V 4 4] in the object's world, derived from the outlines of some views.
 
     Raises:
-      InputError: the rays to the object do not meet in front of the cameras.
+      InputError: the rays towards the object do not meet in front of the cameras.
     """
     middles = np.stack([(points.min(0) + points.max(0)) / 2 for points in outlines])
     dirs = np.concatenate([middles, np.ones((len(middles), 1))], axis=1)
@@ -160,7 +166,7 @@ def _normalize(c2w: np.ndarray, views: np.ndarray, outlines: list[np.ndarray]) -
     eyes = c2w[views, :3, 3]
     centre, system = paths.nearest_point(eyes, dirs)
     if len(views) < 2 or np.linalg.cond(system) > 1e6:
-        raise InputError("the cameras look in parallel: the object's place is not known")
+        raise InputError("the cameras look in parallel: the object's place cannot be found")
     depth = np.einsum("vj,vj->v", centre - eyes, c2w[views, :3, 2])
     if (depth <= 0).any():
         raise InputError("the cameras do not look at one object")
@@ -168,14 +174,14 @@ def _normalize(c2w: np.ndarray, views: np.ndarray, outlines: list[np.ndarray]) -
     for view, points in zip(views, outlines, strict=True):
         rays = np.concatenate([points, np.ones((len(points), 1))], axis=1) @ c2w[view, :3, :3].T
         rays /= np.linalg.norm(rays, axis=1, keepdims=True)
-        # The sphere that such a ray touches.
+        # The sphere around the centre that touches the outermost ray.
         radii.append(np.linalg.norm(np.cross(rays, centre - c2w[view, :3, 3]), axis=1).max())
-    # Not the largest: one mask that spills over would shrink the object.
+    # Not the largest: a single mask that is too large would shrink the object.
     radius = np.quantile(radii, 0.9)
     up = paths.up(c2w)
     ahead = (c2w[:, :3, 3] - centre).sum(0)  # towards the cameras: +x
     ahead -= (ahead @ up) * up
-    if np.linalg.norm(ahead) < 1e-6 * radius:  # a full circle has no such side
+    if np.linalg.norm(ahead) < 1e-6 * radius:  # the cameras stand on a full circle
         ahead = np.cross(up, np.eye(3)[np.abs(up).argmin()])
     ahead /= np.linalg.norm(ahead)
     axes = np.stack([ahead, np.cross(up, ahead), up])
@@ -188,7 +194,7 @@ def _normalize(c2w: np.ndarray, views: np.ndarray, outlines: list[np.ndarray]) -
 def _look_at_origin(
     c2w: np.ndarray, pixels: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """`c2w`, `fxfycxcy`, `sides`, `homographies` of an `_Object`, from its photographs' poses and intrinsics [V 4] in pixels."""
+    """`c2w`, `fxfycxcy`, `sides`, `homographies` of an `_Object`, from the poses and pixel intrinsics [V 4] of photographs."""
     eye = c2w[:, :3, 3]
     distance = np.linalg.norm(eye, axis=1)
     forward = -eye / distance[:, None]
@@ -201,9 +207,11 @@ def _look_at_origin(
     right /= np.linalg.norm(right, axis=1, keepdims=True)
     looking = c2w.copy()
     looking[:, :3, :3] = np.stack([right, np.cross(forward, right), forward], axis=-1)
-    # The unit sphere is seen under the angle asin(1 / distance).
-    focal = np.sqrt(distance**2 - 1) / (2 * MARGIN)  # over the side
-    sides = np.ceil(pixels[:, :2].max(1) / focal).astype(int)  # pixels as large as they were
+    # The angular radius of the unit sphere is asin(1 / distance).
+    focal = np.sqrt(distance**2 - 1) / (2 * MARGIN)  # as a fraction of the side
+    sides = np.ceil(pixels[:, :2].max(1) / focal).astype(
+        int
+    )  # keeps the pixel size of the photographs
     zero, one = np.zeros_like(focal), np.ones_like(focal)
     from_pixels = np.stack(
         [1 / focal / sides, zero, -0.5 / focal, zero, 1 / focal / sides, -0.5 / focal, zero, zero, one], 1
@@ -217,7 +225,7 @@ def _look_at_origin(
 
 
 def _read_crop(item: _Object, view: int) -> np.ndarray:
-    """[S S 4] uint8: the object, cut out by its mask, as the camera sees it that looks at the origin."""
+    """[S S 4] uint8: the object, cut out by its mask, as seen by the camera that looks at the origin."""
     rgba, (width, height) = load_image(item.images[view]), item.sizes[view]
     if rgba.shape[:2] != (height, width):
         raise InputError(
@@ -226,7 +234,7 @@ def _read_crop(item: _Object, view: int) -> np.ndarray:
         )
     mask = Image.fromarray(_read_mask(item.masks[view]))
     rgba[..., 3] = np.asarray(mask.resize((width, height), Image.Resampling.BILINEAR))
-    # Pillow maps pixel centres, at +0.5 as ours, and interpolates premultiplied colour.
+    # Pillow maps pixel centres, at +0.5 like ours, and interpolates premultiplied colour.
     image = Image.fromarray(rgba).transform(
         (int(item.sides[view]),) * 2,
         Image.Transform.PERSPECTIVE,

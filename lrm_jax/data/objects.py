@@ -1,7 +1,7 @@
 """Single objects from folders of images with known cameras: OpenLRM's layout (see `folders`).
 
-The first start decodes every image once, at the sizes that training wants, into `root/.cache-<key>` (see `store`).
-With `cache=False` a sample decodes its own images: for large ones, whose cache would be too.
+The first start decodes every image once, at the sizes needed for training, into `root/.cache-<key>` (see `store`).
+With `cache=False`, each sample decodes its own images: use this if the images, and so the cache, would be large.
 """
 
 import functools
@@ -27,15 +27,15 @@ def make(
 
     Args:
       root: the folder.
-      split: "train" or "val": the objects whose group's name hashes into the last 8 %, so that variants of an object are on one
-        side; "all": both.
-      seed: of the order of the objects and the choice of views.
-      cache: decode all images at the first start. Then objects that cannot be used are skipped, reported on stderr;
-        otherwise each is noticed when it is first read.
-      fields: of `elements.Recipe`.
+      split: "train", "val" or "all" (both). "val" has the objects whose group name hashes into the last 8 %. Variants of an
+        object share a group name, so they are in the same split.
+      seed: seed of the order of the objects and the choice of views.
+      cache: decode all images at the first start. Unusable objects are then skipped and reported on stderr; without the cache,
+        they are noticed only when they are read.
+      fields: fields of `elements.Recipe`.
 
     Raises:
-      InputError: no such folder, nothing usable in it, or no object in this split.
+      InputError: the folder does not exist, has no usable object, or has no object in this split.
     """
     root, recipe = Path(root), elements.make_recipe(split, **fields)
     uids = folders.find(root)
@@ -52,7 +52,7 @@ def make(
 
 
 def _usable(store: Store, recipe: elements.Recipe, root: Path) -> np.ndarray:
-    """Indices of the objects that can be used; reports the others."""
+    """Indices of the usable objects. Reports the others on stderr."""
     usable, skipped = [], dict(store.skipped)
     for index, uid in enumerate(store.uids):
         if uid not in skipped:
@@ -73,7 +73,7 @@ def _usable(store: Store, recipe: elements.Recipe, root: Path) -> np.ndarray:
 
 
 class _Cached:
-    """(position, index of an object) -> sample, from a store."""
+    """Maps (position, index of an object) to a sample from a store."""
 
     def __init__(self, store: Store, indices: np.ndarray, recipe: elements.Recipe, seed: int):
         self.store, self.indices, self.recipe, self.seed = store, indices, recipe, seed

@@ -1,10 +1,10 @@
-"""From sources to batches: this process's part of every global batch, prefetched, resumable to the bit.
+"""Turns sources into batches: this process's part of every global batch, prefetched and resumable bit for bit.
 
-The batch of step n is made of the positions n B ... (n + 1) B - 1 of its source, and process p of P holds the p-th of P
-equal runs of them: the global batch has the same elements for every number of processes. (In the same order, too, where the
-shards of a process are neighbours; in a TPU's torus they may not be.) All that there is to restore is the number of batches
-that the consumer has received. (grain.experimental.ElasticIterator counts likewise, but deals positions out in
-turn, so that another number of processes permutes the batch.)
+The batch of step n consists of positions n B ... (n + 1) B - 1 of its source. They are cut into P equal, contiguous parts, and
+process p of P makes the p-th. So the global batch has the same elements for any number of processes. They are also in the same
+order if the shards of each process are neighbours; in a TPU's torus they may not be. The only state is the number of batches
+that the consumer has received. (grain.experimental.ElasticIterator has the same state, but deals positions out in turn, so that
+another number of processes permutes the batch.)
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from absl import flags
 from lrm_jax.data import Source
 from lrm_jax.types import InputError
 
-MAX_TRIES = 100  # bad records in a row, after which it is not the records that are at fault
+MAX_TRIES = 100  # bad records in a row; after so many, something else must be wrong
 
 
 def open_batches(
@@ -35,22 +35,22 @@ def open_batches(
     num_workers: int = 0,
     prefetch: int = 2,
 ) -> "Batches":
-    """Batches of a source, or of several in turn.
+    """Batches of one source, or of several sources in turn.
 
     Args:
-      sources: one, or (source, weight) pairs: of `sum(weights)` batches in a row, `weight` are of that source, evenly
-        spread. A batch is never mixed: what a source finishes on the device differs.
-      batch_size: B of the global batch.
-      process_index, process_count: whose part.
-      num_workers: processes that make the batches; 0: threads of this one.
-      prefetch: batches that are made ahead, of each worker; 0 without workers: none, in the caller's thread.
+      sources: one source, or (source, weight) pairs. Of every `sum(weights)` batches, `weight` come from that source, evenly
+        spread. A batch never mixes sources, because each has its own `finish` on the device.
+      batch_size: B, the size of the global batch.
+      process_index, process_count: which part of the batch to make, p of P.
+      num_workers: number of worker processes; 0: use threads of this process.
+      prefetch: number of batches that each worker makes ahead. 0 without workers: the caller's thread makes each batch.
 
     Returns:
-      An endless iterator where the source is endless, or where there are several. Otherwise ceil(length / B) batches:
-      the last one is filled up from the source's beginning.
+      An endless iterator if the source is endless or there are several. Otherwise ceil(length / B) batches; the last one is
+      filled up from the beginning of the source.
 
     Raises:
-      InputError: the batch does not divide over the processes. While iterating: no record can be used.
+      InputError: the batch size is not a multiple of the number of processes. While iterating: no record can be used.
     """
     if process_count < 1 or batch_size < 1 or batch_size % process_count:
         raise InputError(
@@ -59,7 +59,9 @@ def open_batches(
     pairs = [(sources, 1)] if isinstance(sources, Source) else list(sources)
     weights = [weight for _, weight in pairs]
     if not weights or any(weight != int(weight) or weight < 1 for weight in weights):
-        raise InputError(f"data: weights {weights} of the sources: must be whole numbers from 1")
+        raise InputError(
+            f"data: weights {weights} of the sources: must be whole numbers, at least 1"
+        )
     num_steps = -(-len(pairs[0][0].elements) // batch_size) if len(pairs) == 1 else sys.maxsize
     part = _Part(
         tuple(source for source, _ in pairs),
@@ -72,7 +74,7 @@ def open_batches(
 
 
 def order(count: int, split: str, seed: int) -> grain.MapDataset:
-    """Indices of `count` objects by position: "train" without end, shuffled anew each epoch; "val" and "all" as they are."""
+    """Indices of `count` objects by position. "train" is endless and reshuffled each epoch; "val" and "all" are in order."""
     if split not in ("train", "val", "all"):
         raise InputError(f"split {split!r}: must be train, val or all")
     if seed < 0:
@@ -85,7 +87,7 @@ def order(count: int, split: str, seed: int) -> grain.MapDataset:
 
 
 def _shuffled(position: int, *, count: int, seed: int) -> int:
-    # Not MapDataset.shuffle: it tries 65536 / count numbers for one of them, 6 ms of CPU for 12 objects.
+    # MapDataset.shuffle is too slow: it tries 65536 / count numbers to find one index, 6 ms of CPU for 12 objects.
     epoch, place = divmod(position, count)
     return int(_permutation(seed, epoch, count)[place])
 
@@ -96,9 +98,9 @@ def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
 
 
 def rate(batches: "Batches", batch_size: int, *, num_batches: int = 50) -> float:
-    """Samples per second that the loader makes on its own, once it is running: at least two batches of each worker are timed."""
+    """Samples per second of the loader on its own, once it is running. Times at least two batches of each worker."""
     num_workers = max(1, batches.num_workers)
-    # What was made while the first were waited for is not counted.
+    # Do not time the batches that were prefetched while waiting for the first one.
     for _ in range(1 + batches.prefetch * num_workers):
         next(batches)
     num_batches = max(num_batches, 2 * num_workers)
@@ -109,9 +111,9 @@ def rate(batches: "Batches", batch_size: int, *, num_batches: int = 50) -> float
 
 
 class Batches:
-    """An iterator of (index of the source, stacked elements), made by `open_batches`.
+    """Iterates over (index of the source, stacked elements). Made by `open_batches`.
 
-    Records that could not be used are in `bad`, cause -> how often; each is reported on stderr when it is first met.
+    `bad` counts the records that could not be used, by cause. The first of each cause is reported on stderr.
     """
 
     def __init__(self, steps: grain.MapDataset, num_workers: int, prefetch: int):
@@ -138,27 +140,27 @@ class Batches:
         return which, batch
 
     def get_state(self) -> dict[str, int]:
-        """JSON-able, and the same in every process. Batches that are only prefetched do not count."""
+        """The state, as JSON-serialisable values, the same in every process. It ignores batches that are only prefetched."""
         return {"step": self._step}
 
     def set_state(self, state: dict[str, int]) -> None:
-        """Goes on as the iterator whose state it was, also where that ran on another number of processes."""
+        """Continues where the iterator with this state was, even if that ran on another number of processes."""
         self.close()
         self._step = state["step"]
 
     def close(self) -> None:
-        """Ends threads and workers. A later `next` starts them again."""
+        """Stops the threads and workers. A later `next` starts them again."""
         if self._iterator is not None:
             self._iterator.close()
             self._iterator = None
 
     def _open(self) -> grain.IterDataset:
-        # As many threads as batches ahead: each makes one.
+        # One thread for each prefetched batch.
         read = grain.ReadOptions(num_threads=self.prefetch, prefetch_buffer_size=self.prefetch)
         if not self.num_workers:
             return self._steps[self._step :].to_iter_dataset(read)
         if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # Grain hands its own flags on to the workers
+            flags.FLAGS.mark_as_parsed()  # Grain passes its own flags on to the workers
         workers = grain.MultiprocessingOptions(self.num_workers, max(1, self.prefetch))
         one = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
         return (
@@ -169,14 +171,14 @@ class Batches:
 
 
 def _leave_signals_to_the_parent(index: int, count: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach the workers too: without them the run could not go on to save."""
+    """Makes workers ignore Ctrl-C and a scheduler's SIGTERM: if they stopped, the run could not go on and save itself."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """Makes this process's part of the batch of a step: (index of the source, stacked elements, causes of bad records)."""
+    """Makes this process's part of a step's batch: (index of the source, stacked elements, causes of bad records)."""
 
     sources: tuple[Source, ...]
     schedule: tuple[int, ...]
@@ -195,9 +197,9 @@ class _Part:
 
 
 def _usable(source: Source, position: int, bad: list[str]) -> Any:
-    """The element at a position, or where it is bad the first usable one after; notes the causes in `bad`."""
+    """The element at a position or, if it is bad, the next usable one. Appends the causes to `bad`."""
     length, causes = len(source.elements), []
-    # Among twice as many positions as there are objects is a whole epoch.
+    # Any 2 N consecutive positions, for N objects, contain a whole epoch.
     tries = min(length, MAX_TRIES, 2 * len(source.names or range(MAX_TRIES)))
     for attempt in range(tries):
         try:
@@ -211,7 +213,7 @@ def _usable(source: Source, position: int, bad: list[str]) -> Any:
 
 
 def _schedule(weights: Sequence[int]) -> tuple[int, ...]:
-    """Which source each of sum(weights) batches is of: every source `weight` times, evenly spread."""
+    """The source of each of sum(weights) batches: every source occurs `weight` times, evenly spread."""
     credit, turns = np.zeros(len(weights), int), []
     for _ in range(sum(weights)):
         credit += weights

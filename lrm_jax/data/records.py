@@ -1,8 +1,8 @@
-"""Single objects from ArrayRecord shards, which `tools/build_dataset.py` writes: for data sets of many or large images.
+"""Single objects from ArrayRecord shards, for data sets with many or large images. `tools/build_dataset.py` writes them.
 
-A record is one object with all its views, so that a sample is one read wherever the shards are: PNG files as they were,
-of which only the drawn views are decoded, and cameras in our convention. A tensorflow-datasets data set, written and read without TensorFlow:
-other programs open it with `tfds.data_source("lrm_objects", data_dir=root)`.
+A record is one object with all its views, so that a sample needs one read, wherever the shards are. It holds the original PNG
+files, of which only the drawn views are decoded, and cameras in our convention. The shards form a tensorflow-datasets data set,
+written and read without TensorFlow. Other programs open it with `tfds.data_source("lrm_objects", data_dir=root)`.
 """
 
 import concurrent.futures
@@ -24,7 +24,7 @@ from lrm_jax.data import Source, elements, folders, pipeline, splits
 from lrm_jax.parallel import messages
 from lrm_jax.types import Batch, InputError
 
-SPLIT = "objects"  # one: which objects are held out is decided at reading, as for folders
+SPLIT = "objects"  # the only one: train and val are told apart when reading, as for folders
 
 
 def make(root: str | Path, *, split: str, seed: int, **fields) -> Source:
@@ -32,12 +32,12 @@ def make(root: str | Path, *, split: str, seed: int, **fields) -> Source:
 
     Args:
       root: the folder that `tools/build_dataset.py` wrote.
-      split: "train", "val" or "all", told apart as `objects` does.
-      seed: of the order of the objects and the choice of views.
-      fields: of `elements.Recipe`.
+      split: "train", "val" or "all"; objects are split as in `objects`.
+      seed: seed of the order of the objects and the choice of views.
+      fields: fields of `elements.Recipe`.
 
     Raises:
-      InputError: no data set there, or none of its objects in this split.
+      InputError: the folder holds no data set, or no object in this split.
     """
     root, recipe = Path(root), elements.make_recipe(split, **fields)
     uids = _open(root).info.metadata["names"]
@@ -48,10 +48,10 @@ def make(root: str | Path, *, split: str, seed: int, **fields) -> Source:
 
 
 class LrmObjects(tfds.core.GeneratorBasedBuilder):
-    """The data set. Objects that cannot be used are left out, and noted in `skipped`, uid -> cause."""
+    """The data set. Unusable objects are left out and listed in `skipped`, uid -> cause."""
 
     VERSION = tfds.core.Version("1.0.0")
-    url_infos = {}  # nothing is downloaded; looking for a list of it needs a package that tfds does not install
+    url_infos = {}  # nothing to download; without this, tfds looks for a list and needs a package that it does not install
 
     def __init__(self, source: Path | None = None, **kwargs):
         self.source, self.skipped = source, {}
@@ -69,7 +69,7 @@ class LrmObjects(tfds.core.GeneratorBasedBuilder):
             builder=self,
             description="Objects in many views with known cameras, for lrm_jax.",
             features=tfds.features.FeaturesDict(features),
-            disable_shuffling=True,  # so that a name's place is its record's; reading shuffles
+            disable_shuffling=True,  # keeps names and records in the same order; reading shuffles
             metadata=tfds.core.MetadataDict({"names": []}),
         )
 
@@ -81,7 +81,7 @@ class LrmObjects(tfds.core.GeneratorBasedBuilder):
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
 
             def read():
-                # Some objects at a time: those that are read ahead are in memory.
+                # A few objects at a time: those that are read ahead stay in memory.
                 for first in range(0, len(uids), 16):
                     chunk = uids[first : first + 16]
                     records = pool.map(_try_read, [self.source / uid for uid in chunk])
@@ -99,10 +99,10 @@ class LrmObjects(tfds.core.GeneratorBasedBuilder):
 
 
 def build(source: Path, root: Path) -> LrmObjects:
-    """Writes the objects of a folder as a data set. It appears when it is whole.
+    """Writes the objects of a folder as a data set. The data set appears only when it is complete.
 
     Raises:
-      InputError: there is a data set already, no object that can be used, or no room. Nothing is left behind.
+      InputError: there is a data set already, no usable object, or no space on the disk. Nothing is left behind.
     """
     folder = _folder(root)
     if folder.exists():
@@ -111,13 +111,13 @@ def build(source: Path, root: Path) -> LrmObjects:
     builder = LrmObjects(source, data_dir=os.fspath(root), file_format="array_record")
     tfds.disable_progress_bar()
     try:
-        # tfds speaks of downloads, and makes a folder for them.
+        # tfds prints about downloads, and makes a folder for them.
         with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as downloads:
             builder.download_and_prepare(download_dir=downloads)
     except (OSError, RuntimeError) as error:  # array_record's writer raises RuntimeError
         cause = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise InputError(
-            f"{root} cannot be written ({cause}): make room, or choose another folder"
+            f"{root} cannot be written ({cause}): free some space, or choose another folder"
         ) from None
     return builder
 
@@ -127,7 +127,7 @@ def _folder(root: Path) -> Path:
 
 
 def _try_read(folder: Path) -> dict[str, Any] | InputError:
-    """The record of an object, or why there is none. Every image is decoded, so that a damaged one is found now."""
+    """The record of an object, or why it is unusable. Decodes every image, so that a damaged one is found now."""
     try:
         cameras = folders.read_cameras(folder)
         images = [_encoded(cameras, view) for view in range(len(cameras.images))]
@@ -142,7 +142,7 @@ def _try_read(folder: Path) -> dict[str, Any] | InputError:
 
 
 def _encoded(cameras: folders.Cameras, view: int) -> bytes:
-    """An image as an 8-bit RGBA PNG: the file itself where it is one."""
+    """An image as an 8-bit RGBA PNG: the file itself if it is one already."""
     rgba, path = folders.read_image(cameras, view), cameras.images[view]
     with Image.open(path) as image:
         if (image.format, image.mode) == ("PNG", "RGBA"):
@@ -153,7 +153,7 @@ def _encoded(cameras: folders.Cameras, view: int) -> bytes:
 
 
 class _Encoded(tfds.decode.SkipDecoding):
-    """Leaves images as bytes, also in a sequence, which tfds' own leaves out."""
+    """Leaves images as bytes, in sequences too, which tfds' SkipDecoding does not cover."""
 
     def decode_batch_example_np(self, examples):
         return examples
@@ -166,7 +166,7 @@ def _open(root: Path) -> Any:
         raise InputError(f"{root}: no data set there: build one with tools/build_dataset.py")
     try:
         return tfds.builder_from_directory(os.fspath(folder))
-    except Exception as error:  # tfds and protobuf raise what they like
+    except Exception as error:  # tfds and protobuf raise all kinds
         raise InputError(
             f"{folder}: cannot be opened ({type(error).__name__}): build it again"
         ) from None
@@ -179,7 +179,7 @@ def _records(root: Path) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class _Load:
-    """(position, index of an object) -> sample. A loader's process opens the shards itself."""
+    """Maps (position, index of an object) to a sample. Each process of the loader opens the shards itself."""
 
     root: Path
     numbers: tuple[int, ...]  # of the records
@@ -206,7 +206,7 @@ def _read(root: Path, number: int) -> dict[str, Any]:
     records = _records(root)
     try:
         record = records[number]
-    except Exception as error:  # a damaged shard: array_record and protobuf raise what they like
+    except Exception as error:  # a damaged shard: array_record and protobuf raise all kinds
         raise InputError(f"the record cannot be read ({type(error).__name__})") from None
     if not (np.isfinite(record["c2w"]).all() and np.isfinite(record["fxfycxcy"]).all()):
         raise InputError("a camera has values that are not finite")

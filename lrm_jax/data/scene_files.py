@@ -1,17 +1,18 @@
-"""Where the frames and cameras of a scene are: four layouts of posed images, read scene by scene.
+"""Finds and reads scenes of posed images, one by one, in four layouts.
 
-    root/index.json, 000000.torch ...        pixelSplat's RealEstate10K: {key: chunk}; a chunk is a list of {"key", "cameras"
-                                             [V 18], "images": V JPEG files as uint8 tensors}; a row of cameras is
+    root/index.json, 000000.torch ...        pixelSplat's RealEstate10K: {key: chunk}. A chunk is a list of {"key", "cameras"
+                                             [V 18], "images": V JPEG files as uint8 tensors}. A row of cameras is
                                              (fx, fy, cx, cy) as fractions, 0, 0, and world to camera [3 4]
     root/metadata/<scene>.json, images/<scene>/00000.png ...
                                              LVSM's: {"frames": [{"image_path" or "file_path", "fxfycxcy", "w2c" [4 4]}]}
     root/<scene>/transforms.json, or root/<scene>/sparse/0 and images
                                              NeRF's and COLMAP's: `images/captures.py`
 
-The first two stand in `root/train` and `root/test`, which then are the splits, or in `root`; a scene of the other two may be `root`
-itself. Written from the descriptions at https://github.com/dcharatan/pixelsplat and https://github.com/Haian-Jin/LVSM (README), not
-from their data, which cannot be fetched here. Not verified for LVSM's: the name of the images' field, so both are taken; the
-unit of `fxfycxcy`, so pixels and fractions are told apart; what the paths are relative to, so that only their last three parts count.
+The first two are in `root/train` and `root/test`, which are then the splits, or in `root` itself. In the other two, `root` itself
+may be a scene. This follows the descriptions at https://github.com/dcharatan/pixelsplat and https://github.com/Haian-Jin/LVSM
+(README); the data could not be downloaded. Three things are not verified for LVSM's layout: the name of the image field (both are
+accepted), the unit of `fxfycxcy` (both pixels and fractions are accepted), and the folder that paths are relative to (only the
+last three parts of a path are used, then the whole path).
 """
 
 import dataclasses
@@ -31,17 +32,17 @@ STAGES = {"train": ("train",), "val": ("test",), "all": ("train", "test")}
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a scene is."""
+    """The location of a scene."""
 
     name: str
-    path: Path  # of its chunk, its JSON or its folder
-    reader: Callable[[Path, str], captures.Frames]  # from (path, name)
+    path: Path  # of its chunk, JSON file or folder
+    reader: Callable[[Path, str], captures.Frames]  # called with (path, name)
 
     def read(self) -> captures.Frames:
         """The frames.
 
         Raises:
-          InputError: a file is missing or damaged, or a camera is none. It does not name the scene.
+          InputError: a file is missing or damaged, or a camera is invalid. The message does not name the scene.
         """
         return captures.checked(self.reader(self.path, self.name))
 
@@ -49,11 +50,11 @@ class Place:
 def find(root: Path, split: str) -> list[Place]:
     """The scenes of a split, sorted by file and name within each folder.
 
-    Where both `root/train` and `root/test` are there, "train" is the one and "val" the other; otherwise the names decide, as they do
-    for objects. "all": both.
+    If both `root/train` and `root/test` exist, they are "train" and "val". Otherwise a hash of the name decides, as for objects.
+    "all": both.
 
     Raises:
-      InputError: no such folder or split, or no scene in it.
+      InputError: there is no such folder or split, or no scene in it.
     """
     if not root.is_dir():
         raise InputError(f"{root}: no such folder: check data.root")
@@ -68,19 +69,19 @@ def find(root: Path, split: str) -> list[Place]:
         chosen = splits.select([place.name for place in places], split, str(root)) if places else []
     if not places:
         raise InputError(
-            f"{root}: no scene in it: neither index.json with .torch files, metadata/*.json, <scene>/transforms.json"
-            " nor <scene>/sparse/0"
+            f"{root}: no scene in it: expected index.json with .torch files, metadata/*.json, <scene>/transforms.json"
+            " or <scene>/sparse/0"
         )
     return [places[i] for i in chosen]
 
 
 def _is_set(folder: Path) -> bool:
-    """Whether the scenes of a folder are in pixelSplat's or LVSM's layout."""
+    """Whether a folder has pixelSplat's or LVSM's layout."""
     return (folder / "metadata").is_dir() or any(folder.glob("*.torch"))
 
 
 def _list(folder: Path) -> list[Place]:
-    """All scenes of a folder, whichever layout it has."""
+    """All scenes of a folder, in any layout."""
     if (folder / "metadata").is_dir():
         files = sorted((folder / "metadata").glob("*.json"))
         return [Place(path.stem, path, _read_frames_json) for path in files]
@@ -105,20 +106,22 @@ def _chunk(path: Path) -> dict[str, dict]:
     if not isinstance(content, list) or not all(
         isinstance(x, dict) and "key" in x for x in content
     ):
-        raise InputError(f"{path.name}: not a chunk of pixelSplat's: a list of scenes with keys")
+        raise InputError(
+            f"{path.name}: not a chunk of pixelSplat's, which is a list of scenes with keys"
+        )
     return {scene["key"]: scene for scene in content}
 
 
 def _read_chunk(path: Path, name: str) -> captures.Frames:
     scene = _chunk(path).get(name)
     if scene is None:
-        raise InputError(f"{path.name} lacks it, though index.json says otherwise")
+        raise InputError(f"{path.name} lacks it, although index.json lists it there")
     try:
         cameras, images = np.asarray(scene["cameras"], float), tuple(scene["images"])
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path.name}: no cameras or images ({error})") from None
+        raise InputError(f"{path.name}: no valid cameras or images ({error})") from None
     if cameras.shape != (len(images), 18):
-        raise InputError(f"{path.name}: cameras {list(cameras.shape)} of {len(images)} images")
+        raise InputError(f"{path.name}: cameras {list(cameras.shape)} for {len(images)} images")
     w2c = np.tile(np.eye(4), (len(cameras), 1, 1))
     w2c[:, :3] = cameras[:, 6:].reshape(-1, 3, 4)
     return captures.Frames(images, captures.inverse(w2c), cameras[:, :4])
@@ -140,7 +143,7 @@ def _read_frames_json(path: Path, name: str) -> captures.Frames:
     images = tuple(
         here if here.is_file() else stage / file for here, file in zip(images, files, strict=True)
     )
-    # A principal point within a pixel of the corner is none: these are fractions.
+    # Values up to 1 are fractions: no principal point is within a pixel of the corner.
     if fxfycxcy[:, 2:].max() > 1:
         fxfycxcy /= np.tile(captures.image_size(images[0]), 2)
     return captures.Frames(images, captures.inverse(w2c), fxfycxcy)

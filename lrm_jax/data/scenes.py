@@ -1,7 +1,8 @@
-"""Whole scenes from posed frames of videos and photographs: RealEstate10K, and any folder with cameras (see `scene_files`).
+"""Whole scenes from posed video frames and photographs: RealEstate10K, and any folder with cameras (see `scene_files`).
 
-How LVSM chooses views, crops images and normalises poses (https://arxiv.org/abs/2410.17242;
-https://github.com/Haian-Jin/LVSM/blob/2fea924/data/dataset_scene.py#L54-L180), and the evaluation of pixelSplat's index file.
+Views are chosen, images cropped and poses normalised as in LVSM (https://arxiv.org/abs/2410.17242;
+https://github.com/Haian-Jin/LVSM/blob/2fea924/data/dataset_scene.py#L54-L180). Evaluation views come from pixelSplat's index
+file.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ NORMALIZATIONS = ("all_views", "source_views", None)
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How a sample is made from a scene's frames: fields of `make`."""
+    """How to make a sample from a scene's frames: fields of `make`."""
 
     num_source: int
     num_target: int
@@ -49,22 +50,23 @@ def make(
 ) -> Source:
     """Opens a folder of scenes.
 
-    A sample is of a random window of the video. Its two ends are the sources (further ones are drawn from between), and as
-    many frames are drawn from between as there are targets; the targets are drawn from all of these frames, the sources
-    included. The images are opaque.
+    A sample shows a random window of the video. The two ends of the window are the sources; further sources are drawn from
+    the frames between. As many frames between as there are targets are then drawn, and the targets are drawn from all these
+    frames, including the sources. The images are opaque.
 
     Args:
       root: the folder, in one of the layouts of `scene_files`.
       split: "train", "val" or "all", see `scene_files.find`.
-      seed: of the order of the scenes and the choice of views.
-      num_source: views that are given. One: an end of the window.
-      num_target: as in all sources there are num_source + num_target target views: LVSM's 6 for 2 sources are num_target = 4.
-      source_size, target_size: side of the square images, pixels; the same.
+      seed: seed of the order of the scenes and the choice of views.
+      num_source: number of views that the model is given. With one, it is an end of the window.
+      num_target: there are num_source + num_target target views, as in all data sources. LVSM's 2 source and 6 target views are
+        num_source = 2 and num_target = 4.
+      source_size, target_size: side of the square images, pixels; they must be equal.
       normalize: see `ops.normalization.scene_motion`.
-      min_gap, max_gap: frames from one end of a window to the other, both cut to what the video has.
+      min_gap, max_gap: range of the distance between the ends of a window, in frames; both are limited by the video's length.
 
     Raises:
-      InputError: no scene, or a field is out of its range. A scene that cannot be used is noticed when it is read.
+      InputError: there is no scene, or a field is out of range. An unusable scene is noticed only when it is read.
     """
     if num_source < 1 or num_target < 0 or not 1 <= min_gap <= max_gap:
         raise InputError(
@@ -73,7 +75,7 @@ def make(
         )
     if source_size != target_size:
         raise InputError(
-            f"data.source_size={source_size}, data.target_size={target_size}: a scene's images have one size"
+            f"data.source_size={source_size}, data.target_size={target_size}: must be equal for scenes"
         )
     check_normalize(normalize, num_source)
     root = Path(root)
@@ -87,16 +89,16 @@ def make(
 
 
 class EvaluationViews(Sequence):
-    """The source and target views of every scene of an index: (name, Batch without the B axis) by position.
+    """The source and target views of every scene in an index: (name, Batch without the B axis) by position.
 
-    Reading a scene that cannot be used raises InputError with its name; the next ones can still be read.
+    Reading an unusable scene raises InputError with its name; other scenes can still be read.
     """
 
     def __init__(
         self, root: Path, items: list, absent: list[str], unused: list[str], size: int, normalize
     ):
-        self.absent = tuple(absent)  # scenes of the index that are not in the folder
-        self.unused = tuple(unused)  # those that the index gives no views
+        self.absent = tuple(absent)  # scenes in the index that are not in the folder
+        self.unused = tuple(unused)  # scenes for which the index names no views
         self.names = tuple(place.name for place, *_ in items)
         self._root, self._items, self._size, self._normalize = root, items, size, normalize
 
@@ -122,19 +124,19 @@ class EvaluationViews(Sequence):
 def evaluation_views(
     root: str | Path, index_path: str | Path, size: int, normalize: str | None = "all_views"
 ) -> EvaluationViews:
-    """The views that pixelSplat's index file names, file by file: https://github.com/dcharatan/pixelsplat, assets/.
+    """The views that pixelSplat's index file names: https://github.com/dcharatan/pixelsplat, assets/.
 
-    All scenes of the index are there but those that it gives no views (null), and those absent from the folder, which are
-    reported on stderr.
+    Scenes for which the index names no views (null) are left out. So are scenes that are absent from the folder; they are
+    reported on stderr. Scenes that share a file follow each other.
 
     Args:
-      root: scenes in one of the layouts of `scene_files`; both of its splits are looked through.
-      index_path: {scene: {"context": [i, j], "target": [a, b, c]} or null}, JSON.
+      root: folder of scenes in one of the layouts of `scene_files`; both splits are searched.
+      index_path: JSON file, {scene: {"context": [i, j], "target": [a, b, c]} or null}.
       size: side of the square images, pixels.
-      normalize: see `ops.normalization.scene_motion`; LVSM's published numbers and weights are of "all_views".
+      normalize: see `ops.normalization.scene_motion`; LVSM's published scores and weights use "all_views".
 
     Raises:
-      InputError: no such file or folder, not such an index, or none of its scenes is in the folder.
+      InputError: a file or folder does not exist, the file is not such an index, or no scene of it is in the folder.
     """
     root, index = Path(root), _read_index(Path(index_path))
     posed = {name: views for name, views in index.items() if views}
@@ -149,7 +151,7 @@ def evaluation_views(
         print(f"{root}: {len(absent)} of {len(posed)} scenes of {index_path} are absent", file=sys.stderr)  # fmt: skip
     if not items:
         raise InputError(
-            f"{root}: none of the {len(posed)} scenes of {index_path} is in it: the test split?"
+            f"{root}: none of the {len(posed)} scenes of {index_path} is in it: check that this is the test split"
         )
     unused = [name for name, views in index.items() if not views]
     return EvaluationViews(root, items, absent, unused, size, normalize)
@@ -164,17 +166,17 @@ def _read_index(path: Path) -> dict[str, tuple[list[int], list[int]] | None]:
             for name, views in index.items()
         }
     except FileNotFoundError:
-        raise InputError(f"{path} does not exist: it is in pixelSplat's assets/") from None
+        raise InputError(f"{path} does not exist: get it from assets/ of pixelSplat") from None
     except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(
-            f"{path} is no index of pixelSplat's: {{scene: {{context, target}}}} ({type(error).__name__})"
+            f"{path} is not an index of pixelSplat, {{scene: {{context, target}}}} ({type(error).__name__}): check the path"
         ) from None
     return read
 
 
 def _numbers(frames: list) -> list[int]:
     if not frames or any(frame != int(frame) or frame < 0 for frame in frames):
-        raise ValueError("frames are whole numbers from 0")
+        raise ValueError("frames must be whole numbers, at least 0")
     return [int(frame) for frame in frames]
 
 
@@ -182,7 +184,7 @@ def _numbers(frames: list) -> list[int]:
 
 
 def _order(places: Sequence[scene_files.Place], split: str, seed: int) -> grain.MapDataset:
-    """As `pipeline.order`, but the scenes of one file follow each other, so that it is opened once an epoch."""
+    """As `pipeline.order`, but scenes that share a file follow each other, so that each file is opened once per epoch."""
     shuffled = pipeline.order(len(places), split, seed)
     if split != "train":
         return shuffled
@@ -191,7 +193,7 @@ def _order(places: Sequence[scene_files.Place], split: str, seed: int) -> grain.
 
 
 class _Shuffled:
-    """position -> index of a scene: files in random order, and within each its scenes, anew in every epoch."""
+    """Maps a position to the index of a scene: in each epoch, shuffles the files, and the scenes within each file."""
 
     def __init__(self, files: np.ndarray, seed: int):
         self.files, self.seed, self.epochs = files, seed, {}
@@ -202,7 +204,7 @@ class _Shuffled:
             rng = np.random.default_rng((self.seed, epoch))
             rank = rng.permutation(self.files.max() + 1)[self.files]
             shuffled = np.lexsort((rng.random(len(rank)), rank))
-            # The two epochs that batches ahead and behind can be of.
+            # Batches in flight can come from these two epochs.
             self.epochs = {epoch - 1: self.epochs.get(epoch - 1), epoch: shuffled}
         return int(shuffled[place])
 
@@ -229,7 +231,7 @@ def _load(
 def draw(
     num_frames: int, recipe: Recipe, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(frames that are looked at, the sources first; which of these are the targets) of a scene, see `make`.
+    """Draws (frames, the sources first; which of these are the targets) from a scene, as `make` describes.
 
     Raises:
       InputError: the scene is too short.
@@ -238,9 +240,9 @@ def draw(
     count = max(recipe.num_source, 2) + num_target
     if num_frames < count:
         raise InputError(
-            f"{num_frames} frames for {count}: the {recipe.num_source} sources and as many between as targets"
+            f"{num_frames} frames, but {count} are needed for {recipe.num_source} sources and the targets between them"
         )
-    # At least as long as it takes for frames to be all different.
+    # The window must be long enough for all frames to differ.
     low = max(min(recipe.min_gap, num_frames - 1), count - 1)
     high = max(min(recipe.max_gap, num_frames - 1), low)
     gap = rng.integers(low, high, endpoint=True)
@@ -257,11 +259,11 @@ def assemble(
     size: int,
     normalize: str | None,
 ) -> Batch:
-    """A sample without the B axis, opaque uint8 images [V size size 3].
+    """A sample without the B axis, with opaque uint8 images [V size size 3].
 
     Args:
-      views: frames that are looked at; the first `num_source` are the sources.
-      targets: which of `views` are the target views.
+      views: frames to use; the first `num_source` are the sources.
+      targets: which of `views` are the target views, by position in `views`.
 
     Raises:
       InputError: an image cannot be read, or the cameras cannot be normalised.
@@ -286,10 +288,10 @@ def assemble(
 
 
 def check_normalize(normalize: str | None, num_source: int) -> None:
-    """Raises InputError for a way to normalise that there is not, or that so few sources do not allow."""
+    """Raises InputError if there is no such normalisation, or if it needs more sources."""
     if normalize not in NORMALIZATIONS:
         raise InputError(f"normalize {normalize!r}: must be all_views, source_views or None")
     if normalize == "source_views" and num_source < 2:
         raise InputError(
-            "normalize 'source_views' takes two sources: one has no distance to another"
+            "normalize 'source_views' takes two sources or more: a single camera gives no scale"
         )

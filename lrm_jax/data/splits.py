@@ -1,4 +1,4 @@
-"""Which objects are held out of training: a hash of the name decides, so that every tool and every version agrees."""
+"""Decides which objects are held out of training, by a hash of the name, so that all tools and versions agree."""
 
 import hashlib
 import re
@@ -12,12 +12,12 @@ _VARIANT = re.compile(rf"_(?:{_COLORS}|[A-Z]|\d+)(?=_|$)|(?<=[a-z])(?:[A-Z]|\d+)
 
 
 def group(uid: str) -> str:
-    """The uid without what tells variants apart: `_blue`, `_A`, `_2`, and letters and digits glued to a word's end."""
+    """The uid without the parts that name a variant: `_blue`, `_A`, `_2`, and a capital letter or digits at the end of a word."""
     return _VARIANT.sub("", uid)
 
 
 def in_validation(uid: str) -> bool:
-    """Whether an object is held out of training. Depends on its group's name only."""
+    """Whether an object is held out of training. Depends only on the name of its group."""
     digest = hashlib.sha256(group(uid).encode()).digest()
     return int.from_bytes(digest[:8]) / 2**64 >= 1 - VALIDATION_SHARE
 
@@ -26,7 +26,7 @@ def select(uids: Sequence[str], split: str, where: str) -> list[int]:
     """Indices of the uids in a split: "train", "val", or "all" for both.
 
     Raises:
-      InputError: there is none, or no such split.
+      InputError: the split is empty, or there is no such split.
     """
     if split not in ("train", "val", "all"):
         raise InputError(f"split {split!r}: must be train, val or all")

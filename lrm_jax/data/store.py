@@ -1,6 +1,6 @@
-"""All images of a folder, decoded once at the sizes that training wants, in `root/.cache-<key>`, memory-mapped from then on.
+"""All images of a folder, decoded once at the sizes needed for training, in `root/.cache-<key>`. They are memory-mapped.
 
-On two CPU cores this is what makes small images cheap: a sample costs a copy of its bytes.
+This makes small images cheap on two CPU cores: making a sample only copies its bytes.
 """
 
 import concurrent.futures
@@ -25,13 +25,15 @@ from lrm_jax.ops.cameras import crop_intrinsics
 from lrm_jax.parallel import messages
 from lrm_jax.types import InputError
 
-MAX_COPIED = 2**30  # bytes of a store in memory that each process of the loader may have a copy of
+MAX_COPIED = (
+    2**30
+)  # bytes: the largest store in memory that may be copied to each process of the loader
 IMAGES = ("source_rgb", "source_alpha", "target_rgb", "target_alpha")  # memory-mapped
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is done to an image before it is stored: fields of `elements.Recipe`."""
+    """How images are processed before they are stored: fields of `elements.Recipe`."""
 
     source_size: int
     target_size: int
@@ -41,7 +43,7 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Store:
-    """All views of all objects, one after the other: object i has views start[i] to start[i + 1]."""
+    """All views of all objects, concatenated: object i has views start[i] up to, but not including, start[i + 1]."""
 
     folder: Path | None  # None: kept in memory
     uids: list[str]
@@ -49,29 +51,29 @@ class Store:
     start: np.ndarray  # [N+1]
     c2w: np.ndarray  # [K 4 4] float32, OpenCV axes
     fxfycxcy: np.ndarray  # [K 4] float32, of the whole images
-    source_row: np.ndarray  # [K] row in `source`, or -1: not in the elevation band
+    source_row: np.ndarray  # [K] row in the source arrays, or -1: outside the elevation range
     source_fxfycxcy: np.ndarray  # [rows 4] float32, of the crops
-    # Colour and alpha apart: taking them apart in every batch would cost more than all else.
+    # Colour and alpha are separate: splitting them for every batch would cost more than everything else.
     source_rgb: np.ndarray  # [rows s s 3] uint8, straight
     source_alpha: np.ndarray  # [rows s s] uint8
     target_rgb: np.ndarray  # [K t t 3] uint8, straight
     target_alpha: np.ndarray  # [K t t] uint8
 
     def __reduce__(self):
-        """A loader's process opens the files itself: pickled, a memory map would become all that it shows."""
+        """Lets each process of the loader open the files itself. Pickling a memory map would copy its whole content."""
         if self.folder is not None:
             return open_store, (self.folder,)
         fields = [getattr(self, f.name) for f in dataclasses.fields(self)]
         if sum(getattr(x, "nbytes", 0) for x in fields) > MAX_COPIED:
             raise InputError(
-                "the decoded images are in memory, and each of the loader's processes would have a copy: set data.num_workers=0 "
+                "the decoded images are in memory, and each process of the loader would copy them: set data.num_workers=0 "
                 "(threads), or put the data where a cache can be written"
             )
         return Store, tuple(fields)
 
 
 def get_store(root: Path, uids: list[str], settings: Settings) -> Store:
-    """The store of these objects; builds it where there is none of these very files."""
+    """The store of these objects. Builds it unless there is one for exactly these files."""
     files = folders.fingerprint(root, uids)
     key = hashlib.sha256(repr((3, dataclasses.astuple(settings), files)).encode()).hexdigest()[:16]
     return _get_store(root, tuple(uids), settings, key)
@@ -79,12 +81,12 @@ def get_store(root: Path, uids: list[str], settings: Settings) -> Store:
 
 @functools.lru_cache(maxsize=2)
 def _get_store(root: Path, uids: tuple[str, ...], settings: Settings, key: str) -> Store:
-    """Cached: both splits share the store, also where it is in memory."""
+    """Cached, so that both splits share the store even if it is in memory."""
     folder = root / f".cache-{key}"
     if not folder.is_dir():
         with _alone(root) as alone:
             for left in root.glob(f"{folder.name}.*.unfinished") if alone else ():
-                shutil.rmtree(left, ignore_errors=True)  # of a start that was killed
+                shutil.rmtree(left, ignore_errors=True)  # left by a killed process
             if not folder.is_dir():
                 return _build(root, uids, settings, folder)
     return open_store(folder)
@@ -92,7 +94,7 @@ def _get_store(root: Path, uids: tuple[str, ...], settings: Settings, key: str) 
 
 @contextlib.contextmanager
 def _alone(root: Path) -> Iterator[bool]:
-    """Waits until no other process of this machine makes a cache in the folder. False where it cannot be locked."""
+    """Waits until no other process on this machine builds a cache in the folder. Yields False if the folder cannot be locked."""
     try:
         descriptor = os.open(root, os.O_RDONLY)
     except OSError:
@@ -110,10 +112,10 @@ def _alone(root: Path) -> Iterator[bool]:
 
 
 def open_store(folder: Path) -> Store:
-    """A store that is on disk.
+    """Opens a store on disk.
 
     Raises:
-      InputError: it is damaged.
+      InputError: the store is damaged.
     """
     try:
         names = json.loads((folder / "objects.json").read_text())
@@ -122,12 +124,12 @@ def open_store(folder: Path) -> Store:
             return Store(folder=folder, **names, **arrays, **big)
     except Exception as error:
         raise InputError(
-            f"{folder}: cache is damaged ({type(error).__name__}: {error}): delete that folder"
+            f"{folder}: cache is damaged ({type(error).__name__}: {error}): delete this folder"
         ) from None
 
 
 def _build(root: Path, uids: tuple[str, ...], settings: Settings, folder: Path) -> Store:
-    """Decodes everything into `folder`, or into memory where that cannot be written."""
+    """Decodes everything into `folder`, or into memory if `folder` cannot be written."""
     cameras, skipped = {}, {}
     for uid in uids:
         try:
@@ -145,7 +147,9 @@ def _build(root: Path, uids: tuple[str, ...], settings: Settings, folder: Path) 
         store = Store(
             folder=None,
             uids=list(cameras),
-            skipped=dict(sorted({**skipped, **broken}.items())),  # broken ones keep their rows
+            skipped=dict(
+                sorted({**skipped, **broken}.items())
+            ),  # objects with broken images keep their rows
             start=start,
             c2w=c2w.astype(np.float32),
             fxfycxcy=fxfycxcy.astype(np.float32),
@@ -157,7 +161,7 @@ def _build(root: Path, uids: tuple[str, ...], settings: Settings, folder: Path) 
             _save(unfinished, store)
             try:
                 unfinished.rename(folder)
-            except OSError:  # another process has made it meanwhile
+            except OSError:  # another process has built it in the meantime
                 pass
     finally:
         if unfinished is not None:
@@ -168,10 +172,10 @@ def _build(root: Path, uids: tuple[str, ...], settings: Settings, folder: Path) 
 def _allocate(
     folder: Path, num_sources: int, num_views: int, settings: Settings
 ) -> tuple[dict[str, np.ndarray], Path | None]:
-    """The big arrays: files in a new folder beside `folder`, or in memory (None) where the disk is full or read-only.
+    """The big arrays: files in a new folder beside `folder`, or arrays in memory (and None) if the disk is full or read-only.
 
     Raises:
-      InputError: there is not enough memory either.
+      InputError: the memory is too small as well.
     """
     source = (num_sources, settings.source_size, settings.source_size)
     target = (num_views, settings.target_size, settings.target_size)
@@ -179,7 +183,7 @@ def _allocate(
     made = None
     try:
         made = Path(tempfile.mkdtemp(".unfinished", f"{folder.name}.", folder.parent))
-        made.chmod(folder.parent.stat().st_mode & 0o777)  # mkdtemp's own is for its user alone
+        made.chmod(folder.parent.stat().st_mode & 0o777)  # mkdtemp gives access to its user alone
         return {name: _allocate_file(made / f"{name}.npy", s) for name, s in shapes.items()}, made
     except OSError as error:
         if made is not None:
@@ -191,20 +195,20 @@ def _allocate(
                 f"{problem}, and its {bytes_ / 1e9:.1f} GB are more than the memory: free some space, or make records with "
                 "tools/build_dataset.py and set config.data.name=records"
             ) from None
-        print(f"{problem}: {bytes_ / 1e9:.1f} GB kept in memory", file=sys.stderr)
+        print(f"{problem}: keeping {bytes_ / 1e9:.1f} GB in memory instead", file=sys.stderr)
         return {name: np.zeros(shape, np.uint8) for name, shape in shapes.items()}, None
 
 
 def _allocate_file(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     array = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
-    # A full disk is an OSError here; a bus error ends the process when it is met in the map.
+    # A full disk raises OSError here. If it filled up while writing to the map, a bus error would kill the process.
     with open(path, "r+b") as file:
         os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     return array
 
 
 def _decode(cameras: dict[str, folders.Cameras], settings: Settings, start, source_row, arrays):
-    """Fills `arrays`. Returns the boxes [rows 4] of the sources as fractions, and uid -> cause of objects with broken images."""
+    """Fills `arrays`. Returns the crop boxes [rows 4] of the sources as fractions, and the cause by uid of each broken object."""
     boxes, broken = np.tile([0.0, 0.0, 1.0, 1.0], (len(arrays["source_rgb"]), 1)), {}
 
     def decode(index: int, uid: str) -> None:
@@ -217,7 +221,7 @@ def _decode(cameras: dict[str, folders.Cameras], settings: Settings, start, sour
                 )
                 _put(arrays, "source", row, crop)
 
-    # Pillow decodes without the interpreter's lock.
+    # Pillow releases the GIL while decoding.
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = {pool.submit(decode, index, uid): uid for index, uid in enumerate(cameras)}
         done = concurrent.futures.as_completed(jobs)
@@ -234,7 +238,7 @@ def _put(arrays: dict[str, np.ndarray], kind: str, row: int, rgba: np.ndarray) -
 
 
 def _save(folder: Path, store: Store) -> None:
-    """Writes all but the big arrays, which are in the folder already."""
+    """Writes everything except the big arrays, which are in the folder already."""
     fields = {f.name: getattr(store, f.name) for f in dataclasses.fields(store)}
     arrays = {k: v for k, v in fields.items() if isinstance(v, np.ndarray) and k not in IMAGES}
     (folder / "objects.json").write_text(json.dumps({"uids": store.uids, "skipped": store.skipped}))

@@ -1,1 +1,1 @@
-"""The evaluation behind `lrm evaluate`: of objects, of scenes, their scores, and the page that shows them."""
+"""The evaluation behind `lrm evaluate`: objects, scenes, scores, and the page that shows them."""

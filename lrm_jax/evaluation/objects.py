@@ -1,4 +1,4 @@
-"""Evaluates a model on objects: held-out views, and points of the true surface. The command is in `commands/evaluate.py`."""
+"""Evaluates a model on objects: held-out views, and points on the true surface. The command is in `commands/evaluate.py`."""
 
 import argparse
 import collections
@@ -33,26 +33,26 @@ from lrm_jax.parallel import messages
 from lrm_jax.types import Cameras, InputError, Views
 from lrm_jax.weights import loading
 
-# Families whose world is that of the source camera. The world of the others is upright, with the source at azimuth 0.
+# Families whose world is that of the source camera. The other families have an upright world with the source at azimuth 0.
 SEEN_BY_SOURCE = ("lrm",)
-BATCH = 4  # objects that go through the model together, or as many more as there are devices
+BATCH = 4  # objects per batch, rounded up to a multiple of the number of devices
 
-# How the protocol describes `elements.Recipe.normalize`, and --scale.
+# How the protocol describes `elements.Recipe.normalize` and --scale.
 WORLDS = {
-    "source": "that of the source camera (0, -d, 0), looking along +y",
+    "source": "that of the source camera, which is at (0, -d, 0) and looks along +y",
     "azimuth": "the data's, rotated about its vertical axis so that the source camera is at azimuth 0",
-    "image": "the world in which the camera that the model assumes, at the true elevation, would take the source image",
+    "image": "the one in which the camera that the model assumes, at the true elevation, would take the source image",
     None: "the data's",
 }
 SCALES = {
     "data": "as in the data",
-    "image": "from the size in the source image, seen by the camera that the model assumes",
+    "image": "from the object's size in the source image, as seen by the camera that the model assumes",
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class PosedViews:
-    """How training gives views to a family that takes posed views: fields of the config's `data`."""
+    """How a model that takes posed views was given views in training: fields of the config's `data`."""
 
     num_source: int
     source_size: int
@@ -62,7 +62,7 @@ class PosedViews:
 
 
 class Alignment(NamedTuple):
-    """How the world of the data is mapped to the world of a model that takes single images."""
+    """How to map the world of the data to the world of a model that takes single images."""
 
     normalize: str | None  # this and the next field: see `elements.Recipe`
     assumed_camera: tuple[float, float] | None
@@ -83,10 +83,10 @@ def evaluate(
     Args:
       network: weights of LPIPS, or None.
       info: as `loading.load_weights` returns it.
-      args: of the command. `sources` and `size` are None if they were not given; they are set here.
+      args: arguments of the command. This sets `sources` and `size` if they are None.
 
     Returns:
-      Results by uid; by uid why an object has no result, or no surface metrics; and the protocol.
+      (results, skipped, protocol): results by uid; by uid, why an object has no result or no surface metrics; and the protocol.
 
     Raises:
       InputError: an argument does not fit the model.
@@ -96,7 +96,9 @@ def evaluate(
     band = f"with an elevation of {low:g} to {high:g} degrees"
     if hasattr(model, "prepare"):
         if args.sources not in (None, 1):
-            raise InputError(f"--sources {args.sources}: {info['family']} takes one image")
+            raise InputError(
+                f"--sources {args.sources}: {info['family']} takes one image: leave it out"
+            )
         args.sources = 1
         alignment = alignment_of(model, info["training"], args.scale)
         pose = functools.partial(posed_by_image, model, alignment)
@@ -104,7 +106,9 @@ def evaluate(
         normalize, scale = alignment.normalize, alignment.scale
     else:
         if args.scale is not None:
-            raise InputError(f"--scale: {info['family']} takes true cameras: leave it out")
+            raise InputError(
+                f"--scale has no effect on {info['family']}, which takes true cameras: leave it out"
+            )
         posed = posed_views(info)
         args.sources = args.sources or posed.num_source
         pose = functools.partial(posed_by_views, posed)
@@ -119,27 +123,25 @@ def evaluate(
         results, skipped = score(model, programs, mean, folders, pose, args)
     words = {
         "source": how,
-        "targets": f"{args.views} other views, one of each part of their order, chosen by a hash of the object's name, {args.size} x {args.size} pixels, on white",
+        "targets": f"{args.views} other views, spread over their order and chosen by a hash of the object's name, {args.size} x {args.size} pixels, on white",
         "world": f"the model's is {WORLDS[normalize]}; scale: {SCALES[scale]}",
         **image_protocol(args.lpips is not None),
-        "iou": "of the foregrounds (alpha above 0.5), for each view; not for families without alpha",
+        "iou": "of the foregrounds (alpha above 0.5), for each view; only for families with alpha",
         "surface": f"where the field is {getattr(model, 'surface_level', None)}, on a grid of {args.resolution}^3 points"
         if hasattr(model, "query")
         else "this family has none",
         "surface metrics": surface_metrics.PROTOCOL,
         "empty surfaces": "F-scores of 0, and no Chamfer distance",
-        "unaligned": "the same surface metrics in the world and unit of the data, without normalisation or alignment",
-        "baseline": f"the mean {baseline_from}; the better of two predictions of the images, and of two of the surface",
+        "unaligned": "the same surface metrics, in the world and unit of the data, without normalisation or alignment",
+        "baseline": f"the mean {baseline_from}; images and surface are each predicted in two ways, and the better one counts",
     }
     return results, skipped, words
 
 
 def baseline_objects(args: argparse.Namespace, folders: list[Path]) -> tuple[list[Path], str]:
-    """The folders of the objects that the mean object is made of, and what the protocol says of them."""
+    """The folders of the objects that are averaged into the mean object, and a description of them for the protocol."""
     if args.baseline_data is None:
-        where = (
-            "of the other evaluated objects, which makes the baseline better: give --baseline-data"
-        )
+        where = "of the other evaluated objects, which makes the baseline look better: give --baseline-data"
         return folders, where
     others = held_out.find(args.baseline_data, "train")
     return others, f"of the {len(others)} training objects of {args.baseline_data}"
@@ -149,10 +151,10 @@ def baseline_objects(args: argparse.Namespace, folders: list[Path]) -> tuple[lis
 
 
 def alignment_of(model, training: dict, scale: str | None) -> Alignment:
-    """The world of a model that takes single images, from its record of training ({} for a reference checkpoint).
+    """The world of a model that takes single images, from its training record ({} for a PyTorch checkpoint).
 
     Raises:
-      InputError: `scale` is not the one that it was trained with.
+      InputError: the model was trained with another scale.
     """
     trained = loading.training_data(training)
     if trained.get("normalize") == "image":
@@ -170,7 +172,7 @@ def alignment_of(model, training: dict, scale: str | None) -> Alignment:
 def motion_to_model(
     model, source: np.ndarray, camera: Cameras, assumed: Cameras, alignment: Alignment
 ) -> np.ndarray:
-    """The similarity [4 4] from the world of the data to the world of the model, for one source view.
+    """The similarity transform [4 4] from the world of the data to the world of the model, for one source view.
 
     Args:
       source: uint8 [H H 4], the whole source image.
@@ -193,7 +195,7 @@ def motion_to_model(
 
 
 def move_poses(motion: np.ndarray, c2w: np.ndarray) -> np.ndarray:
-    """Poses [*B 4 4] after a similarity [4 4] of the world, float32."""
+    """Poses [*B 4 4] after a similarity transform [4 4] of the world, float32."""
     return cameras.move_poses(motion, c2w.astype(np.float64)).astype(np.float32)
 
 
@@ -202,7 +204,7 @@ def move_poses(motion: np.ndarray, c2w: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class PosedObject:
-    """One object, with cameras in the world of the model."""
+    """One object, with its cameras in the world of the model."""
 
     item: HeldOut
     source: Views  # [1 N]
@@ -218,10 +220,10 @@ def score(
     pose: Callable[[HeldOut], PosedObject],
     args: argparse.Namespace,
 ) -> tuple[dict[str, Result], dict[str, str]]:
-    """The results and causes of `evaluate`."""
+    """Computes the results of `evaluate`, and the causes why others have none."""
     results, skipped, jobs = {}, {}, {}
     batch_size = -(-BATCH // programs.num_devices) * programs.num_devices
-    # One thread for each device extracts meshes; other threads compare them meanwhile.
+    # One thread per device extracts meshes, while other threads compare them.
     with ThreadPoolExecutor(programs.num_devices) as devices, ThreadPoolExecutor() as pool:
         items = posed_objects(folders, skipped, pose, args)
         while group := list(itertools.islice(items, batch_size)):
@@ -258,7 +260,7 @@ def score(
 def read_ahead(
     folders: list[Path], args: argparse.Namespace
 ) -> Iterator[tuple[Path, HeldOut | InputError]]:
-    """Each object in turn, or what is wrong with it. Threads read the next ones meanwhile."""
+    """Yields each object, or the error in reading it. Threads read the next objects in the meantime."""
 
     def read(folder: Path) -> HeldOut | InputError:
         try:
@@ -280,7 +282,7 @@ def posed_objects(
     pose: Callable[[HeldOut], PosedObject],
     args: argparse.Namespace,
 ) -> Iterator[PosedObject]:
-    """The objects that can be evaluated. The others are added to `skipped`."""
+    """Yields the objects that can be evaluated. Adds the others to `skipped`."""
     for folder, item in read_ahead(folders, args):
         if not isinstance(item, HeldOut):
             skipped[folder.name] = str(item)
@@ -296,7 +298,7 @@ def posed_objects(
 
 
 def posed_by_image(model, alignment: Alignment, item: HeldOut) -> PosedObject:
-    """An object for a model that takes one image."""
+    """Prepares an object for a model that takes one image."""
     view = jax.tree.map(np.asarray, model.prepare([item.source]))
     assumed = jax.tree.map(lambda x: x[0, 0], view.cameras)
     motion = motion_to_model(model, item.source, item.source_camera, assumed, alignment)
@@ -308,23 +310,23 @@ def posed_by_image(model, alignment: Alignment, item: HeldOut) -> PosedObject:
 
 
 def posed_views(info: dict) -> PosedViews:
-    """How training gave views to a model, from its record of training.
+    """How a model was given views in training, from its training record.
 
     Raises:
-      InputError: there is none, or it was not trained on objects.
+      InputError: there is no such record, or the model was not trained on objects.
     """
     data = loading.training_data(info["training"])
     names = [field.name for field in dataclasses.fields(PosedViews)]
     if not set(names) <= set(data):
         raise InputError(
-            f"{info['path']}: {info['family']} takes posed views, and it is not known how this model was given views of objects: "
-            "use a model that `lrm train` has trained on objects, or evaluate scenes with --index"
+            f"{info['path']}: {info['family']} takes posed views, but this model has no record of how it was trained on objects: "
+            "use a model that `lrm train` trained on objects, or evaluate scenes with --index"
         )
     return PosedViews(**{name: data[name] for name in names})
 
 
 def posed_by_views(posed: PosedViews, item: HeldOut) -> PosedObject:
-    """An object for a model that takes posed views: images and cameras as in training."""
+    """Prepares an object for a model that takes posed views: images and cameras as in training."""
     crops = [elements.source_crop(rgba, posed.source_size, posed.foreground_ratio, item.uid) for rgba in item.sources]  # fmt: skip
     images, boxes = (np.stack(x) for x in zip(*crops, strict=True))
     fxfycxcy = cameras.crop_intrinsics(item.source_cameras.fxfycxcy, boxes)
@@ -342,8 +344,8 @@ def posed_by_views(posed: PosedViews, item: HeldOut) -> PosedObject:
 def predict(
     programs: Programs, mean, group: list[PosedObject], batch_size: int
 ) -> tuple[list, list[Result | None]]:
-    """The scene [1 ...] of each object, and the scores of its images: None if these are not finite."""
-    # Padded: a smaller last group would be compiled again.
+    """The scene [1 ...] and the image scores of each object; the scores are None if its renderings are not finite."""
+    # Pad the group: a smaller one would be compiled again.
     full = group + group[-1:] * (batch_size - len(group))
     source = jax.tree.map(lambda *x: np.concatenate(x), *(x.source for x in full))
     cameras = jax.tree.map(lambda *x: np.stack(x), *(x.targets for x in full))
@@ -376,7 +378,7 @@ def predict(
 def surface_points(
     model, programs: Programs, resolution: int, object_and_scene: tuple[PosedObject, Any]
 ) -> tuple[np.ndarray | None, str]:
-    """Points [NUM_POINTS 3] on the surface of a scene [1 ...], in the world of the data; or None, and why it has no surface."""
+    """Points [NUM_POINTS 3] on the surface of a scene [1 ...], in the world of the data. Or None, and why there is no surface."""
     x, scene = object_and_scene
     field = functools.partial(programs.field, scene)
     rng = np.random.default_rng(0)
@@ -392,7 +394,7 @@ def surface_points(
 def score_surface(
     points: np.ndarray | None, item: HeldOut, mean: mean_object.MeanObject
 ) -> tuple[dict[str, float], dict[str, float], dict[str, dict[str, float]]]:
-    """Scores of predicted points (None: an empty surface): aligned, unaligned, and the aligned ones of the baselines."""
+    """Scores of predicted points (None: an empty surface): aligned, unaligned, and aligned for the baselines."""
     count = surface_metrics.NUM_POINTS
     truth = np.random.default_rng(0).permutation(item.points)[:count]
     shapes = mean_object.shapes(mean, item, count, np.random.default_rng(0))

@@ -1,6 +1,6 @@
-"""What `lrm evaluate` shows: the table that it prints, and a page with the images and scores of every object, the worst first.
+"""The output of `lrm evaluate`: the table that it prints, and a page with the images and scores of all objects, the worst first.
 
-The page is one file without scripts. It needs no network: images are data URIs.
+The page is one file without scripts. It needs no network, since its images are data URIs.
 """
 
 import base64
@@ -13,7 +13,7 @@ from PIL import Image
 
 from lrm_jax.images.png import to_uint8
 
-NUM_PAIRS = 4  # of target and rendering, one above the other
+NUM_PAIRS = 4  # of a target and its rendering, one above the other
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem; color: #222 }
 table { border-collapse: collapse; margin: 1rem 0 } th, td { padding: .2rem .7rem; text-align: right }
@@ -26,14 +26,14 @@ p { margin: .2rem 0; color: #555 } .cause { color: #a33 }
 
 
 def number(value: float | int | str | None) -> str:
-    """A number as text; a dash for None."""
+    """A number as text; None is a dash."""
     if value is None:
         return "-"
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def worst_first(objects: Mapping[str, Mapping[str, float | None]]) -> list[str]:
-    """The uids by PSNR, the lowest first."""
+    """The uids by PSNR, lowest first."""
     return sorted(objects, key=lambda uid: objects[uid]["psnr"])
 
 
@@ -65,7 +65,7 @@ def table(summary: dict, worst: int = 5) -> str:
 
 
 def strip(source: np.ndarray, target: np.ndarray, rendered: np.ndarray) -> bytes:
-    """A JPEG: the source at the left, then NUM_PAIRS of the target views, each above its rendering.
+    """A JPEG with the source on the left, then NUM_PAIRS target views, each above its rendering.
 
     Args:
       source: uint8 [H H 4].
@@ -85,11 +85,11 @@ def strip(source: np.ndarray, target: np.ndarray, rendered: np.ndarray) -> bytes
 
 
 def page(summary: Mapping, strips: Mapping[str, bytes]) -> bytes:
-    """The page.
+    """The page, as HTML.
 
     Args:
       summary: the content of `evaluation.json`.
-      strips: the `strip` of each object.
+      strips: by uid, the result of `strip`.
     """
     model, data, skipped = summary["model"], summary["data"], summary["skipped"]
     title = f"{model['path']} on {data['path']} ({data['split']})"
@@ -113,7 +113,7 @@ def page(summary: Mapping, strips: Mapping[str, bytes]) -> bytes:
         head = f"<summary>Skipped, in whole or in part: {len(skipped)}</summary>"
         body.append(f"<details>{head}{_terms(skipped)}</details>")
     body.append(
-        "<p>Each object: the source view, then target views above their renderings. The lowest PSNR comes first.</p>"
+        "<p>For each object: the source view, then target views above their renderings. The lowest PSNR comes first.</p>"
     )
     for uid in worst_first(summary["objects"]):
         body.append(_section(uid, summary["objects"][uid], strips[uid], skipped.get(uid)))
@@ -139,7 +139,7 @@ def _row(tag: str, cells: Iterable, attributes: str = "") -> str:
 
 
 def _terms(terms: Mapping) -> str:
-    """A list of names and texts. A text that is a mapping becomes a list within the list."""
+    """A list of names and texts. A text that is a mapping becomes a nested list."""
     inner = "".join(
         f"<dt>{_text(name)}</dt><dd>{_terms(text) if isinstance(text, Mapping) else _text(text)}</dd>"
         for name, text in terms.items()

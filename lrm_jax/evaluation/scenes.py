@@ -1,4 +1,4 @@
-"""Evaluates a model on scenes, on the views that pixelSplat's index names. The command is in `commands/evaluate.py`."""
+"""Evaluates a model on scenes, with the views that pixelSplat's index names. The command is in `commands/evaluate.py`."""
 
 import argparse
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from lrm_jax.weights import loading
 def evaluate(
     model, params, network, info: dict, args: argparse.Namespace, stages: messages.Stages
 ) -> tuple[dict[str, Result], dict[str, str], dict[str, str]]:
-    """Results by scene; by scene why it has no result; and the protocol. For the arguments see `objects.evaluate`."""
+    """Returns results by scene; by scene, why it has no result; and the protocol. Arguments: see `objects.evaluate`."""
     if hasattr(model, "prepare"):
         raise InputError(
             f"{info['family']} reconstructs objects from one image: evaluate it without --index"
@@ -35,13 +35,13 @@ def evaluate(
                     skipped[name] = "the model renders values that are not finite"
                 else:
                     results[name] = result
-    source = "the views that the index calls context"
+    source = "the context views of the index"
     words = {
         "source": source,
-        "targets": f"the views that the index calls target, {args.size} x {args.size} pixels",
+        "targets": f"the target views of the index, {args.size} x {args.size} pixels",
         "world": f"poses are normalised by {normalize.replace('_', ' ')}",
         **image_protocol(args.lpips is not None),
-        "baseline": "for each target, the source image whose camera is nearest",
+        "baseline": "for each target, the source image with the nearest camera",
     }
     return results, skipped, words
 
@@ -49,7 +49,7 @@ def evaluate(
 def groups(
     views: scenes.EvaluationViews, size: int, skipped: dict[str, str]
 ) -> Iterator[tuple[list[str], list[Batch]]]:
-    """The scenes that can be read, in groups of up to `size` neighbours with equal numbers of views. The others are added to `skipped`."""
+    """Yields the readable scenes, in groups of up to `size` neighbours with as many views. Adds the others to `skipped`."""
     names, batches = [], []
     for i in messages.progress(range(len(views)), len(views), "scenes"):
         try:
@@ -67,13 +67,13 @@ def groups(
 
 
 def num_views(batch: Batch) -> tuple[int, int]:
-    """How many sources and targets a scene [V] has."""
+    """The numbers of source and target views of a scene [V]."""
     return len(batch.source.rgb), len(batch.target.rgb)
 
 
 def score(programs: Programs, batches: list[Batch]) -> list[Result | None]:
-    """The result of each scene [V], one scene on each device; None if its renderings are not finite."""
-    # Padded, so that every device has a scene.
+    """The result of each scene [V], or None if its renderings are not finite. Each device takes one scene."""
+    # Pad, so that every device has a scene.
     full = batches + batches[-1:] * (programs.num_devices - len(batches))
     whole = jax.tree.map(lambda *x: np.stack(x), *full)
     source, target = (x.rgb.astype(np.float32) / 255 for x in (whole.source, whole.target))

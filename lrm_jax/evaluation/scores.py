@@ -1,4 +1,4 @@
-"""What `lrm evaluate` computes: renderings and their scores, on the devices; and means over objects or scenes."""
+"""The computations of `lrm evaluate`: renderings and their scores, on the devices, and means over objects or scenes."""
 
 import dataclasses
 import functools
@@ -27,7 +27,7 @@ class Result:
 
     scores: dict[str, float]
     guesses: dict[str, dict[str, float]]  # scores of the baselines, by name
-    strip: bytes  # its images, for the page: see `report_page.strip`
+    strip: bytes  # its images for the page, from `report_page.strip`
     unaligned: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
@@ -35,12 +35,12 @@ class Result:
 class Programs:
     """The model and the metrics, each compiled for one shape."""
 
-    num_devices: int  # a batch is split over them: B is a multiple
-    # (source Views[B 1], Cameras[B V]) -> the scene [1 ...] of each, rgb on white [B V S S 3], alpha [B V S S] or None
+    num_devices: int  # a batch is split over them, so B must be a multiple
+    # (source Views[B N], Cameras[B V]) -> list of B scenes [1 ...], rgb on white [B V S S 3], alpha [B V S S] or None
     predict: Callable
     compare: Callable  # (rgb, alpha or None, true rgb, true alpha) -> dict of [B V]
-    compare_guess: Callable  # the same without LPIPS, which takes longer than everything else
-    # (scene [1 ...], xyz [Q 3]) -> [Q], on the device of the scene; None: the family has no surface
+    compare_guess: Callable  # the same without LPIPS, which takes longer than all other metrics
+    # (scene [1 ...], xyz [Q 3]) -> field values [Q], on the device of the scene; None: the family has no surface
     field: Callable | None
 
 
@@ -102,7 +102,7 @@ def compiled(model, params, network, size: int) -> Programs:
 
 
 def image_protocol(with_lpips: bool) -> dict[str, str]:
-    """What the protocol says of the image metrics."""
+    """How the protocol describes the image metrics."""
     return {
         "psnr": "dB, for each view; the value of an object or a scene is the mean over its target views",
         "ssim": "Gaussian window of 11 pixels, sigma 1.5, for each view, in colour",
@@ -113,12 +113,12 @@ def image_protocol(with_lpips: bool) -> dict[str, str]:
 
 
 def on_white(premultiplied: np.ndarray) -> np.ndarray:
-    """Premultiplied RGBA [*B 4] on white: [*B 3]."""
+    """Composites premultiplied RGBA [*B 4] on white: [*B 3]."""
     return premultiplied[..., :3] + (1 - premultiplied[..., 3:])
 
 
 def summarize(results: dict[str, Result], skipped: dict[str, str]) -> dict:
-    """Means and medians over the objects that have a score, and the scores of each object; None: no object has it."""
+    """The content of `evaluation.json` about scores: means, medians, and each object's scores. None: a score does not exist."""
     scores = {uid: x.scores for uid, x in results.items()}
     unaligned = {uid: x.unaligned for uid, x in results.items() if x.unaligned}
     return {
@@ -136,7 +136,7 @@ def summarize(results: dict[str, Result], skipped: dict[str, str]) -> dict:
 
 
 def baseline(guesses: list[dict[str, dict[str, float]]]) -> dict:
-    """The mean scores of each baseline, and of the best ones at images and at surfaces, from [object][baseline][score]."""
+    """The mean scores of each baseline, and of the best one for images and for surfaces. `guesses`: [object][baseline][score]."""
 
     def values(name):
         return surface_metrics.NAMES if name in mean_object.SHAPES else IMAGE_NAMES
@@ -156,7 +156,7 @@ def baseline(guesses: list[dict[str, dict[str, float]]]) -> dict:
 def over(
     rows: Iterable[dict[str, float]], function: Callable, names: tuple[str, ...] = NAMES
 ) -> dict[str, float | None]:
-    """The mean or the median of each score, over the objects that have it; None: no object has it."""
+    """The mean or median (`function`) of each score over the objects that have it; None if no object has it."""
     rows = list(rows)
     columns = {name: [x[name] for x in rows if name in x] for name in names}
     return {name: float(function(x)) if x else None for name, x in columns.items()}

@@ -2,7 +2,7 @@
 
 orbit        a full turn around the point that the cameras look at, at their mean height and distance
 spiral       two turns around the mean camera, looking where the cameras look
-interpolate  through the source cameras in their order: a Catmull-Rom spline, rotations by slerp
+interpolate  through the source cameras in order: positions by a Catmull-Rom spline, rotations by slerp
 FILE         the poses of a transforms.json, in the world of the capture
 """
 
@@ -21,29 +21,29 @@ PATHS = ("orbit", "spiral", "interpolate")
 
 @dataclasses.dataclass(frozen=True)
 class CameraPath:
-    """Poses of the frames of a video."""
+    """Camera poses for the frames of a video."""
 
     c2w: np.ndarray  # [N 4 4] float64, OpenCV axes, in the world of the capture
-    # [N] where they are between the capture's views, in [0, V - 1]; None: nowhere
+    # [N] positions between the capture's views, in [0, V - 1]; None: the path does not follow the views
     position: np.ndarray | None = None
 
 
 def camera_path(
     capture: captures.Capture, name: str, num_frames: int, convention: str | None = None
 ) -> CameraPath:
-    """The camera path `name`, one of PATHS, or a transforms.json with its poses in the world of the capture's.
+    """The camera path `name`: one of PATHS, or a transforms.json file with poses in the world of the capture.
 
     Raises:
-      InputError: the source cameras do not determine the path, or its file is bad.
+      InputError: the source cameras do not determine the path, or its file is missing or bad.
     """
     c2w = capture.c2w
     if name not in PATHS:
         if not Path(name).is_file():
-            raise InputError(f"--path {name}: no such file, and none of {', '.join(PATHS)}")
+            raise InputError(f"--path {name}: neither a file nor one of {', '.join(PATHS)}")
         return CameraPath(read_path(Path(name), convention))
     if len(c2w) < 2:
         raise InputError(
-            f"{capture.names[0]} is the only source view: a path takes two or more, or --path FILE"
+            f"{capture.names[0]} is the only source view: a path needs two or more, or --path FILE"
         )
     if name == "interpolate":
         position = paths.positions(len(c2w), num_frames)
@@ -55,17 +55,17 @@ def camera_path(
 
 
 def read_path(path: Path, convention: str | None) -> np.ndarray:
-    """The poses [N 4 4] of a transforms.json, in its order; nothing else of it counts.
+    """The poses [N 4 4] of a transforms.json, in its order; the rest of the file is ignored.
 
-    A path may look wherever it likes: its convention is not doubted.
+    The convention is not checked for plausibility, because a path may look anywhere.
     """
     try:
         content = json.loads(path.read_text())
         matrices = np.array([frame["transform_matrix"] for frame in content["frames"]], float)
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path} is no transforms.json ({type(error).__name__}: {error})") from None  # fmt: skip
+        raise InputError(f"{path} is not a transforms.json file ({type(error).__name__}: {error})") from None  # fmt: skip
     if matrices.shape[1:] != (4, 4):
-        raise InputError(f"{path}: transform_matrix {list(matrices.shape)}: must be some of [4, 4]")
+        raise InputError(f"{path}: transform_matrix {list(matrices.shape)}: must be [N, 4, 4]")
     try:
         captures.check_rigid(matrices)
     except InputError as error:
@@ -74,7 +74,7 @@ def read_path(path: Path, convention: str | None) -> np.ndarray:
 
 
 def intrinsics_along(path: CameraPath, fxfycxcy: np.ndarray) -> np.ndarray:
-    """Intrinsics [N 4] between those of the views [V 4], or, where frames are not between views, their mean."""
+    """Intrinsics [N 4] of the frames: interpolated from the views' [V 4], or their mean if the path does not follow the views."""
     if path.position is None:
         return np.tile(fxfycxcy.mean(0), (len(path.c2w), 1))
     columns = [np.interp(path.position, np.arange(len(fxfycxcy)), x) for x in fxfycxcy.T]

@@ -1,8 +1,8 @@
-"""Posed images of a folder: NeRF's transforms.json, or COLMAP's reconstruction.
+"""Posed images from a folder: with NeRF's transforms.json, or a COLMAP reconstruction.
 
-folder/transforms.json             NeRF, instant-ngp, nerfstudio: camera to world, OpenGL's axes. Blender's scenes of NeRF have
+folder/transforms.json             NeRF, instant-ngp, nerfstudio: camera to world, OpenGL axes. NeRF's Blender scenes have
                                    transforms_train.json instead
-folder/sparse/0, folder/images     COLMAP's
+folder/sparse/0, folder/images     COLMAP
 """
 
 import dataclasses
@@ -24,12 +24,12 @@ from lrm_jax.ops import conventions
 from lrm_jax.ops.cameras import opengl_to_opencv
 from lrm_jax.types import InputError
 
-WIDTH_STEP = 8  # LVSM's patch: what the width of a resized image is rounded to
+WIDTH_STEP = 8  # the longer side of a resized image is rounded to a multiple of this: LVSM's patch
 TRANSFORMS = ("transforms.json", "transforms_train.json")
 SPARSE = ("sparse/0", "sparse", "colmap/sparse/0")
-# What a mismatch of the sides' ratio may be: rounding of sizes, not an image that lies on its side.
+# Allowed mismatch of aspect ratios: enough for rounded sizes, not for a rotated image.
 ASPECT_TOLERANCE = 0.03
-# Source views, where nothing is said: attention takes time with the square of their number.
+# Source views by default: the time of attention grows with the square of their number.
 MAX_VIEWS = 16
 TRANSFORMS_CONVENTION, COLMAP_CONVENTION = "opengl-c2w", "opencv-w2c"
 _log = logging.getLogger(__name__)
@@ -37,19 +37,19 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Frames:
-    """The posed images of one scene, in their order."""
+    """The posed images of one scene, in order."""
 
     images: tuple[Path | np.ndarray, ...]  # V files, or their bytes
     c2w: np.ndarray  # [V 4 4] float64, OpenCV axes, in the scene's own world and unit
     fxfycxcy: np.ndarray  # [V 4] float64, fractions of width, height, width, height
-    aspect: np.ndarray | None = None  # [V] width / height that the cameras are for; None: unknown
+    aspect: np.ndarray | None = None  # [V] width / height that the cameras expect; None: unknown
 
 
 @dataclasses.dataclass(frozen=True)
 class Capture:
-    """Posed images that a model takes as its source views."""
+    """Posed images that a model gets as its source views."""
 
-    views: list[int]  # V, their numbers in the folder
+    views: list[int]  # V, their indices in the folder
     names: list[str]
     images: list[np.ndarray]  # V of uint8 [H W 3]
     c2w: np.ndarray  # [V 4 4] float64, OpenCV axes, in the folder's world
@@ -57,15 +57,15 @@ class Capture:
 
 
 def is_scene(folder: Path) -> bool:
-    """Whether `read_folder` finds cameras in a folder."""
+    """Whether a folder has cameras for `read_folder`."""
     return any((folder / name).is_file() for name in TRANSFORMS) or _sparse(folder) is not None
 
 
 def read_folder(folder: Path) -> Frames:
-    """The frames, sorted by name, of a folder with transforms.json or COLMAP's reconstruction (the former, where there are both).
+    """The frames, sorted by name, of a folder with transforms.json or a COLMAP reconstruction (the former if it has both).
 
     Raises:
-      InputError: neither is there, a file is missing or damaged, a camera is none or far from a pinhole.
+      InputError: it has neither, a file is missing or damaged, or a camera is invalid or far from a pinhole.
     """
     return checked(read_frames(folder, folder.name))
 
@@ -73,15 +73,16 @@ def read_folder(folder: Path) -> Frames:
 def read_capture(
     folder: Path, views: str | int | Sequence[int] | None = None, convention: str | None = None
 ) -> Capture:
-    """The chosen views of a folder, whose cameras make sense together.
+    """The chosen views of a folder, after checking that its cameras are plausible together.
 
     Args:
-      views: how many, evenly spread, or the numbers of which ones; as text, as `--views` has it ("4", "0,3,7"). None: all, at most 16.
-      convention: what the poses are, one of `ops.conventions.MEANINGS`; None: what their format has.
+      views: how many, evenly spread, or the indices of the views; or either as text in the form of `--views` ("4", "0,3,7").
+        None: all, but at most 16 evenly spread.
+      convention: of the poses, one of `ops.conventions.MEANINGS`. None: the convention of their file format.
 
     Raises:
-      InputError: with the folder's name: no cameras, bad ones or in another convention, no such view, a missing or damaged
-        image.
+      InputError: no cameras, bad cameras or cameras in another convention, no such view, or a missing or damaged image. The
+        message has the folder's name.
     """
     try:
         frames = read_folder(folder)
@@ -100,7 +101,7 @@ def read_capture(
 
 
 def check_rigid(matrices: np.ndarray) -> None:
-    """Raises InputError where poses [V 4 4] are no rotations and translations."""
+    """Raises InputError unless all poses [V 4 4] are rotations and translations."""
     if not np.isfinite(matrices).all():
         raise InputError("a pose is not finite: remove its frame")
     if (wrong := np.abs(matrices[:, 3] - [0, 0, 0, 1]).max(1) > 1e-6).any():
@@ -109,15 +110,15 @@ def check_rigid(matrices: np.ndarray) -> None:
         )
     if (wrong := ~is_rotation(matrices[:, :3, :3])).any():
         raise InputError(
-            f"pose {wrong.argmax()} is no rotation and translation: is it scaled, or are its axes left-handed?"
+            f"pose {wrong.argmax()} is not a rotation and translation: is it scaled, or are its axes left-handed?"
         )
 
 
 def in_convention(c2w: np.ndarray, stated: str, convention: str | None) -> np.ndarray:
-    """Poses [V 4 4] that were read in their format's convention, in the one that they are said to have, if any.
+    """Reads poses [V 4 4] again in `convention`, if given. They were first read in `stated`, their format's convention.
 
     Raises:
-      InputError: nothing is said, and they seem to be in another convention than their format's.
+      InputError: `convention` is None, and the poses seem to be in another convention than `stated`.
     """
     if convention is not None:
         c2w = conventions.read(conventions.write(c2w, stated), convention)
@@ -132,10 +133,10 @@ def in_convention(c2w: np.ndarray, stated: str, convention: str | None) -> np.nd
 
 
 def choose(views: str | int | Sequence[int] | None, count: int) -> list[int]:
-    """The numbers of the views that are asked for, of `count`: see `read_capture`.
+    """The indices of the chosen views out of `count`: see `read_capture`.
 
     Raises:
-      InputError: it does not say which, or there is no such view.
+      InputError: `views` cannot be understood, or there is no such view.
     """
     if not isinstance(views, str | int | None):
         views = ",".join(map(str, views)) + ","
@@ -145,26 +146,26 @@ def choose(views: str | int | Sequence[int] | None, count: int) -> list[int]:
     except ValueError:
         numbers = []
     if not numbers or len(set(numbers)) < len(numbers):
-        raise InputError(f"--views {text!r}: give a number of views, or which ones, as 0,3,7")
+        raise InputError(f"--views {text!r}: give how many views, or which ones, such as 0,3,7")
     if "," in text:
         if bad := [x for x in numbers if not 0 <= x < count]:
             raise InputError(f"--views: there is no view {bad[0]}: choose from 0 to {count - 1}")
         return numbers
     if not 1 <= numbers[0] <= count:
-        raise InputError(f"--views {text}: choose 1 to {count}, as many as there are")
+        raise InputError(f"--views {text} is out of range: choose 1 to {count}")
     return np.linspace(0, count - 1, numbers[0]).round().astype(int).tolist()
 
 
 def read_image(frames: Frames, view: int) -> np.ndarray:
-    """[H W 3] uint8 sRGB; what is transparent is white, as NeRF (https://arxiv.org/abs/2003.08934) has it.
+    """[H W 3] uint8 sRGB; transparent pixels become white, as in NeRF (https://arxiv.org/abs/2003.08934).
 
     Raises:
-      InputError: the image is missing, damaged or lies on its side.
+      InputError: the image is missing, damaged, or not of its camera's aspect ratio.
     """
     image = frames.images[view]
     if isinstance(image, Path):
         rgba = load_image(image)
-        # Not changed where opaque.
+        # Opaque images stay as they are.
         rgb = to_uint8(blend(rgba, 1.0)) if has_alpha(rgba) else rgba[..., :3]
         name = image.name
     else:
@@ -177,25 +178,25 @@ def read_image(frames: Frames, view: int) -> np.ndarray:
         ratio = rgb.shape[1] / rgb.shape[0] / frames.aspect[view]
         if abs(ratio - 1) > ASPECT_TOLERANCE:
             raise InputError(
-                f"{name} is {rgb.shape[1]}x{rgb.shape[0]}, which has not the proportions of its camera: turned or cropped?"
+                f"{name} is {rgb.shape[1]}x{rgb.shape[0]}, not the aspect ratio of its camera: was it rotated or cropped?"
             )
     return rgb
 
 
 def is_rotation(matrices: np.ndarray) -> np.ndarray:
-    """Which of finite matrices [V 3 3] are rotations, to the precision that files have: bool [V]."""
+    """Which of the finite matrices [V 3 3] are rotations, within the precision of files: bool [V]."""
     off = np.abs(matrices @ matrices.transpose(0, 2, 1) - np.eye(3)).max((1, 2))
     return (off <= 0.01) & (np.linalg.det(matrices) >= 0)
 
 
 def read_frames(folder: Path, name: str) -> Frames:
-    """`read_folder` without the checks of cameras; `name` is not used: a reader of `data.scene_files`."""
+    """`read_folder` without checking the cameras. `name` is unused: this is one of the readers of `data.scene_files`."""
     for file in TRANSFORMS:
         if (folder / file).is_file():
             return _read_transforms(folder / file)
     sparse = _sparse(folder)
     if sparse is None:
-        raise InputError(f"{folder}: neither {' nor '.join((*TRANSFORMS, *SPARSE))} in it")
+        raise InputError(f"{folder} has neither {' nor '.join((*TRANSFORMS, *SPARSE))}")
     read = colmap.read(sparse)
     order = sorted(range(len(read.names)), key=lambda view: _natural(read.names[view]))
     images = tuple(folder / "images" / read.names[view] for view in order)
@@ -204,7 +205,7 @@ def read_frames(folder: Path, name: str) -> Frames:
 
 
 def _sparse(folder: Path) -> Path | None:
-    """The folder of COLMAP's reconstruction."""
+    """The folder of COLMAP's reconstruction, or None."""
     for name in SPARSE:
         if any((folder / name / f"cameras{suffix}").is_file() for suffix in (".bin", ".txt")):
             return folder / name
@@ -212,7 +213,7 @@ def _sparse(folder: Path) -> Path | None:
 
 
 def _read_transforms(path: Path) -> Frames:
-    """Cameras of NeRF's kind. nerfstudio does not write them in the order of the video."""
+    """The frames of a transforms.json, sorted by name: nerfstudio does not write them in the order of the video."""
     content = load_json(path, path.name)
     try:
         frames = [{**content, **frame} for frame in content["frames"]]
@@ -225,13 +226,15 @@ def _read_transforms(path: Path) -> Frames:
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path.name} cannot be read ({type(error).__name__}: {error})") from None
     if not frames or c2w.shape[1:] != (4, 4):
-        raise InputError(f"{path.name}: transform_matrix {list(c2w.shape)} of {len(frames)} frames")
+        raise InputError(
+            f"{path.name}: transform_matrix {list(c2w.shape)} of {len(frames)} frames: must be [N, 4, 4]"
+        )
     fxfycxcy, aspect = zip(*cameras, strict=True)
     return Frames(images, opengl_to_opencv(c2w), np.array(fxfycxcy), np.array(aspect))
 
 
 def _pinhole(frame: dict, image: Path) -> tuple[np.ndarray, float]:
-    """(fx, fy, cx, cy) as fractions, and width / height, of a frame with the fields that all frames share."""
+    """(fx, fy, cx, cy) as fractions, and width / height; `frame` includes the fields that all frames share."""
     if (model := frame.get("camera_model", "OPENCV")) not in (
         "OPENCV",
         "PINHOLE",
@@ -254,12 +257,12 @@ def _pinhole(frame: dict, image: Path) -> tuple[np.ndarray, float]:
 
 
 def _with_suffix(path: Path) -> Path:
-    """NeRF's own scenes leave the suffix out."""
+    """Adds .png if there is no suffix: NeRF's own scenes leave it out."""
     return path if path.is_file() or path.suffix else path.with_name(path.name + ".png")
 
 
 def _natural(name: str) -> list:
-    """To sort names by: numbers as numbers, so that a video's frames are in their order."""
+    """A sort key for names that compares numbers as numbers, so that a video's frames are in order."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
@@ -292,29 +295,29 @@ def inverse(w2c: np.ndarray) -> np.ndarray:
 
 
 def checked(frames: Frames) -> Frames:
-    """The frames, whose poses are rigid motions and whose intrinsics can be.
+    """Returns the frames after checking that their poses are rigid motions and their intrinsics plausible.
 
     Raises:
       InputError: they are not.
     """
     c2w, fxfycxcy = frames.c2w, frames.fxfycxcy
     if not len(c2w) or not (np.isfinite(c2w).all() and np.isfinite(fxfycxcy).all()):
-        raise InputError("it has no frame, or a camera that is not finite")
+        raise InputError("it has no frames, or a camera that is not finite")
     if (wrong := ~is_rotation(c2w[:, :3, :3])).any():
-        raise InputError(f"the pose of frame {wrong.argmax()} is no rotation and translation")
+        raise InputError(f"the pose of frame {wrong.argmax()} is not a rotation and translation")
     if (wrong := (fxfycxcy <= 0).any(1) | (fxfycxcy[:, 2:] >= 1).any(1)).any():
         raise InputError(
             f"frame {wrong.argmax()} has focal lengths and centre {fxfycxcy[wrong.argmax()].round(4).tolist()} "
-            "as fractions of its sides: the centre must be in the image"
+            "as fractions of its sides: focal lengths must be positive, and the centre must be in the image"
         )
     return frames
 
 
 def crop(rgb: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The middle of an image [H W 3], [size size 3], and its (top, left, height, width) as fractions of the whole.
+    """The middle square of an image [H W 3], as [size size 3], and its (top, left, height, width) as fractions of the whole.
 
-    The shorter side becomes `size`, the longer one the nearest multiple of WIDTH_STEP: not quite to scale, which the fractions
-    account for.
+    The image is resized first: the shorter side to `size`, the longer one to the nearest multiple of WIDTH_STEP. This changes the
+    aspect ratio slightly; the fractions account for it.
     """
     height, width = rgb.shape[:2]
     if height <= width:

@@ -1,6 +1,6 @@
 """Cameras of COLMAP's sparse reconstructions, binary or text (https://colmap.github.io/format.html).
 
-COLMAP's cameras have OpenCV's axes already; its poses are world to camera, and its pixels have their centres at +0.5.
+COLMAP's cameras already have OpenCV axes. Its poses are world to camera, and its pixels have their centres at +0.5.
 """
 
 import dataclasses
@@ -11,14 +11,15 @@ import numpy as np
 
 from lrm_jax.types import InputError
 
-# model -> (name, number of parameters, how many of the first are focal lengths), by COLMAP's number.
+# COLMAP's model number -> (name, number of parameters, how many of them, at the start, are focal lengths).
 _MODELS = {
     0: ("SIMPLE_PINHOLE", 3, 1), 1: ("PINHOLE", 4, 2), 2: ("SIMPLE_RADIAL", 4, 1), 3: ("RADIAL", 5, 1),
     4: ("OPENCV", 8, 2), 5: ("OPENCV_FISHEYE", 8, 2), 6: ("FULL_OPENCV", 12, 2), 7: ("FOV", 5, 2),
     8: ("SIMPLE_RADIAL_FISHEYE", 4, 1), 9: ("RADIAL_FISHEYE", 5, 1), 10: ("THIN_PRISM_FISHEYE", 12, 2),
 }  # fmt: skip
 _NUMBERS = {name: number for number, (name, _, _) in _MODELS.items()}
-# Of the larger side, at the corners. It falls with the third power of the distance from the middle: where objects are, an eighth.
+# Displacement at the corners as a fraction of the larger side. It grows with the third power of the distance from the middle:
+# where objects are, halfway out, it is an eighth.
 MAX_DISTORTION = 0.02
 
 
@@ -35,10 +36,10 @@ class Reconstruction:
 def read(folder: Path) -> Reconstruction:
     """Reads `cameras` and `images`, `.bin` or `.txt`.
 
-    Lens distortion of less than MAX_DISTORTION is left in the images.
+    Lens distortion below MAX_DISTORTION is not corrected.
 
     Raises:
-      InputError: a file is missing, cut short or not finite, there is no image, or a lens is too far from a pinhole.
+      InputError: a file is missing or cut short, a camera is not finite, there is no image, or a lens is too far from a pinhole.
     """
     suffix = ".bin" if (folder / "cameras.bin").exists() else ".txt"
     parse_cameras = _binary_cameras if suffix == ".bin" else _text_cameras
@@ -115,7 +116,7 @@ def _text_cameras(path: Path) -> list[tuple]:
 def _text_images(path: Path) -> list[tuple]:
     lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
     images = []
-    for line in lines[::2]:  # every other line has the points, or is empty
+    for line in lines[::2]:  # every other line lists the points, or is empty
         if line.strip():
             _, *pose, camera, name = line.split(maxsplit=9)
             pose = list(map(float, pose))
@@ -124,10 +125,10 @@ def _text_images(path: Path) -> list[tuple]:
 
 
 def pinhole(model: int, width: int, height: int, params: tuple[float, ...]) -> np.ndarray:
-    """(fx, fy, cx, cy) as fractions, of a camera that is nearly a pinhole."""
+    """(fx, fy, cx, cy) of a nearly pinhole camera, as fractions."""
     name, num_params, num_focal = _MODELS[model]
     if len(params) != num_params or not np.isfinite(params).all():
-        raise InputError(f"a {name} camera has parameters {params}: needs {num_params}")
+        raise InputError(f"a {name} camera has parameters {params}: it needs {num_params} numbers")
     fx, fy, cx, cy = ((params[0], *params) if num_focal == 1 else params)[:4]
     if min(fx, fy, width, height) <= 0:
         raise InputError("a camera's focal length or size is not positive")
@@ -144,7 +145,7 @@ def pinhole(model: int, width: int, height: int, params: tuple[float, ...]) -> n
 
 
 def _displacement(name: str, lens: tuple[float, ...], x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """How far a lens moves points (x, y) of the plane z = 1: [N 2]."""
+    """How far a lens displaces points (x, y) of the plane z = 1: [N 2]."""
     if name not in ("SIMPLE_RADIAL", "RADIAL", "OPENCV"):
         raise InputError(f"a {name} lens is not a pinhole: run colmap image_undistorter first")
     k1, k2, p1, p2 = (*lens, 0, 0, 0)[:4]

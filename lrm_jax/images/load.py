@@ -18,16 +18,17 @@ _log = logging.getLogger(__name__)
 
 
 def load_image(image: str | Path | Image.Image | np.ndarray) -> UInt8[np.ndarray, "H W 4"]:
-    """An image as 8-bit sRGB with straight alpha, 255 where it has none.
+    """Loads an image as 8-bit sRGB with straight alpha (255 if it has no alpha channel).
+
+    Any file that Pillow reads will do. 16-bit images are scaled to 8 bits; grey, palette and CMYK images become RGB; the
+    EXIF orientation is applied. Of an animation the first frame is used, with a warning in the log.
 
     Args:
-      image: a file's path, a PIL image, or an array [H W], [H W 3] or [H W 4]: uint8, or floats in [0, 1].
-
-    Any file that Pillow reads: 16-bit ones are scaled to 8 bits, grey, palette and CMYK ones become RGB, the EXIF
-    orientation is applied, of an animation the first frame is taken, with a note to the log.
+      image: a path, a PIL image, or an array [H W], [H W 3] or [H W 4]: uint8, or floats in [0, 1].
 
     Raises:
-      InputError: an array of another shape or range; no such file, not an image, damaged, without a defined range (32-bit), or over 100 megapixels.
+      InputError: an array of another shape or range; a file that is missing, not an image, damaged, 32-bit (its range is not
+        defined), or over 100 megapixels.
     """
     if isinstance(image, np.ndarray):
         return _from_array(image)
@@ -40,7 +41,7 @@ def load_image(image: str | Path | Image.Image | np.ndarray) -> UInt8[np.ndarray
         if path.stat().st_size == 0:
             raise InputError(f"{path} is an empty file (0 bytes): copy or export the image again")
         with warnings.catch_warnings():
-            # Pillow warns below its own limit; ours is checked before any pixel is decoded.
+            # Pillow warns below its own limit. We check ours before any pixel is decoded.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path) as opened:
                 return _decode(opened, path)
@@ -49,7 +50,7 @@ def load_image(image: str | Path | Image.Image | np.ndarray) -> UInt8[np.ndarray
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: check the name") from None
     except PermissionError:
-        raise InputError(f"{path} may not be read: give yourself permission (chmod u+r)") from None
+        raise InputError(f"{path} cannot be read: give yourself permission (chmod u+r)") from None
     except Image.DecompressionBombError:
         raise _too_large(path) from None
     except Image.UnidentifiedImageError:
@@ -64,10 +65,10 @@ def load_image(image: str | Path | Image.Image | np.ndarray) -> UInt8[np.ndarray
 
 
 def find_images(names: Sequence[str | Path]) -> list[Path]:
-    """The files that are named, and the images in the folders that are named.
+    """The named files, and the images in the named folders.
 
     Raises:
-      InputError: a folder without images.
+      InputError: a folder has no images.
     """
     paths = []
     for path in map(Path, names):
@@ -75,7 +76,7 @@ def find_images(names: Sequence[str | Path]) -> list[Path]:
             found = sorted(x for x in path.iterdir() if x.suffix.lower() in SUFFIXES)
             if not found:
                 raise InputError(
-                    f"{path} has no images: name a folder with {', '.join(sorted(SUFFIXES))} files"
+                    f"{path} has no images: give a folder with {', '.join(sorted(SUFFIXES))} files"
                 )
             paths += found
         else:
@@ -84,7 +85,7 @@ def find_images(names: Sequence[str | Path]) -> list[Path]:
 
 
 def has_alpha(rgba: UInt8[np.ndarray, "H W 4"]) -> bool:
-    """Whether any pixel is not opaque: an image with an alpha channel of 255 throughout has no foreground cut out."""
+    """Whether any pixel is not opaque. An alpha channel of 255 everywhere does not count: nothing is cut out."""
     return bool((rgba[..., 3] < 255).any())
 
 
@@ -93,14 +94,16 @@ def _from_array(image: np.ndarray) -> UInt8[np.ndarray, "H W 4"]:
         image = np.repeat(image[..., None], 3, axis=-1)
     if image.ndim != 3 or image.shape[-1] not in (3, 4) or 0 in image.shape:
         raise InputError(
-            f"an array of shape {list(image.shape)} is no image: give [height, width, 3 or 4]"
+            f"an array of shape {list(image.shape)} is not an image: give [height, width, 3 or 4]"
         )
     if np.issubdtype(image.dtype, np.floating):
-        if not (image.min() >= 0 and image.max() <= 1):  # NaN is neither
+        if not (image.min() >= 0 and image.max() <= 1):  # NaN fails both
             raise InputError("an array of floats must lie in [0, 1]: divide by 255, or give uint8")
         image = to_uint8(image)
     elif image.dtype != np.uint8:
-        raise InputError(f"an array of {image.dtype} is no image: give uint8, or floats in [0, 1]")
+        raise InputError(
+            f"an array of {image.dtype} is not an image: give uint8, or floats in [0, 1]"
+        )
     opaque = np.full((*image.shape[:2], 1), 255, np.uint8)
     return image.copy() if image.shape[-1] == 4 else np.concatenate([image, opaque], axis=-1)
 
@@ -115,7 +118,7 @@ def _decode(image: Image.Image, path: Path | str) -> UInt8[np.ndarray, "H W 4"]:
     if image.mode.startswith("I;16"):
         values = np.asarray(image)
         alpha = np.where(values == image.info.get("transparency", -1), 0, 255)
-        # The high byte, as Pillow itself reduces 16-bit colour images.
+        # The high byte, as Pillow itself converts 16-bit colour images.
         return np.stack([values >> 8] * 3 + [alpha], axis=-1).astype(np.uint8)
     if image.mode in ("I", "F"):
         raise InputError(
@@ -128,5 +131,5 @@ def _decode(image: Image.Image, path: Path | str) -> UInt8[np.ndarray, "H W 4"]:
 
 def _too_large(path: Path | str) -> InputError:
     return InputError(
-        f"{path} has over {MAX_PIXELS // 10**6} megapixels: scale it down, 1024 pixels a side are plenty"
+        f"{path} has over {MAX_PIXELS // 10**6} megapixels: scale it down, 1024 pixels a side is plenty"
     )

@@ -16,6 +16,6 @@ def png(image: np.ndarray) -> bytes:
 
 
 def to_uint8(image: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
-    """[0, 1] to [0, 255], rounded. JAX's arrays stay JAX's, also in jitted code."""
+    """[0, 1] to [0, 255], rounded. JAX arrays give JAX arrays, also in jitted code."""
     xp = image.__array_namespace__()
     return xp.round(xp.clip(image, 0, 1) * 255).astype(xp.uint8)

@@ -1,4 +1,4 @@
-"""Contact sheets: an image and a labelled row for each kind of view; depth and normals as images."""
+"""Contact sheets: an image with a labelled row for each kind of view. Depth and normals as images."""
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -7,10 +7,10 @@ from lrm_jax.images.png import png, to_uint8
 
 
 def depth_images(depth: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """Grey images of depth, near bright and far dark, on white; one scale for all views.
+    """Grey images of depth on white, near is bright and far is dark, with one scale for all views.
 
     Args:
-      depth: [V H W] distance along the ray; looked at only where alpha > 0.5.
+      depth: [V H W] distance along the ray; used only where alpha > 0.5.
       alpha: [V H W] in [0, 1].
 
     Returns:
@@ -27,12 +27,12 @@ def depth_images(depth: np.ndarray, alpha: np.ndarray) -> np.ndarray:
 def normal_images(
     depth: np.ndarray, alpha: np.ndarray, origins: np.ndarray, dirs: np.ndarray
 ) -> np.ndarray:
-    """Images of the surface normal, from finite differences of depth: xyz of the world in [-1, 1] as RGB, on white.
+    """Images of the surface normal, from finite differences of depth: world xyz in [-1, 1] as RGB, on white.
 
     Args:
-      depth: [V H W] distance along the ray; looked at only where alpha > 0.5.
+      depth: [V H W] distance along the ray; used only where alpha > 0.5.
       alpha: [V H W] in [0, 1].
-      origins, dirs: [V H W 3] the rays, unit directions.
+      origins, dirs: [V H W 3] the rays, with unit directions.
 
     Returns:
       uint8 [V H W 3].
@@ -51,7 +51,7 @@ def normal_images(
 def contact_sheet(
     source: np.ndarray, rows: dict[str, np.ndarray], columns: list[str], title: str = ""
 ) -> bytes:
-    """One PNG: the source image at the left, beside it a labelled row of small images for each entry of `rows`.
+    """One PNG: the source image on the left, and beside it a labelled row of small images for each entry of `rows`.
 
     Args:
       source: uint8 [H W 3], any size.

@@ -1,1 +1,1 @@
-"""What knows which kind of device it runs on: one function, and beside it its forms for CPU, GPU and TPU."""
+"""Device-specific code: one function for all devices, and its implementations for CPU, GPU and TPU."""

@@ -1,7 +1,6 @@
-"""Attention: one function, and a kernel for each kind of device."""
+"""Attention: one function with a kernel for each kind of device."""
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lrm_jax.kernels import attention_cpu, attention_cuda, attention_plain, attention_tpu
@@ -16,22 +15,20 @@ def attention(
 ) -> Float[Array, "B L N K"]:
     """Scaled dot-product attention, eq. 1 of https://arxiv.org/abs/1706.03762, softmax in float32.
 
-    One kernel a platform: cuDNN's fused one for 16-bit inputs on a GPU, JAX's fused one (splash attention) on TPUs, per-head matrix
-    products on a CPU, XLA's in chunks elsewhere.
+    One kernel per platform: cuDNN's fused kernel for 16-bit inputs on a GPU, JAX's fused kernel (splash attention) on TPUs,
+    per-head matrix products on a CPU, XLA in chunks elsewhere.
 
     Args:
-      num_keys_B: how many keys of each sequence count, 1 or more; the later ones are padding. None: all.
+      num_keys_B: how many keys of each sequence are attended to, 1 or more; the later ones are padding. None: all.
     """
     platform = sharding.platform()
-    # JAX has refused odd lengths to cuDNN's backward pass; this version does not, which is untried.
-    even = q_BLNK.shape[1] % 2 == k_BMNK.shape[1] % 2 == 0
     if platform == "tpu":
         kernel = attention_tpu.attention_by_splash
-    elif platform == "gpu" and q_BLNK.dtype in (jnp.bfloat16, jnp.float16) and even:
+    elif platform == "gpu" and attention_cuda.can(q_BLNK):
         kernel = attention_cuda.attention_by_cudnn
     else:
         kernel = _attention_by_products
-    # Each device for its scenes and heads: a compiler cannot split a kernel, and splits products along the width, too.
+    # Each device works on its own scenes and heads. The compiler cannot split a kernel, and would split products along the width.
     return batch_axes.split_batch_and_heads(kernel, (q_BLNK, k_BMNK, v_BMNK), num_keys_B)
 
 

@@ -1,4 +1,4 @@
-"""Attention on CPUs: plain products whose scores stay in the cache."""
+"""Attention on CPUs: plain matrix products whose scores stay in the cache."""
 
 import functools
 import math
@@ -8,17 +8,18 @@ import jax.numpy as jnp
 
 from lrm_jax.kernels.attention_plain import by_chunks
 
-# Of 2^f for |f| <= 1/2, from f^0 on: the least relative error, 2e-7, of all polynomials of degree 5 that are 1 at 0.
+# Coefficients of 2^f for |f| <= 1/2, from f^0 up: the least relative error, 2e-7, of all degree-5 polynomials that are 1 at 0.
 _EXP2 = (1.0, 0.69314706, 0.24022235, 0.055506788, 0.009671958, 0.0013274559)
-_LOWEST = -126 * math.log(2)  # `_exp` of it is float32's smallest normal number
+_LOWEST = -126 * math.log(2)  # `_exp(_LOWEST)` is float32's smallest normal number
 
 
 def attention_by_head(q_BLNK, k_BMNK, v_BMNK, num_keys_B, max_scores=2**22):
-    """Plain 2-D products, head after head: XLA's CPU back end runs them at full rate, unlike a batched product.
+    """Plain 2-D products, one head at a time: XLA's CPU backend runs them at full rate, unlike a batched product.
 
-    At most `max_scores` at a time, so that they stay in the cache; keys beyond a multiple of 64 by themselves, as rows of odd
-    length are slow. The division by the softmax's sum comes after the second product: L*K divisions instead of L*M. The
-    largest score is only looked for where exp could overflow without it, by the bound |q| |k|.
+    At most `max_scores` scores are computed at a time, so that they stay in the cache. Keys beyond a multiple of 64 are
+    handled separately, because rows of odd length are slow. The division by the softmax's sum comes after the second
+    product: L*K divisions instead of L*M. The maximum score is subtracted only if exp could overflow without it, judged by
+    the bound |q| |k|.
     """
     num_heads, width = q_BLNK.shape[2:]
     M = k_BMNK.shape[1]
@@ -44,7 +45,7 @@ def attention_by_head(q_BLNK, k_BMNK, v_BMNK, num_keys_B, max_scores=2**22):
                 scores = [jnp.maximum(x, _LOWEST) for x in scores]
             weights = [_exp(x) for x in scores]
             total_L1 = sum(jnp.sum(x, axis=-1, keepdims=True) for x in weights)
-            # Weights are up to exp(60) where nothing was subtracted: beyond float16, which ends at exp(11).
+            # If nothing was subtracted, weights go up to exp(60): beyond float16, whose maximum is about exp(11).
             wide = jnp.float32 if v_MK.dtype == jnp.float16 else v_MK.dtype
             products = [
                 x.astype(wide) @ v_MK[part].astype(wide)
@@ -56,7 +57,7 @@ def attention_by_head(q_BLNK, k_BMNK, v_BMNK, num_keys_B, max_scores=2**22):
             return by_chunks(lambda q_LK: attend(q_LK, shift), q_LK, max_queries)
 
         longest = [jnp.max(jnp.linalg.norm(x.astype(jnp.float32), axis=-1)) for x in (q_LK, k_MK)]
-        # exp(60) of 2^30 keys is still finite in float32, and exp(-60) is no denormal.
+        # The sum of exp(60) over 2^30 keys is still finite in float32, and exp(-60) is not denormal.
         bounded = longest[0] * longest[1] * width**-0.5 < 60
         return jax.lax.cond(bounded, lambda: attend_all(False), lambda: attend_all(True))
 
@@ -70,12 +71,12 @@ def attention_by_head(q_BLNK, k_BMNK, v_BMNK, num_keys_B, max_scores=2**22):
 
 @jax.custom_jvp
 def _exp(x):
-    """exp(x) of float32 from _LOWEST to 88 as 2^n 2^f, n whole and |f| <= 1/2: half of the time of XLA's on a CPU.
+    """exp(x) for float32 from _LOWEST to 88 as 2^n 2^f, n an integer and |f| <= 1/2. Takes half the time of XLA's exp on a CPU.
 
-    To 3e-7, beside the rounding of x log2(e).
+    Accurate to 3e-7, apart from the rounding of x log2(e).
     """
     y = x * math.log2(math.e)
-    # float32 from 2^23 to 2^24 are the whole numbers: the sum is rounded to one, and counts up with its bits.
+    # Between 2^23 and 2^24, float32 numbers are the integers: the sum is rounded to one, and its bits count up with it.
     n = _bits(y + 1.5 * 2**23) - _bits(jnp.float32(1.5 * 2**23))
     f = y - n.astype(jnp.float32)
     *coefficients, series = _EXP2

@@ -1,10 +1,32 @@
-"""Attention on GPUs: cuDNN's kernel."""
+"""Attention on GPUs: cuDNN's fused kernel."""
 
 import jax
+import jax.numpy as jnp
+
+BLOCK = 64  # cuDNN has no gradient for odd lengths, and works on tiles of this size
 
 
 def attention_by_cudnn(q_BLNK, k_BMNK, v_BMNK, num_keys_B):
-    """JAX's call of cuDNN's fused kernel; see `attention.attention` for the arguments and when it is taken."""
-    return jax.nn.dot_product_attention(
-        q_BLNK, k_BMNK, v_BMNK, key_value_seq_lengths=num_keys_B, implementation="cudnn"
+    """JAX's call of cuDNN's fused kernel, for any lengths: they are padded to a multiple of BLOCK.
+
+    Padded keys do not count. Padded queries are cut off, so they have no gradient and give none. See `attention.attention` for the
+    arguments and for when it is called.
+    """
+    L, M = q_BLNK.shape[1], k_BMNK.shape[1]
+    if M % BLOCK and num_keys_B is None:
+        num_keys_B = jnp.full(k_BMNK.shape[:1], M, jnp.int32)
+    padded = (_padded(x) for x in (q_BLNK, k_BMNK, v_BMNK))
+    out = jax.nn.dot_product_attention(
+        *padded, key_value_seq_lengths=num_keys_B, implementation="cudnn"
     )
+    return out[:, :L]
+
+
+def can(q_BLNK) -> bool:
+    """Whether cuDNN has a kernel: for 16-bit numbers, and heads of whole 16 bytes, up to 128 wide."""
+    width = q_BLNK.shape[-1]
+    return q_BLNK.dtype in (jnp.bfloat16, jnp.float16) and width % 8 == 0 and width <= 128
+
+
+def _padded(x_BLNK):
+    return jnp.pad(x_BLNK, ((0, 0), (0, -x_BLNK.shape[1] % BLOCK), (0, 0), (0, 0)))

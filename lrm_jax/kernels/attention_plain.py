@@ -1,11 +1,11 @@
-"""Attention anywhere: XLA's products, in chunks of queries."""
+"""Attention on any device: JAX's own in XLA, in chunks of queries."""
 
 import jax
 import jax.numpy as jnp
 
 
 def attention_by_xla(q_BLNK, k_BMNK, v_BMNK, num_keys_B, max_scores=2**20):
-    """JAX's, for so many queries at a time that a head has at most `max_scores`: of all, they would not fit a training step."""
+    """JAX's attention, with at most `max_scores` scores per head at a time: all of them would not fit a training step."""
 
     @jax.checkpoint
     def attend(q_LBNK):
@@ -18,7 +18,7 @@ def attention_by_xla(q_BLNK, k_BMNK, v_BMNK, num_keys_B, max_scores=2**20):
 
 
 def by_chunks(attend, q_LX, max_queries):
-    """`attend(q_LX)` for at most `max_queries` queries at a time, in chunks of one size."""
+    """Applies `attend(q_LX)` to chunks of equal size, of at most `max_queries` queries."""
     length = q_LX.shape[0]
     num_chunks = -(-length // max_queries)
     size = -(-length // num_chunks)

@@ -6,9 +6,9 @@ from jax.experimental.pallas.ops.tpu import splash_attention
 
 
 def attention_by_splash(q_BLNK, k_BMNK, v_BMNK, num_keys_B, interpret=False):
-    """The fused kernel that JAX brings for TPUs: it never writes the scores. Lengths are padded to whole blocks.
+    """JAX's fused kernel for TPUs, which never writes the scores to memory. Lengths are padded to whole blocks.
 
-    `interpret`: on any platform, slowly.
+    `interpret`: runs on any platform, slowly.
     """
     B, L, N, K = q_BLNK.shape
     M = k_BMNK.shape[1]
@@ -38,6 +38,6 @@ def attention_by_splash(q_BLNK, k_BMNK, v_BMNK, num_keys_B, interpret=False):
 
 
 def _blocks(length):
-    """(size of a kernel's blocks, padding to whole ones): the least padding, then the largest blocks."""
+    """(block size of the kernel, padding to whole blocks): the least padding first, then the largest blocks."""
     padding, size = min((-length % size, -size) for size in range(128, 513, 128))
     return -size, padding

@@ -1,4 +1,4 @@
-"""Layers that treat each token by itself, a few tokens at a time where that is faster."""
+"""Token-wise layers, applied to a few tokens at a time where that is faster."""
 
 from collections.abc import Callable
 
@@ -6,13 +6,13 @@ from flax import linen as nn
 
 from lrm_jax.parallel import sharding
 
-TOKENS = 512  # of `by_tokens`
+TOKENS = 512  # per step of `by_tokens`
 
 
 def by_tokens(module: nn.Module, function: Callable, x_BLD):
-    """`function(module, x_BLD)`, which treats each token by itself and makes layers of the module.
+    """Applies `function(module, x_BLD)`, which acts on each token separately and creates layers in `module`.
 
-    On a CPU TOKENS at a time: what they have in the wide layer stays in the cache.
+    On a CPU, TOKENS tokens at a time, so that their activations in the wide layer stay in the cache.
     """
     B, L, D = x_BLD.shape
     if sharding.platform() != "cpu" or L <= TOKENS or L % TOKENS:

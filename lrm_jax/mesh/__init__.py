@@ -1,1 +1,1 @@
-"""From a field to a triangle mesh and to its files."""
+"""From a field to a triangle mesh, and from a mesh to files."""

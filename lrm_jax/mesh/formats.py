@@ -1,12 +1,12 @@
 """Mesh files: `.glb`, `.obj`, `.ply`.
 
-Vertices live in the world of `types.py`: right-handed, z up. The files are written so that common programs show z as up:
+Vertices are in the world of `types.py`: right-handed, z up. The files are written so that common programs show z as up:
 
 | file | axes | colours | opens upright in |
 | --- | --- | --- | --- |
-| `.glb` | y up, as glTF demands: (x, y, z) is written as (x, z, -y) | linear floats (COLOR_0), or an sRGB PNG | every glTF viewer, Blender |
-| `.obj` | y up, the same rotation | sRGB after the position (`v x y z r g b`), or `.mtl` and `.png` | Blender's default import, MeshLab |
-| `.ply` | z up: the world as it is, for measurements | sRGB bytes | Blender's default import; MeshLab shows y up |
+| `.glb` | y up, as glTF requires: (x, y, z) is written as (x, z, -y) | linear floats (COLOR_0), or an sRGB PNG | every glTF viewer, Blender |
+| `.obj` | y up, by the same rotation | sRGB after the position (`v x y z r g b`), or `.mtl` and `.png` | Blender's default import, MeshLab |
+| `.ply` | z up: the world's own axes, for measurements | sRGB bytes | Blender's default import; MeshLab shows y up |
 """
 
 import json
@@ -20,11 +20,11 @@ from lrm_jax.mesh.surface import Surface
 from lrm_jax.ops import srgb
 
 FORMATS = ("glb", "obj", "ply")
-LINES = 2**16  # lines of text that are formatted at once
+LINES = 2**16  # lines of text formatted at once
 
 
 def write(surface: Surface, kind: str, name: str = "mesh") -> dict[str, bytes]:
-    """The files of a mesh in one of FORMATS, by their names; the first is `name` with the format as its suffix."""
+    """The files of a mesh in one of FORMATS: {file name: content}. The first is `name` with the format as its suffix."""
     if kind == "obj":
         return to_obj(surface, name)
     return {f"{name}.{kind}": to_glb(surface) if kind == "glb" else to_ply(surface)}
@@ -33,8 +33,8 @@ def write(surface: Surface, kind: str, name: str = "mesh") -> dict[str, bytes]:
 def to_glb(surface: Surface) -> bytes:
     """A binary glTF 2.0 file (https://registry.khronos.org/glTF/specs/2.0/glTF-2.0.html): y up, matte, double-sided.
 
-    Colours are the texture where there is one, otherwise the vertices'. These are written as floats: glTF takes vertex colours
-    as linear, and linear bytes lose the dark tones of sRGB bytes.
+    It has the texture if there is one, otherwise vertex colours. These are written as floats, because glTF expects linear
+    vertex colours, and linear bytes lose the dark tones of sRGB bytes.
     """
     attributes = {"POSITION": _y_up(surface.vertices), "NORMAL": _y_up(surface.normals)}
     shading = {"metallicFactor": 0.0, "roughnessFactor": 1.0}
@@ -56,7 +56,7 @@ def to_glb(surface: Surface) -> bytes:
         tree["samplers"] = [{"magFilter": 9729, "minFilter": 9987, "wrapS": 33071, "wrapT": 33071}]
         tree["images"] = [{"bufferView": len(attributes) + 1, "mimeType": "image/png"}]
 
-    last = len(attributes)  # of accessors and buffers: the faces' corners
+    last = len(attributes)  # the index of the faces' accessor and buffer view
     primitive = {
         "attributes": {name: i for i, name in enumerate(attributes)},
         "indices": last,
@@ -82,7 +82,7 @@ def to_glb(surface: Surface) -> bytes:
 
 
 def _pack_glb(tree: dict, buffers: list[bytes]) -> bytes:
-    """The container: the JSON tree, with a view for each buffer, and the buffers, each padded to four bytes."""
+    """The .glb container: the JSON tree, with a view for each buffer, then the buffers, each padded to four bytes."""
     body = b""
     tree["bufferViews"] = []
     for data in buffers:
@@ -97,9 +97,10 @@ def _pack_glb(tree: dict, buffers: list[bytes]) -> bytes:
 
 
 def to_obj(surface: Surface, name: str = "mesh") -> dict[str, bytes]:
-    """A Wavefront .obj file, y up, and with a texture its .mtl and .png: the files' names and contents.
+    """A Wavefront .obj file, y up, and, if there is a texture, its .mtl and .png: {file name: content}.
 
-    Without a texture, sRGB colours follow the positions: most programs read them there, though the format's manual has none.
+    Without a texture, sRGB colours follow the positions. Most programs read them there, though the format's manual does not
+    mention them.
     """
     positions, normals = _y_up(surface.vertices), _y_up(surface.normals)
     corners = surface.faces + 1
@@ -155,6 +156,6 @@ def _linear(colors: UInt8[np.ndarray, "N 3"]) -> Float32[np.ndarray, "N 3"]:
 
 
 def _lines(form: str, rows: Float[np.ndarray, "N C"] | Int[np.ndarray, "N C"]) -> str:
-    """`form` % row for each row, many rows at a time, as one by one is slow."""
+    """`form` % row for each row, many rows at a time because one by one is slow."""
     groups = [rows[start : start + LINES] for start in range(0, len(rows), LINES)]
     return "".join(form * len(group) % tuple(group.ravel().tolist()) for group in groups)

@@ -1,4 +1,4 @@
-"""Where a field has a level: coarse-to-fine sampling and marching cubes."""
+"""The level set of a field as triangles: coarse-to-fine sampling and marching cubes."""
 
 from collections.abc import Callable, Iterator
 
@@ -7,13 +7,14 @@ from jaxtyping import Bool, Float, Float32, Int, Int32
 
 from lrm_jax.types import InputError
 
-BRICK = 4  # points along a brick of stored samples
+BRICK = 4  # points along a side of a brick of stored samples
 GROUP = 2**16  # blocks whose indices are held in memory at once
-ALWAYS_DENSE = 64  # points along an axis: a fifth of a second, and objects of few cells are found
-SLAB = 2**22  # lattice points of the dense grid held in memory at once
+# Grids of up to this many points along an axis are always dense: it takes a fifth of a second, and finds objects of a few cells.
+ALWAYS_DENSE = 64
+SLAB = 2**22  # points of the dense grid held in memory at once
 CORNERS = np.stack(np.indices((2, 2, 2)), -1).reshape(8, 3)  # of a cell
-# The coarse lattice's points in a brick: a corner and three face centres, so it is face-centred cubic. It has half the points
-# of the cubic lattice of stride 2, with gaps hardly wider: space is within 2 cells of its points, instead of 1.7.
+# The points of the coarse grid in a brick: a corner and three face centres, so the coarse grid is face-centred cubic. It has half
+# the points of a cubic grid of stride 2, and hardly wider gaps: no place is further than 2 cells from a point, instead of 1.7.
 COARSE = np.array([[0, 0, 0], [0, 2, 2], [2, 0, 2], [2, 2, 0]])
 
 
@@ -29,25 +30,28 @@ def extract(
 ) -> tuple[Float32[np.ndarray, "N 3"], Int32[np.ndarray, "M 3"]]:
     """The triangles where `field` equals `level`, by marching cubes (https://doi.org/10.1145/37401.37422).
 
-    The lattice has `resolution` points along each axis of the cube [-radius, radius]^3, both ends included. Vertices lie on its
-    edges, at the linear interpolation of the field. The surface is closed, except where it leaves the cube.
+    The grid has `resolution` points along each axis of the cube [-radius, radius]^3, both ends included. Vertices lie on its
+    edges, where linear interpolation of the field meets the level. The surface is closed, except where it leaves the cube.
 
-    By default only the neighbourhood of the surface is evaluated. First, one lattice point in sixteen; then, in the 4x4x4 cells
-    where the level is no further from a point's value than the values are from each other, every second point along each axis;
-    and there, by the same rule, every point. The rule measures densities (nowhere negative, level above zero) by their logarithm,
-    as they span orders of magnitude. Last, the surface is followed: wherever it leaves what was evaluated, its continuation is
-    evaluated too. At 256^3 a compact object costs about a tenth of the dense lattice; up to 64^3 the lattice is always dense.
+    By default the field is evaluated only near the surface. First, at one grid point in sixteen. Then, at every second point
+    along each axis, in those bricks of 4x4x4 cells where the level is as near to some value as the values are to each other.
+    There, by a similar rule, at every point. For densities (nowhere negative, level above zero) the rule compares logarithms,
+    because densities span orders of magnitude. Last, the surface is followed: wherever it leaves the evaluated region, its
+    continuation is evaluated, too. At 256^3 a compact object costs about a tenth of the dense grid. Up to 64^3, grids are dense.
 
     Guaranteed: each connected piece of the dense surface is returned whole or not at all, and it is returned if it separates
-    points of the first lattice. No point of space is further than two cells from one of these. Not guaranteed: a piece that they
-    all miss, such as a speck under four cells wide, if the field does not change around it either.
+    points of the first, coarse grid. No place is further than two cells from one of these. Not guaranteed: a piece that they all
+    miss, such as a speck less than four cells wide, if the field does not change around it either.
 
-    Memory grows with the area of the surface, and by a byte and a half for each lattice point (512^3: 0.2 GB). `dense` evaluates
-    every lattice point, in slabs.
+    Memory grows with the area of the surface, plus a byte and a half per grid point (512^3: 0.2 GB). `dense` evaluates every grid
+    point, in slabs.
 
     Args:
-      field: xyz[Q 3] -> [Q], larger inside. Always called with Q = `chunk`: jitted by the caller, it is compiled once.
-      resolution: lattice points along an axis, at least 2.
+      field: xyz[Q 3] -> [Q], larger inside. Always called with Q = `chunk`, so a jitted function is compiled once.
+      resolution: grid points along an axis, at least 2.
+      radius: half the side of the cube.
+      level: the field's value at the surface.
+      dense: evaluate the whole grid.
       chunk: points in one call of the field. The default suits the caches of a CPU.
       progress: wraps the loops over chunks, `progress(iterable, total, label)`, to show how far they are.
 
@@ -59,7 +63,7 @@ def extract(
     """
     if resolution < 2:
         raise InputError(
-            f"a lattice of {resolution} points along an axis has no cells: the resolution must be 2 or more"
+            f"a grid of {resolution} points along an axis has no cells: make the resolution 2 or more"
         )
     lattice = Lattice(field, resolution, radius, level, chunk, progress)
     dense = dense or resolution <= ALWAYS_DENSE
@@ -80,17 +84,17 @@ def extract(
 
 
 class Lattice:
-    """The lattice of `extract`, and the samples of the field that are known on it, in bricks of 4x4x4 points.
+    """The grid of `extract`, and the field's known samples on it, in bricks of 4x4x4 points.
 
-    It is padded to whole bricks of cells. The padding repeats the last point: no surface crosses it, and no piece is taken from it.
+    It is padded to whole bricks of cells. The padding repeats the last point: no surface crosses it, no triangle comes from it.
     """
 
     def __init__(self, field, resolution, radius, level, chunk, progress):
         self.field, self.resolution, self.radius, self.level = field, resolution, radius, level
         self.chunk, self.progress = chunk, progress
-        self.low, self.high = np.inf, -np.inf  # of the field, where it was evaluated
+        self.low, self.high = np.inf, -np.inf  # range of the evaluated values of the field
         self.num_bricks = -(-(resolution - 1) // BRICK)  # along an axis
-        # Where a brick is in the two arrays below. A last layer holds the points that end the lattice.
+        # Each brick's row in the two arrays below. A last layer holds the points at the end of the grid.
         self.slots = np.full((self.num_bricks + 1,) * 3, -1, np.int32)
         self.corners = np.zeros((0, 3), np.int32)
         self.values = np.zeros((0, BRICK**3), np.float32)  # field - level; NaN: not evaluated
@@ -102,7 +106,7 @@ class Lattice:
         return ((index / (self.resolution - 1) * 2 - 1) * self.radius).astype(np.float32)
 
     def evaluate(self, count: int, index_of: Callable, label: str) -> Float32[np.ndarray, " Q"]:
-        """field - level at `count` points; `index_of(rows)` gives the lattice indices of a slice of them."""
+        """field - level at `count` points; `index_of(rows)` returns the grid indices of a slice of them."""
         if count == 0:
             return np.zeros(0, np.float32)
         values = in_chunks(
@@ -118,10 +122,10 @@ class Lattice:
             x, y, z = self.to_world(index_of(slice(row, row + 1)))[0]
             raise InputError(
                 f"the field is NaN at {nans.sum()} of {count} points, first at ({x:.3f}, {y:.3f}, {z:.3f}), so it has no surface: "
-                "check the weights and the image that it comes from"
+                "check the weights and the image"
             )
         self.low, self.high = min(self.low, values.min()), max(self.high, values.max())
-        # Densities overflow to infinity: still inside, but not a number that can be interpolated.
+        # Densities can overflow to infinity. That is still inside, but cannot be interpolated.
         return np.nan_to_num(values) - np.float32(self.level)
 
     def coarse(self) -> Float32[np.ndarray, "X Y Z 4"]:
@@ -137,7 +141,7 @@ class Lattice:
     def blocks(
         self, corners: Int[np.ndarray, "K 3"], stride: int, label: str = ""
     ) -> Iterator[tuple[Int[np.ndarray, "k 3"], Float32[np.ndarray, "k 3 3 3"]]]:
-        """Evaluates what is not yet known of the blocks of 3x3x3 points, `stride` apart, and yields them in groups."""
+        """Evaluates the missing points of blocks of 3x3x3 points, `stride` apart, and yields the blocks in groups."""
         groups = [corners[start : start + GROUP] for start in range(0, len(corners), GROUP)]
         touched = np.zeros(self.slots.shape, bool)
         for group in groups:
@@ -166,8 +170,8 @@ class Lattice:
     def _addresses(
         self, corners: Int[np.ndarray, "K 3"], stride: int
     ) -> Int[np.ndarray, "K 3 3 3"]:
-        """Where the points of blocks are in `values`, flattened."""
-        # x, y and z of a block's layers.
+        """Indices of the blocks' points in the flattened `values`."""
+        # x, y and z of each block's layers.
         axes = corners[:, None, :] + stride * np.arange(3)[None, :, None]
         x, y, z = axes[:, :, None, None, 0], axes[:, None, :, None, 1], axes[:, None, None, :, 2]
         slot = self.slots[x // BRICK, y // BRICK, z // BRICK].astype(np.int64)
@@ -175,7 +179,7 @@ class Lattice:
 
 
 def _march_blocks(lattice: Lattice) -> Iterator[tuple]:
-    """Marching cubes where the surface may be, and wherever it goes from there."""
+    """Marching cubes where the surface may be, and wherever it continues from there."""
     coarse = lattice.coarse()
     contrast = _contrast_of(lattice)
     bricks = np.argwhere(_near_level(contrast(coarse)))
@@ -208,7 +212,7 @@ def _march_blocks(lattice: Lattice) -> Iterator[tuple]:
 def _unseen(
     exits: Int[np.ndarray, "K 3"], seen: Bool[np.ndarray, "X Y Z"], resolution: int
 ) -> Int[np.ndarray, "k 3"]:
-    """The blocks, not seen yet, of the bricks that the surface enters: the whole brick, to follow it in fewer rounds."""
+    """The unseen blocks of all bricks that the surface enters. Taking whole bricks follows the surface in fewer rounds."""
 
     def new(corners):
         corners = corners[((corners >= 0) & (corners < resolution - 1)).all(-1)]
@@ -220,15 +224,15 @@ def _unseen(
 
 
 def _contrast_of(lattice: Lattice) -> Callable:
-    """A scale of field - level on which the field changes evenly: logarithmic for densities."""
+    """Maps field - level to a scale on which the field changes evenly: logarithmic for densities."""
     if lattice.low >= 0 and lattice.level > 0:
-        # Below a millionth of the level, a density is as good as zero: its logarithm is noise.
+        # Below a millionth of the level, a density is practically zero, and its logarithm is noise.
         return lambda values: np.log1p(np.maximum(values / np.float32(lattice.level), 1e-6 - 1))
     return lambda values: values
 
 
 def _near_level(contrast: Float[np.ndarray, "X Y Z 4"]) -> Bool[np.ndarray, "X-1 Y-1 Z-1"]:
-    """The bricks where the level is nearer to a coarse point than the field changes within the brick."""
+    """The bricks where the level is nearer to some coarse point's value than the field changes within the brick."""
 
     def over_brick(reduce, values):
         result = _over_corners(reduce, values[..., 0], 0)
@@ -243,7 +247,7 @@ def _near_level(contrast: Float[np.ndarray, "X Y Z 4"]) -> Bool[np.ndarray, "X-1
 
 
 def _near_level_in_blocks(contrast: Float[np.ndarray, "K 3 3 3"]) -> Bool[np.ndarray, "K 2 2 2"]:
-    """The cells of blocks where the level is nearer than the greatest change between neighbours in the block."""
+    """The cells where the level is nearer to some corner's value than the greatest change between neighbours in the block."""
     slope = np.max([np.abs(np.diff(contrast, axis=axis)).max((1, 2, 3)) for axis in (1, 2, 3)], 0)
     return _over_corners(np.minimum, np.abs(contrast), 1) <= slope[:, None, None, None]
 
@@ -251,7 +255,7 @@ def _near_level_in_blocks(contrast: Float[np.ndarray, "K 3 3 3"]) -> Bool[np.nda
 def _over_corners(
     reduce: np.ufunc, values: Float[np.ndarray, "..."], batch_axes: int
 ) -> Float[np.ndarray, "..."]:
-    """Reduces points to cells, over the eight corners of each."""
+    """Reduces points to cells, over the eight corners of each cell."""
     for axis in range(batch_axes, batch_axes + 3):
         before = (slice(None),) * axis
         values = reduce(values[(*before, slice(0, -1))], values[(*before, slice(1, None))])
@@ -284,8 +288,8 @@ def _march_slabs(lattice: Lattice) -> Iterator[tuple]:
 def _march_packed(
     lattice: Lattice, corners: Int[np.ndarray, "K 3"], values: Float32[np.ndarray, "K 3 3 3"]
 ) -> tuple:
-    """Marching cubes in blocks, stacked along the first axis. The cells between one block and the next are masked."""
-    # scikit-image's mask is read at a cell's upper corner.
+    """Marching cubes in blocks that are stacked along the first axis. The cells between two blocks are masked."""
+    # scikit-image reads its mask at a cell's upper corner.
     upper = corners[:, None, :] + np.arange(3)[None, :, None] < lattice.resolution
     mask = upper[:, :, None, None, 0] & upper[:, None, :, None, 1] & upper[:, None, None, :, 2]
     mask[:, 0] = False
@@ -295,11 +299,11 @@ def _march_packed(
 
 
 def _march(values: Float32[np.ndarray, "X Y Z"], mask: Bool[np.ndarray, "X Y Z"] | None) -> tuple:
-    """Marching cubes: the lattice edges that carry the vertices (lower end, axis), where on them, and the faces.
+    """Marching cubes: the grid edges with a vertex on them (lower end, axis), the vertex's place on its edge, and the faces.
 
-    scikit-image sees the signs only, so that its vertices are midpoints, which name their edges without rounding; positions are
-    interpolated here. So blocks that share an edge agree on its vertex to the bit, wherever they are in the array. Its `lorensen`
-    table is closed for every pattern of signs (each edge is shared by two faces: tested); `lewiner` is not.
+    scikit-image gets only the signs. So its vertices are midpoints, which identify their edges without rounding, and positions
+    are interpolated here. Thus blocks that share an edge agree on its vertex to the bit, wherever they are in the array. The
+    `lorensen` table is closed for every pattern of signs (each edge is shared by two faces: tested); `lewiner` is not.
     """
     from skimage.measure import marching_cubes  # here: it is slow to import
 
@@ -312,14 +316,14 @@ def _march(values: Float32[np.ndarray, "X Y Z"], mask: Bool[np.ndarray, "X Y Z"]
     low = doubled >> 1
     high = low + np.eye(3, dtype=np.int64)[axis]
     start, end = values[tuple(low.T)].astype(np.float64), values[tuple(high.T)].astype(np.float64)
-    # Off the lattice points by a thousandth of a cell: vertices on different edges stay apart, and no face is degenerate.
+    # At least a thousandth of a cell from the grid points: vertices on different edges stay apart, and no face is degenerate.
     return low, axis, np.clip(start / (start - end), 1e-3, 1 - 1e-3), faces
 
 
 def _keys(
     low: Int[np.ndarray, "N 3"], axis: Int[np.ndarray, " N"], size: int
 ) -> Int[np.ndarray, " N"]:
-    """One number for each lattice edge."""
+    """A unique number for each grid edge."""
     return np.ravel_multi_index(tuple(low.T), (size,) * 3) * 3 + axis
 
 
@@ -331,7 +335,7 @@ def in_chunks(
     progress: Callable | None,
     label: str,
 ) -> Float32[np.ndarray, "Q ..."]:
-    """function(xyz_of(rows)) for all rows below `count`, `chunk` at a time, one call ahead of the copies to the host."""
+    """function(xyz_of(rows)) for all rows below `count`, `chunk` at a time. Each call starts before the last result is copied."""
     starts, calls = range(0, count, chunk), []
     if progress and label:
         starts = progress(starts, len(starts), label)

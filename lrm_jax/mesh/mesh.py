@@ -1,4 +1,4 @@
-"""Coloured triangles as a trimesh object: what `Scene.mesh` returns."""
+"""A coloured mesh as a trimesh object: what `Scene.mesh` returns."""
 
 import os
 from pathlib import Path
@@ -17,8 +17,8 @@ from lrm_jax.parallel import whole_files
 class Mesh(trimesh.Trimesh):
     """A `trimesh.Trimesh` in a world with z up, with vertex colours or a texture.
 
-    Its `.glb`, `.obj` and `.ply` files are those of `mesh.formats`, upright and in the right colours: trimesh itself writes sRGB
-    where glTF wants linear colours, and no axis up. Everything else is trimesh's.
+    It writes `.glb`, `.obj` and `.ply` files by `mesh.formats`, upright and in the right colours: trimesh itself writes sRGB
+    where glTF expects linear colours, and does not turn the up axis. Everything else is trimesh's.
     """
 
     @classmethod
@@ -33,7 +33,7 @@ class Mesh(trimesh.Trimesh):
                 roughnessFactor=1.0,
                 doubleSided=True,
             )
-            # trimesh has v upwards.
+            # In trimesh, v points up.
             visual = TextureVisuals(uv=surface.uv * [1, -1] + [0, 1], material=material)
         return cls(
             surface.vertices,
@@ -44,7 +44,7 @@ class Mesh(trimesh.Trimesh):
         )
 
     def surface(self) -> Surface:
-        """What `mesh.formats` writes, as the object is now."""
+        """The mesh in its present state, as `mesh.formats` writes it."""
         uv = texture = None
         visual = self.visual
         if isinstance(visual, TextureVisuals) and visual.uv is not None:
@@ -66,7 +66,7 @@ class Mesh(trimesh.Trimesh):
         )
 
     def export(self, file_obj=None, file_type=None, **options):
-        """Writes a file whose suffix names its format, whole or not at all, or returns its content: as `Trimesh.export`."""
+        """Writes a file, whole or not at all, in the format of its suffix; or returns its content. Like `Trimesh.export`."""
         is_path = isinstance(file_obj, str | os.PathLike)
         kind = file_type or (Path(file_obj).suffix if is_path else "")
         kind = kind.lower().removeprefix(".")

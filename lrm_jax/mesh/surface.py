@@ -1,4 +1,4 @@
-"""Coloured meshes: a field's level set with normals and vertex colours."""
+"""Coloured meshes: a field's level set with normals and vertex colours or a texture."""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,13 +12,13 @@ from lrm_jax.mesh.lattice import in_chunks
 
 @dataclasses.dataclass(frozen=True)
 class Surface:
-    """Coloured triangles, counter-clockwise seen from outside."""
+    """A coloured mesh; faces are counter-clockwise seen from outside."""
 
     vertices: np.ndarray  # float32 [N 3] world, z up
     faces: np.ndarray  # int32 [M 3]
     colors: np.ndarray  # uint8 [N 3] sRGB
     normals: np.ndarray  # float32 [N 3] outward, unit length
-    uv: np.ndarray | None = None  # float32 [N 2] in [0, 1], glTF's: v down from the top left
+    uv: np.ndarray | None = None  # float32 [N 2] in [0, 1], as in glTF: from the top left, v down
     texture: np.ndarray | None = None  # uint8 [T T 3] sRGB
 
 
@@ -30,16 +30,16 @@ def sample(
     progress: Callable | None = None,
     label: str = "colors",
 ) -> Float32[np.ndarray, "Q ..."]:
-    """Evaluates `function`: xyz[chunk 3] -> [chunk ...] at any number of points, in calls of one fixed shape."""
+    """Evaluates `function`: xyz[chunk 3] -> [chunk ...] at any number of points, in calls of one shape."""
     return in_chunks(function, len(xyz), lambda rows: xyz[rows], chunk, progress, label)
 
 
 def vertex_normals(
     vertices: Float32[np.ndarray, "N 3"], faces: Int32[np.ndarray, "M 3"]
 ) -> Float32[np.ndarray, "N 3"]:
-    """Unit normals: the mean of the faces' around each vertex, weighted by area. Outward for counter-clockwise faces.
+    """Unit normals: the mean of the face normals around each vertex, weighted by area. Outward for counter-clockwise faces.
 
-    Not the field's gradient: that takes as many queries as the surface itself, and is noise where a density saturates.
+    Not the field's gradient: it takes as many queries as the surface itself, and is noise where a density saturates.
     """
     corners = vertices[faces].astype(np.float64)
     face_normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
@@ -51,7 +51,7 @@ def vertex_normals(
         -1,
     )
     length = np.linalg.norm(normals, axis=-1, keepdims=True)
-    # Where the faces cancel there is no outside; the files still want a unit vector.
+    # If the faces cancel, there is no outside, but the files still need a unit vector.
     return np.where(length > 0, normals / np.maximum(length, 1e-300), [[0, 0, 1]]).astype(
         np.float32
     )
@@ -65,13 +65,13 @@ def paint(
     chunk: int = 2**15,
     progress: Callable | None = None,
 ) -> Surface:
-    """Adds normals, and the colours that `color`: xyz[Q 3] -> sRGB[Q 3] in [0, 1] has at the vertices."""
+    """Adds normals, and vertex colours from `color`: xyz[Q 3] -> sRGB[Q 3] in [0, 1]."""
     rgb = sample(color, vertices, chunk=chunk, progress=progress)
     return Surface(vertices, faces, to_uint8(rgb), vertex_normals(vertices, faces))
 
 
 def turned(surface: Surface, degrees: float) -> Surface:
-    """The surface turned about the world's z axis, counter-clockwise seen from above."""
+    """The surface rotated about the world's z axis, counter-clockwise seen from above."""
     cos, sin = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
     rotation = np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]], np.float32)
     return dataclasses.replace(
@@ -82,9 +82,9 @@ def turned(surface: Surface, degrees: float) -> Surface:
 def decimated(
     vertices: Float32[np.ndarray, "N 3"], faces: Int32[np.ndarray, "M 3"], max_faces: int
 ) -> tuple[Float32[np.ndarray, "n 3"], Int32[np.ndarray, "m 3"]]:
-    """At most about `max_faces` triangles (quadric decimation), and only vertices that one of them has."""
+    """Reduces a mesh to at most about `max_faces` triangles (quadric decimation); unused vertices are dropped."""
     if len(faces) > max_faces:
-        import fast_simplification  # here: few meshes are so large
+        import fast_simplification  # here: few meshes are that large
 
         vertices, faces = fast_simplification.simplify(vertices, faces, target_count=max_faces)
     used, faces = np.unique(faces, return_inverse=True)

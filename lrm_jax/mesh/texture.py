@@ -1,4 +1,4 @@
-"""A texture instead of vertex colours: fewer triangles, an atlas of them, and the colour field baked into it. On the CPU, without OpenGL."""
+"""A texture instead of vertex colours: decimates a mesh, unwraps it, and bakes the colour field. On the CPU, without OpenGL."""
 
 import subprocess
 import sys
@@ -14,11 +14,11 @@ from lrm_jax.images.png import to_uint8
 from lrm_jax.mesh.surface import Surface, decimated, paint, sample
 from lrm_jax.types import InputError
 
-# xatlas 0.0.11 takes seconds for these, and dies of a segmentation fault at 82,000
+# xatlas 0.0.11 takes seconds for this many, and dies of a segmentation fault at 82,000.
 MAX_FACES = 20_000
-GROUP = 2**19  # texels of triangles' boxes looked at together
+GROUP = 2**19  # texels in the triangles' bounding boxes handled at once
 
-# In a process of its own, which may crash without taking this one along.
+# Runs in a process of its own, so that a crash does not end this one.
 UNWRAP = """
 import sys, numpy as np, xatlas
 task = np.load(sys.argv[1])
@@ -41,9 +41,9 @@ def bake_texture(
     chunk: int = 2**15,
     progress: Callable | None = None,
 ) -> Surface:
-    """The surface with at most `max_faces` (quadric decimation), cut open into a texture of the colour field at its texels.
+    """Decimates the surface to at most `max_faces` (quadric decimation), unwraps it, and bakes the colour field into a texture.
 
-    Texels between the charts repeat the nearest one inside, so that filtering finds no seams.
+    Texels between the charts repeat the nearest texel inside one, so that filtering shows no seams.
 
     Args:
       color: xyz[Q 3] -> sRGB[Q 3] in [0, 1]. Always called with Q = `chunk`.
@@ -51,7 +51,7 @@ def bake_texture(
       progress: as in `extract`.
 
     Returns:
-      A surface with `uv` and `texture`. Its vertices are repeated along the cuts.
+      A surface with `uv` and `texture`. Vertices are repeated along the seams.
 
     Raises:
       InputError: the atlas could not be made.
@@ -77,10 +77,10 @@ def bake_texture(
 def _unwrap(
     vertices: Float32[np.ndarray, "N 3"], faces: Int32[np.ndarray, "M 3"], size: int
 ) -> tuple[UInt32[np.ndarray, " n"], Int32[np.ndarray, "m 3"], Float32[np.ndarray, "n 2"]]:
-    """An atlas by xatlas (https://github.com/jpcy/xatlas): the vertex that each new one repeats, faces, and uv in [0, 1]."""
+    """An atlas by xatlas (https://github.com/jpcy/xatlas): the source vertex of each new vertex, faces, and uv in [0, 1]."""
     with tempfile.TemporaryDirectory() as folder:
         task, found = Path(folder, "task.npz"), Path(folder, "found.npz")
-        # xatlas drops faces with an area below 1e-7: with a mean of one, these are no more than lines.
+        # xatlas drops faces with an area below 1e-7. Scaled to a mean area of one, only degenerate faces are that small.
         a, b, c = np.moveaxis(vertices[faces], 1, 0)
         area = np.linalg.norm(np.cross(b - a, c - a), axis=-1).mean() / 2
         np.savez(task, vertices=vertices / np.sqrt(area), faces=faces, size=size)
@@ -92,7 +92,7 @@ def _unwrap(
                 -1
             ] or f"ended with code {done.returncode}"
             raise InputError(
-                f"no texture atlas for {len(faces)} faces: xatlas {cause}: leave the texture out and keep the vertex colours, "
+                f"no texture atlas for {len(faces)} faces: xatlas {cause}: use vertex colours instead of a texture, "
                 "or ask for fewer faces"
             )
         with np.load(found) as result:
@@ -107,10 +107,10 @@ def _rasterize(
     faces: Int32[np.ndarray, "M 3"],
     size: int,
 ) -> Float32[np.ndarray, "size size 3"]:
-    """The point of the surface at each texel (row, column); NaN where there is none.
+    """The surface point at each texel (row, column); NaN where there is none.
 
-    Texels that no triangle covers take the nearest point of one that reaches within a texel of their centre, as bilinear
-    lookups on that triangle read them.
+    A texel that no triangle covers gets the nearest point of a triangle within one texel of its centre, because bilinear
+    lookups on that triangle read it.
     """
     corners, points = xy[faces].astype(np.float64), vertices[faces].astype(np.float64)
     low = np.clip(np.ceil(corners.min(1) - 1.5), 0, size).astype(np.int64)
@@ -137,10 +137,10 @@ def _rasterize(
 def _nearest_in_triangles(
     xy: Float[np.ndarray, "K 2"], corners: Float[np.ndarray, "K 3 2"]
 ) -> tuple[Float[np.ndarray, "K 3"], Bool[np.ndarray, " K"]]:
-    """Barycentric coordinates of the points of triangles that are nearest to `xy`, and whether `xy` lies inside."""
+    """Barycentric coordinates of each triangle's point nearest to `xy`, and whether `xy` lies inside the triangle."""
     x, y = np.moveaxis(corners - xy[:, None], -1, 0)
     pairs = ((1, 2), (2, 0), (0, 1))
-    # The areas of the triangles that the point forms with each side.
+    # The areas of the triangles that `xy` forms with each side.
     weights = np.stack([x[:, b] * y[:, c] - x[:, c] * y[:, b] for b, c in pairs], -1)
     total = weights.sum(-1, keepdims=True)
     weights = np.divide(weights, total, out=np.full_like(weights, -1), where=total != 0)

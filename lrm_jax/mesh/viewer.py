@@ -1,4 +1,4 @@
-"""A page that shows a mesh."""
+"""An HTML page that shows a mesh."""
 
 import base64
 import html
@@ -7,18 +7,18 @@ from pathlib import Path
 
 
 def viewer_html(glb: bytes, name: str, distance: float, fov_y_deg: float) -> bytes:
-    """One page that shows a `.glb` and needs no network: to turn, move, zoom and download.
+    """A page that shows a `.glb` without a network: users can rotate, pan, zoom and download it.
 
-    Our own page (assets/viewer.html) and not `trimesh.viewer.notebook.scene_to_html`: that one
-    shows glTF's linear colours as if they were sRGB, almost black, and carries 700 kB of three.js.
+    It is our own page (assets/viewer.html), not `trimesh.viewer.notebook.scene_to_html`, which
+    shows glTF's linear colours as if they were sRGB, almost black, and includes 700 kB of three.js.
 
     Args:
       glb: one primitive with float POSITION, NORMAL, and COLOR_0 or TEXCOORD_0 and an image;
         uint32 indices.
       name: plain text, the page's title; the download is called `<name>.glb`.
-      distance: of the camera from the origin when the page opens, in front of the object: at
-        glTF's +z, where the input image was taken.
-      fov_y_deg: its full vertical field of view.
+      distance: of the camera from the origin when the page opens. It is in front of the object,
+        at glTF's +z, where the input image was taken.
+      fov_y_deg: full vertical field of view of that camera.
     """
     values = {
         "NAME": html.escape(name),
@@ -28,4 +28,4 @@ def viewer_html(glb: bytes, name: str, distance: float, fov_y_deg: float) -> byt
     }
     page = (Path(__file__).parents[1] / "assets" / "viewer.html").read_text(encoding="utf-8")
     page = re.sub(r"\$([A-Z_]+)", lambda match: values[match[1]], page)
-    return page.encode(errors="replace")  # a file's name need not be UTF-8
+    return page.encode(errors="replace")  # a file name need not be UTF-8

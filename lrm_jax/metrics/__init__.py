@@ -1,1 +1,1 @@
-"""What compares: perceptual distances with their networks, distances of surfaces, the mean object as a baseline."""
+"""Metrics: perceptual distances and their networks, distances between surfaces, and the mean object as a baseline."""

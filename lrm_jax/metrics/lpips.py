@@ -1,7 +1,7 @@
 """LPIPS with VGG16: how different two images look (Zhang et al. 2018, https://arxiv.org/abs/1801.03924).
 
-Version 0.1 of https://github.com/richzhang/PerceptualSimilarity, with its `normalize=True`: the loss of LRM and OpenLRM and
-the metric of all. The weights are two public files, converted once:
+Version 0.1 of https://github.com/richzhang/PerceptualSimilarity, with its `normalize=True`: the loss of LRM and OpenLRM, and
+the metric of all families. The weights are two public files, converted once:
 
     lrm convert vgg16-397923af.pth lpips_vgg16.safetensors --linear vgg.pth
 """
@@ -21,7 +21,7 @@ from lrm_jax.weights import tensor_files
 NETWORK = "lpips_vgg16"
 NUM_CONVS = (2, 2, 3, 3, 3)
 SHAPES = vgg.conv_shapes(NUM_CONVS) | {f"linear{i}": (c,) for i, c in enumerate(vgg.WIDTHS, 1)}
-# From [-1, 1] to what VGG16 was trained on: lpips/lpips.py, class ScalingLayer.
+# From [-1, 1] to the range that VGG16 was trained on: lpips/lpips.py, class ScalingLayer.
 SHIFT = (-0.030, -0.088, -0.188)
 SCALE = (0.458, 0.448, 0.450)
 REMEDY = (
@@ -33,18 +33,18 @@ REMEDY = (
 def distance(
     params: Mapping, x: Float[Array, "*B H W 3"], y: Float[Array, "*B H W 3"]
 ) -> Float[Array, "*B"]:
-    """The distance of each pair of images, in float32; its gradient is finite everywhere.
+    """The distance between each pair of images, in float32; its gradient is finite everywhere.
 
-    Sec. 3.1 and eq. 1 of the paper: squared differences of features of unit length, weighted by channel, averaged over
-    pixels and summed over the five blocks.
+    Sec. 3.1 and eq. 1 of the paper: squared differences of unit-length features, weighted by channel, averaged over pixels
+    and summed over the five blocks.
 
     Args:
-      params: of `load`.
+      params: from `load`.
       x: sRGB in [0, 1], opaque; at least 16 pixels wide and high.
-      y: the same of the other images.
+      y: the same for the other images.
 
     Raises:
-      InputError: smaller images.
+      InputError: the images are smaller.
     """
     total = jnp.zeros(x.shape[:-3], jnp.float32)
     for i, (fx, fy) in enumerate(zip(_features(params, x), _features(params, y), strict=True), 1):
@@ -60,7 +60,7 @@ def _features(params, rgb):
 
 
 def _unit(x):
-    """Parity: the reference adds 1e-10 to the length. The lower bound keeps the root's gradient finite where all are zero."""
+    """Parity: the reference adds 1e-10 to the length. The lower bound keeps the root's gradient finite if all are zero."""
     length = jnp.sqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-30))
     return x / (length + 1e-10)
 
@@ -69,10 +69,10 @@ def _unit(x):
 
 
 def load(path: str | os.PathLike) -> dict[str, jax.Array | dict]:
-    """The parameters of a file that `lrm convert` made, as NumPy arrays.
+    """The parameters in a file that `lrm convert` made, as NumPy arrays.
 
     Raises:
-      InputError: no such file, or something else in it; with the remedy.
+      InputError: the file is missing or holds something else; the message has the remedy.
     """
     return vgg.load(path, NETWORK, SHAPES, REMEDY)
 
@@ -83,7 +83,7 @@ def from_torch(
     """The parameters from torchvision's VGG16 (`features.*`; `classifier.*` is not used) and LPIPS's heads (`lin*`).
 
     Raises:
-      InputError: tensors that are missing, extra or mis-shaped.
+      InputError: tensors are missing, extra or mis-shaped.
     """
     backbone = {k: v for k, v in backbone.items() if not k.startswith("classifier.")}
     names = _torch_names()
@@ -101,7 +101,7 @@ def from_torch(
 
 
 def _torch_names():
-    """torchvision's names to ours: one running number for convolutions, ReLUs and pools."""
+    """Maps torchvision's names to ours. Its index counts convolutions, ReLUs and pools together."""
     names, index = {}, 0
     for block, count in enumerate(NUM_CONVS, 1):
         for number in range(1, count + 1):

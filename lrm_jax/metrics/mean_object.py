@@ -1,7 +1,7 @@
-"""The guess that looks at no image, beside which a model's scores are printed: the mean of other objects.
+"""A baseline for a model's scores that ignores the input image: the mean of other objects.
 
-For images the mean of their target views; for surfaces a box or an ellipsoid of their mean extents. There are two of
-each; the evaluation takes the one that scores better.
+For images it is the mean of their target views; for surfaces, a box or an ellipsoid of their mean extents. There are two
+variants of each; the evaluation uses the one that scores better.
 """
 
 import dataclasses
@@ -19,23 +19,23 @@ NUM_AZIMUTHS, NUM_ELEVATIONS = 8, 6  # bins of 45 and 30 degrees
 
 @dataclasses.dataclass(frozen=True)
 class MeanObject:
-    """Sums over some objects' target views, in A x E bins: by azimuth from the source's, and by elevation."""
+    """Sums over the target views of some objects, in A x E bins: azimuth relative to the source's, and elevation."""
 
     members: frozenset[Path]  # the objects' folders
     total: np.ndarray  # [A E S S 4] float64, premultiplied RGBA
-    whole: np.ndarray  # [S S 4] over all bins
-    seen: np.ndarray  # [A E] views
+    whole: np.ndarray  # [S S 4] sum over all bins
+    seen: np.ndarray  # [A E] number of views
     extents: dict[
         Path, np.ndarray
-    ]  # [3] sides of the bounding box, world axes, of those with points
+    ]  # [3] sides of the bounding box along the world axes, for the objects with points
 
 
 def average(objects: Iterable[HeldOut], size: int) -> MeanObject:
     """The mean object.
 
     Args:
-      objects: any number; of none, it is white everywhere.
-      size: S of their target images.
+      objects: any number; the mean of none is white everywhere.
+      size: S, the side of their target images.
     """
     total = np.zeros((NUM_AZIMUTHS, NUM_ELEVATIONS, size, size, 4))
     seen = np.zeros((NUM_AZIMUTHS, NUM_ELEVATIONS), int)
@@ -57,9 +57,9 @@ def average(objects: Iterable[HeldOut], size: int) -> MeanObject:
 
 
 def images(mean: MeanObject, item: HeldOut) -> dict[str, np.ndarray]:
-    """The guesses [V S S 4] at the object's target views, float32 premultiplied RGBA in [0, 1], by name.
+    """The baseline's images [V S S 4] for the object's target views, float32 premultiplied RGBA in [0, 1], by name.
 
-    An object that is in the mean is taken out of it first: with few objects in a bin, it would be guessed from itself.
+    If the object is in the mean, it is removed first: with few objects in a bin, it would be predicted from itself.
     """
     bins = _bins(item)
     total, seen = mean.total[bins], mean.seen[bins]
@@ -79,14 +79,14 @@ def images(mean: MeanObject, item: HeldOut) -> dict[str, np.ndarray]:
 def shapes(
     mean: MeanObject, item: HeldOut, count: int, rng: np.random.Generator
 ) -> dict[str, np.ndarray]:
-    """Points [count 3] on the guesses at the object's surface, uniform in area, by name; none where no other's extents are known."""
+    """Points [count 3] on the baseline's surfaces for the object, uniform in area, by name; none without other objects' extents."""
     others = [extents for folder, extents in mean.extents.items() if folder != item.folder]
     if not others:
         return {}
     sphere = rng.normal(size=(4 * count, 3))
     sphere /= np.linalg.norm(sphere, axis=-1, keepdims=True)
     half = np.maximum(np.mean(others, axis=0) / 2, 1e-6)
-    # Stretching the sphere by `half` stretches the area around each point by this, up to a constant.
+    # Scaling the sphere by `half` scales the area around each point by this, up to a constant.
     stretch = np.linalg.norm(sphere / half, axis=-1)
     kept = sphere[rng.uniform(0, 1 / half.min(), len(sphere)) < stretch]
     ellipsoid = rng.choice(kept, count) * half
@@ -98,13 +98,13 @@ def shapes(
 
 
 def premultiplied(rgba: np.ndarray) -> np.ndarray:
-    """uint8 [*B S S 4] with straight alpha to float32 in [0, 1], premultiplied."""
+    """Converts uint8 [*B S S 4] with straight alpha to premultiplied float32 in [0, 1]."""
     straight = rgba.astype(np.float32) / 255
     return np.concatenate([straight[..., :3] * straight[..., 3:], straight[..., 3:]], -1)
 
 
 def _bins(item: HeldOut) -> tuple[np.ndarray, np.ndarray]:
-    """Of each target view: where its azimuth from the source's is nearest to, and its elevation."""
+    """The bins of each target view: the nearest to its azimuth relative to the source's, and the one that its elevation is in."""
     source, eye = item.source_camera.c2w[:3, 3], item.target_cameras.c2w[:, :3, 3]
     azimuth = np.arctan2(eye[:, 1], eye[:, 0]) - np.arctan2(source[1], source[0])
     elevation = np.arctan2(eye[:, 2], np.hypot(eye[:, 0], eye[:, 1]))

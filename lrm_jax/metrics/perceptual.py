@@ -1,7 +1,7 @@
 """LVSM's perceptual loss: differences of VGG19 features with average pooling (https://arxiv.org/abs/2410.17242, section 3.3).
 
-The network and the weights of its layers are those of Chen and Koltun 2017 (https://arxiv.org/abs/1707.09405). The file of
-https://www.vlfeat.org/matconvnet/pretrained is converted once:
+The network and the weights of its layers in the loss are those of Chen and Koltun 2017 (https://arxiv.org/abs/1707.09405). The
+file from https://www.vlfeat.org/matconvnet/pretrained is converted once:
 
     lrm convert imagenet-vgg-verydeep-19.mat vgg19.safetensors
 """
@@ -20,11 +20,11 @@ from lrm_jax.types import InputError
 from lrm_jax.weights import tensor_files
 
 NETWORK = "perceptual_vgg19"
-NUM_CONVS = (2, 2, 4, 4, 2)  # VGG19 has two more in its last block: not looked at
+NUM_CONVS = (2, 2, 4, 4, 2)  # VGG19 has two more in its last block, which are not used
 TAPS = (2, 2, 2, 2, 2)
 SHAPES = vgg.conv_shapes(NUM_CONVS)
-MEAN = (123.68, 116.779, 103.939)  # RGB of ImageNet, of 255
-DIVISORS = (2.6, 4.8, 3.7, 5.6, 1.5 / 10)  # SPECS: LVSM, model/loss.py:24-119
+MEAN = (123.68, 116.779, 103.939)  # ImageNet's RGB, in [0, 255]
+DIVISORS = (2.6, 4.8, 3.7, 5.6, 1.5 / 10)  # LVSM's model/loss.py, lines 24-119
 REMEDY = (
     "make it with `lrm convert imagenet-vgg-verydeep-19.mat vgg19.safetensors` from"
     " https://www.vlfeat.org/matconvnet/models/imagenet-vgg-verydeep-19.mat"
@@ -37,12 +37,12 @@ def distance(
     """The mean absolute difference of each pair of images and of their features, in float32.
 
     Args:
-      params: of `load`.
+      params: from `load`.
       x: sRGB in [0, 1], opaque; at least 16 pixels wide and high.
-      y: the same of the other images.
+      y: the same for the other images.
 
     Raises:
-      InputError: smaller images.
+      InputError: the images are smaller.
     """
     total = jnp.zeros(x.shape[:-3], jnp.float32)
     for divisor, fx, fy in zip(
@@ -53,7 +53,7 @@ def distance(
 
 
 def _features(params, rgb):
-    """The images on the scale of 255, and the five activations."""
+    """The images in VGG's input range (0 to 255, minus the mean), and the five activations."""
     rgb = rgb.astype(jnp.float32).reshape(-1, *rgb.shape[-3:])
     x = 255 * rgb - jnp.array(MEAN)[None, None, None]
     return [x, *vgg.features(params, x, NUM_CONVS, TAPS, vgg.average_pool)]
@@ -63,22 +63,22 @@ def _features(params, rgb):
 
 
 def load(path: str | os.PathLike) -> dict[str, dict[str, jax.Array]]:
-    """The parameters of a file that `lrm convert` made, as NumPy arrays.
+    """The parameters in a file that `lrm convert` made, as NumPy arrays.
 
     Raises:
-      InputError: no such file, or something else in it; with the remedy.
+      InputError: the file is missing or holds something else; the message has the remedy.
     """
     return vgg.load(path, NETWORK, SHAPES, REMEDY)
 
 
 def from_matconvnet(content: Mapping) -> dict[str, dict[str, np.ndarray]]:
-    """The parameters from a MatConvNet model, as `tensor_files.read` gives it: a list `layers` of structs.
+    """The parameters from a MatConvNet model, as `tensor_files.read` returns it: a list `layers` of structs.
 
-    Its filters are [height width in out] (https://www.vlfeat.org/matconvnet/mfiles/vl_nnconv), as ours; its layers have a
-    `name`, a `type` and, where that is "conv", `weights` of filters and biases.
+    Its filters are [height width in out] (https://www.vlfeat.org/matconvnet/mfiles/vl_nnconv), like ours. Its layers have a
+    `name`, a `type` and, if that is "conv", `weights`: filters and biases.
 
     Raises:
-      InputError: another structure, or tensors that are missing or mis-shaped.
+      InputError: the structure is different, or tensors are missing, extra or mis-shaped.
     """
     try:
         layers = {

@@ -1,8 +1,8 @@
-"""How near a surface is to the true one: Chamfer distance and F-score of points on both, after aligning them.
+"""How close a surface is to the true one: Chamfer distance and F-score of points on both, after alignment.
 
 The protocol of TripoSR's table 1 (https://arxiv.org/abs/2403.02151, section 3: 10k points, a linear search over rotations for
 the lowest Chamfer distance, then ICP). Its code was never released (https://github.com/VAST-AI-Research/TripoSR/issues/129);
-`PROTOCOL` says what was chosen where the report is silent. NumPy and SciPy only: nothing here needs a device.
+`PROTOCOL` lists our choices where the report is silent. NumPy and SciPy only: nothing here needs a device.
 """
 
 import numpy as np
@@ -15,23 +15,23 @@ from lrm_jax.types import InputError
 NUM_POINTS = 10_000
 THRESHOLDS = (0.1, 0.2, 0.5)
 NUM_AZIMUTHS = 24  # every 15 degrees
-TILTS_DEG = (-25.0, 25.0)  # about x, and about y, besides none
-SEARCH_POINTS, ICP_POINTS = 500, 1000  # of the NUM_POINTS
+TILTS_DEG = (-25.0, 25.0)  # about x, and about y; no tilt is tried, too
+SEARCH_POINTS, ICP_POINTS = 500, 1000  # out of NUM_POINTS
 ICP_STEPS, ICP_ROUNDS = 25, 2
 
 NAMES = ("chamfer", *(f"fscore@{threshold}" for threshold in THRESHOLDS))
 PROTOCOL = {
     "points": f"{NUM_POINTS} on each surface, uniform in area",
     "normalisation": "both shapes are moved and scaled so that their bounding box is centred on the origin and its longest side "
-    "is 2; the prediction anew after every rotation",
+    "is 2; the prediction again after every rotation",
     "search": f"{NUM_AZIMUTHS} azimuths x (upright, and tilted by {TILTS_DEG[0]:g} and {TILTS_DEG[1]:g} degrees about either "
-    f"horizontal axis), by the Chamfer distance of {SEARCH_POINTS} points; the best of each quarter turn goes on",
+    f"horizontal axis), by the Chamfer distance of {SEARCH_POINTS} points; the best of each quarter turn is kept",
     "icp": f"rigid, on points and their nearest neighbours in both directions, at most {ICP_STEPS} steps: from each of the four "
-    f"on {SEARCH_POINTS} points, from the best of their results on {ICP_POINTS}, {ICP_ROUNDS} times, each after normalising anew; "
-    "its result or the normalised prediction as it stands, whichever has the lower Chamfer distance",
+    f"on {SEARCH_POINTS} points, then from the best result on {ICP_POINTS} points, {ICP_ROUNDS} times, normalising again each "
+    "time; the final result or the normalised prediction without rotation, whichever has the lower Chamfer distance",
     "chamfer": "mean of the mean distances (not squared) from prediction to truth and from truth to prediction",
-    "fscore": "harmonic mean of the shares of the predicted points within the threshold of the truth, and of the true points "
-    "within it of the prediction",
+    "fscore": "harmonic mean of two shares: of the predicted points within the threshold of the truth, and of the true points "
+    "within the threshold of the prediction",
 }
 
 
@@ -53,7 +53,7 @@ def sample_surface(
     if not len(faces) or not total[-1] > 0:
         raise InputError("the surface has no area")
     chosen = np.searchsorted(total, rng.uniform(0, total[-1], count), side="right")
-    # A point of the unit square's upper half, folded into the lower one, is uniform in the triangle.
+    # Points of the unit square, with its upper half folded onto the lower one, are uniform in the triangle.
     uv = rng.uniform(size=(count, 2))
     uv = np.where(uv.sum(-1, keepdims=True) > 1, 1 - uv, uv)
     chosen = np.minimum(chosen, len(faces) - 1)
@@ -61,7 +61,7 @@ def sample_surface(
 
 
 def scores(points: Float[np.ndarray, "Q 3"], truth: Float[np.ndarray, "T 3"]) -> dict[str, float]:
-    """Chamfer distance and F-scores of points as they stand, in their unit: see `PROTOCOL`."""
+    """Chamfer distance and F-scores of points without alignment, in their unit: see `PROTOCOL`."""
     accuracy, completeness = _distances(points, truth)
     result = {"chamfer": _chamfer(accuracy, completeness)}
     for threshold in THRESHOLDS:
@@ -78,7 +78,7 @@ def normalized(points: Float[np.ndarray, "Q 3"]) -> Float[np.ndarray, "Q 3"]:
       InputError: they are not finite, or all at one place.
     """
     if not np.isfinite(points).all():
-        raise InputError("points that are not finite")
+        raise InputError("some points are not finite")
     centre, scale = _box(points)
     return (points - centre) * scale
 
@@ -91,10 +91,10 @@ def aligned_scores(
     Args:
       points: the prediction, z up.
       truth: the true surface, z up.
-      seed: of the choice of the points that the alignment looks at.
+      seed: for the choice of the points that the alignment uses.
 
     Raises:
-      InputError: points that are not finite, or all at one place.
+      InputError: points are not finite, or all at one place.
     """
     points, truth = normalized(points), normalized(truth)
     rng = np.random.default_rng(seed)
@@ -110,7 +110,7 @@ def aligned_scores(
 
 
 def _rotations() -> Float[np.ndarray, "quarters K 3 3"]:
-    """The rotations that are searched, by the quarter turn about z that they are in."""
+    """The rotations to search, grouped by the quarter turn about z that they are in."""
     tilts = [np.zeros(3), *(np.eye(3)[axis] * tilt for axis in (0, 1) for tilt in TILTS_DEG)]
     tilts = Rotation.from_rotvec(tilts, degrees=True)
     azimuths = 360.0 * np.arange(NUM_AZIMUTHS) / NUM_AZIMUTHS - 45.0
@@ -122,7 +122,7 @@ def _rotations() -> Float[np.ndarray, "quarters K 3 3"]:
 def _search(
     points: Float[np.ndarray, "Q 3"], truth: Float[np.ndarray, "T 3"]
 ) -> list[Float[np.ndarray, "3 3"]]:
-    """Of each quarter turn, the rotation after which the normalised points have the lowest Chamfer distance."""
+    """For each quarter turn, the rotation after which the normalised points have the lowest Chamfer distance."""
     tree, true_tree = cKDTree(points), cKDTree(truth)
     best = []
     for quarter in _rotations():
@@ -130,7 +130,7 @@ def _search(
         for rotation in quarter:
             centre, scale = _box(points @ rotation.T)
             accuracy, _ = true_tree.query((points @ rotation.T - centre) * scale)
-            # The truth is turned back instead of the points, so that their tree is built once.
+            # The truth is rotated back instead of rotating the points, so that their tree is built once.
             completeness, _ = tree.query((truth / scale + centre) @ rotation)
             costs.append(_chamfer(accuracy, scale * completeness))
         best.append(quarter[int(np.argmin(costs))])
@@ -142,7 +142,7 @@ def _icp(
     truth: Float[np.ndarray, "T 3"],
     rotation: Float[np.ndarray, "3 3"],
 ) -> tuple[Float[np.ndarray, "3 3"], Float[np.ndarray, "3"]]:
-    """Where ICP (https://doi.org/10.1109/34.121791) comes to from a rotation: a matrix, with the scale, and a shift."""
+    """The result of ICP (https://doi.org/10.1109/34.121791) from a rotation: a matrix, which includes the scale, and a shift."""
     centre, scale = _box(points @ rotation.T)
     turn, shift = scale * rotation, -scale * centre
     points, truth = points[:ICP_POINTS], truth[:ICP_POINTS]
@@ -164,7 +164,7 @@ def _icp(
 def _rigid_fit(
     points: Float[np.ndarray, "Q 3"], wanted: Float[np.ndarray, "Q 3"]
 ) -> tuple[Float[np.ndarray, "3 3"], Float[np.ndarray, "3"]]:
-    """The rotation R and shift t that make R p + t nearest to the wanted points (Kabsch, https://doi.org/10.1107/S0567739476001873)."""
+    """Rotation R and shift t that bring R p + t nearest to `wanted` (Kabsch, https://doi.org/10.1107/S0567739476001873)."""
     centre, wanted_centre = points.mean(0), wanted.mean(0)
     u, _, vt = np.linalg.svd((wanted - wanted_centre).T @ (points - centre))
     # No reflection.
@@ -173,7 +173,7 @@ def _rigid_fit(
 
 
 def _box(points):
-    """Centre, and what to multiply with so that the longest side of the box is 2."""
+    """Centre, and the factor that makes the longest side of the box 2."""
     low, high = points.min(0), points.max(0)
     longest = (high - low).max()
     if not longest > 0:
@@ -182,7 +182,7 @@ def _box(points):
 
 
 def _distances(points, truth):
-    """From each point to the nearest true one, and from each true point to the nearest one."""
+    """Distances from each point to the nearest true point, and from each true point to the nearest point."""
     return cKDTree(truth).query(points)[0], cKDTree(points).query(truth)[0]
 
 

@@ -1,4 +1,4 @@
-"""The convolutions of VGG (https://arxiv.org/abs/1409.1556), through which two losses compare images, and files of their weights.
+"""The convolutions of VGG (https://arxiv.org/abs/1409.1556), whose features two losses compare, and files of their weights.
 
 A frozen network's parameters are a dict: `conv<block>_<number>` with `kernel` [3 3 in out] and `bias` [out].
 """
@@ -29,17 +29,18 @@ def features(
 ) -> list[jax.Array]:
     """The activations after one convolution of each block, [N H/2^i W/2^i C], in float32.
 
-    TPUs multiply in bfloat16 and GPUs in TF32, which is enough for a loss; for a metric, `jax.default_matmul_precision("highest")`.
+    TPUs multiply in bfloat16 and GPUs in TF32, which is enough for a loss. For a metric, use
+    `jax.default_matmul_precision("highest")`.
 
     Args:
       params: of one network.
-      x: images as the network wants them.
-      num_convs: how many convolutions each block has; those after its tap are needed for the next block only.
-      taps: the number, from 1, of each block's convolution whose activation is returned.
+      x: images in the network's input range.
+      num_convs: the number of convolutions in each block; those after its tap are needed only for the next block.
+      taps: for each block, the number, from 1, of the convolution whose activation is returned.
       pool: halves height and width between the blocks.
 
     Raises:
-      InputError: images that vanish in the last block.
+      InputError: the images are so small that they vanish in the last block.
     """
     smallest = 2 ** (len(taps) - 1)
     if min(x.shape[1:3]) < smallest:
@@ -65,7 +66,7 @@ def _conv(params, x):
 
 
 def max_pool(x: Float[Array, "N H W C"]) -> Float[Array, "N H/2 W/2 C"]:
-    """The largest of each 2 x 2 pixels; an odd last row or column is left out."""
+    """The maximum of each 2 x 2 pixels; an odd last row or column is left out."""
     return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
 
 
@@ -78,7 +79,7 @@ def average_pool(x: Float[Array, "N H W C"]) -> Float[Array, "N H/2 W/2 C"]:
 
 
 def conv_shapes(num_convs: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the parameters of that many convolutions a block."""
+    """Names and shapes of the parameters, for the number of convolutions in each block."""
     shapes, width_in = {}, 3
     for block, (width, count) in enumerate(zip(WIDTHS, num_convs, strict=True), 1):
         for number in range(1, count + 1):
@@ -104,21 +105,21 @@ def save(path: Path, params: Mapping, network: str) -> None:
 def load(
     path: str | os.PathLike, network: str, shapes: Mapping[str, tuple], remedy: str
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Reads what `save` wrote for `network`, as NumPy arrays.
+    """Reads a file that `save` wrote for `network`, as NumPy arrays.
 
     Args:
-      shapes: by dotted name, what the file must hold.
-      remedy: how such a file is made, for the message.
+      shapes: of the tensors that the file must hold, by dotted name.
+      remedy: how to make such a file, for the message.
 
     Raises:
-      InputError: no such file, something else in it, or other tensors than `shapes`.
+      InputError: the file is missing, holds something else, or has other tensors than `shapes`.
     """
     if not Path(path).is_file():
-        raise InputError(f"{path}: no such file of weights of {network}: {remedy}")
+        raise InputError(f"{path}: no such file, expected the weights of {network}: {remedy}")
     content, metadata = tensor_files.read(path)
     if metadata.get("network") != network or metadata.get("version") != FORMAT["version"]:
         what = metadata.get("network") or metadata.get("family") or "another kind of file"
-        raise InputError(f"{path}: not the weights of {network} but {what}: {remedy}")
+        raise InputError(f"{path}: not the weights of {network}, but {what}: {remedy}")
     found = {name: value.shape for name, value in content.items()}
     try:
         tensor_files.check_names(found, shapes, network)

@@ -1,23 +1,24 @@
-"""The model families, one a file, behind one contract.
+"""The model families, one per file, behind one interface.
 
-A family is a linen module in `models/<name>.py` with these members; rendering, training and evaluation use nothing else:
+A family is a linen module in `models/<name>.py` with these members. Rendering, training and evaluation use nothing else:
 
 | member | signature | meaning |
 | --- | --- | --- |
 | `encode` | `(source: Views) -> scene` | any pytree with leading axis B: planes, latents, source tokens |
-| `render` | `(scene, rays: Rays[B V H W], key=None) -> Rendering[B V H W]` | premultiplied colour; without a key deterministic |
+| `render` | `(scene, rays: Rays[B V H W], key=None) -> Rendering[B V H W]` | premultiplied colour; deterministic without a key |
 | `query` (optional) | `(scene, xyz[B Q 3]) -> (field[B Q], rgb[B Q 3])` | field grows inward; absent means "no surface" |
 | `__call__` | `(source: Views, rays: Rays) -> Rendering` | `render(encode(source), rays)`: for `init` |
-| `prepare` (optional) | `(rgba: list of uint8[H W 4]) -> Views[B 1 H W]` | single-image families: images as `encode` wants them, with the camera that the family takes them to be seen from |
+| `prepare` (optional) | `(rgba: list of uint8[H W 4]) -> Views[B 1 H W]` | single-image families: the images as `encode` expects them, with the camera that the family assumes for them |
 | `image_size` | class field | side of the source images in pixels |
-| `foreground_ratio` (optional) | class field | with `prepare`: the share of the side that it makes the object fill; absent or None means that it does not crop |
-| `surface_level`, `radius` | class fields | with `query`: the field's value at the surface, and half the side of the cube around the origin that it fills |
+| `foreground_ratio` (optional) | class field | with `prepare`: the fraction of the side that it scales the object to; absent or None means that it does not crop |
+| `surface_level`, `radius` | class fields | with `query`: the field's value at the surface, and half the side of the cube around the origin that the field fills |
 | `VARIANTS` | `dict[str, dict]` | field overrides of each published size, and `"tiny"` |
 | `from_torch(state, model)` / `to_torch(params, model)` | dict of NumPy arrays <-> params | renames, transposes, (un)stacks only: exact inverses |
 
-`VARIANTS`, `from_torch` and `to_torch` stand at module level beside the class, which is `MODEL`. For `lrm convert` to recognise
-a checkpoint and write one, `references.py` also wants there `entries(model)` (the checkpoint's names), `fields_from_torch(state)` and,
-where a config lies beside it, `fields_from_config(config)` and `config_to_torch(model)`, and has the family in its tables. `encode`, `render` and `query` are reached by
+`VARIANTS`, `from_torch` and `to_torch` are at module level beside the class, which is `MODEL`. For `lrm convert` to read and
+write the family's checkpoints, `references.py` also needs `entries(model)` (the checkpoint's names) and
+`fields_from_torch(state)` there, and the family in its own tables. If a checkpoint comes with a config, it needs
+`fields_from_config(config)` and `config_to_torch(model)` too. Call `encode`, `render` and `query` by
 `model.apply({"params": params}, scene, rays, method="render")`.
 """
 
@@ -29,7 +30,7 @@ FAMILIES = ("lrm", "triposr", "lvsm")
 
 
 def build(name: str, variant: str, **overrides) -> nn.Module:
-    """Builds the module of family `name` at size `variant`, with single fields overridden.
+    """Builds the module of family `name` at size `variant`; `overrides` replace single fields.
 
     Raises:
       ValueError: unknown family, variant or field; the message lists the known ones.
@@ -51,5 +52,5 @@ def family(name: str):
 
 
 def name_of(model: nn.Module) -> str:
-    """The family's name of a module that `build` made."""
+    """The family name of a module that `build` made."""
     return type(model).__module__.rsplit(".", 1)[-1]

@@ -1,9 +1,9 @@
-"""LRM (https://arxiv.org/abs/2311.04400) and OpenLRM, with the blocks that the camera modulates (ModLN): one image and its camera
-to a triplane radiance field (https://github.com/3DTopia/OpenLRM).
+"""LRM (https://arxiv.org/abs/2311.04400) and OpenLRM (https://github.com/3DTopia/OpenLRM): from one image and its camera to a
+triplane radiance field. Their transformer blocks are modulated by the camera (ModLN).
 
-ViT tokens -> learned plane tokens, refined by transformer blocks that attend to them and are modulated by the source camera ->
-upsampled planes -> MLP -> volume rendering. The world is z-up, normalised so that the source camera is at (0, -d, 0), looking at
-the origin.
+ViT tokens -> learned plane tokens, refined by transformer blocks that attend to the ViT tokens and are modulated by the source
+camera -> upsampled planes -> MLP -> volume rendering. The world is z-up, normalised so that the source camera is at (0, -d, 0)
+and looks at the origin.
 """
 
 from collections.abc import Mapping
@@ -28,13 +28,13 @@ PLANE_AXES = (
 
 _OPENLRM = dict(decoder_layers=4, camera_numbers=16, source_distance=2.0, source_focal=0.75)
 VARIANTS = {
-    # The paper, table 6 of the appendix as SPECS has it: 20 camera numbers, 10 decoder layers, 128 plain samples.
+    # The paper, table 6 of the appendix: 20 camera numbers, 10 decoder layers, 128 samples in one pass.
     "lrm": dict(
         image_size=512, encoder=vit.VARIANTS["dino-vitb16"], normalize_image=True, width=1024, depth=16, num_heads=16,
         plane_channels=80, decoder_layers=10, camera_numbers=20, num_samples=128, num_importance=0, source_distance=2.0,
         source_focal=0.75,
     ),
-    # OpenLRM's layout at the paper's size, with its DINO encoder.
+    # OpenLRM's architecture at the paper's size, with the paper's DINO encoder.
     "openlrm-large-dino": dict(
         image_size=512, encoder=vit.VARIANTS["dino-vitb16"], normalize_image=True, width=1024, depth=16, num_heads=16,
         plane_channels=80, num_samples=64, num_importance=64, **_OPENLRM,
@@ -64,7 +64,7 @@ class LRM(nn.Module):
 
     image_size: int
     encoder: Mapping
-    normalize_image: bool  # Parity: OpenLRM v1.1 gives DINOv2 raw [0, 1] colours.
+    normalize_image: bool  # Parity: OpenLRM v1.1 feeds DINOv2 raw [0, 1] colours.
     width: int
     depth: int
     num_heads: int
@@ -74,7 +74,7 @@ class LRM(nn.Module):
     num_samples: int
     num_importance: int  # 0: one pass
     source_distance: float
-    source_focal: float  # fraction of the image's side
+    source_focal: float  # as a fraction of the image's side
     plane_tokens: int = 32  # side of a plane in tokens
     decoder_width: int = 64
     camera_width: int = 1024
@@ -83,8 +83,8 @@ class LRM(nn.Module):
     background: float = 1.0
     # which OpenLRM release's parameter names `to_torch` writes: "1.0" or "1.1"
     release: str = "1.1"
-    ray_chunk: int | None = None  # rays rendered at a time; None: as suits the device
-    remat: bool = True  # False: a small model, whose activations fit
+    ray_chunk: int | None = None  # rays rendered at a time; None: chosen for the device
+    remat: bool = True  # False: for a small model, whose activations fit in memory
     dtype: str = "float32"
 
     def setup(self):
@@ -105,7 +105,7 @@ class LRM(nn.Module):
         return self.render(self.encode(source), rays, key)
 
     def encode(self, source: Views) -> dict[str, Float[Array, "B 3 h w C"]]:
-        """The planes of one view on white, [B 1 H W 3], seen by its normalised camera."""
+        """The planes of one view on white, [B 1 H W 3], with its normalised camera."""
         rgb_BHW3 = source.rgb[:, 0]
         tokens_BMD = self.image_encoder(
             vit.normalize(rgb_BHW3) if self.normalize_image else rgb_BHW3
@@ -136,7 +136,7 @@ class LRM(nn.Module):
         return triplane.query(field, scene["triplane"], self.decoder(), self.dtype, xyz)
 
     def prepare(self, rgba: list[np.ndarray]) -> Views:
-        """Images as the reference prepares them: on white, resized without antialiasing; padded to a square first."""
+        """Images as the reference prepares them: padded to a square, on white, resized without antialiasing."""
         images = [cutout.blend(recentre.pad_to_square(x), self.background) for x in rgba]
         rgb = np.stack([resize.resize_bicubic(x, self.image_size) for x in images])
         eye, up = jnp.array([0.0, -self.source_distance, 0.0]), jnp.array([0.0, 0.0, 1.0])
@@ -152,7 +152,7 @@ class LRM(nn.Module):
         raw_density, raw_rgb = triplane.evaluate(
             projected, layers, xyz_Q3 / self.radius, PLANE_AXES, nn.relu
         )
-        # Colours widened by 0.001 on both sides: EG3D, after MipNeRF (https://arxiv.org/abs/2103.13415, appendix).
+        # The range of colours is widened by 0.001 at both ends: EG3D, after MipNeRF (https://arxiv.org/abs/2103.13415, appendix).
         return raw_density, nn.sigmoid(raw_rgb) * 1.002 - 0.001
 
     def _march(self, projected, layers, rays: Rays, key) -> Rendering:
@@ -165,7 +165,7 @@ class LRM(nn.Module):
             xyz_RS3 = rays.origins[:, None] + t_RS[..., None] * rays.dirs[:, None]
             density, rgb = self._raw_field(projected, layers, xyz_RS3.reshape(-1, 3))
             inside = jnp.all(jnp.abs(xyz_RS3) <= self.radius, axis=-1)
-            # Parity: outside the box colour is 0 and raw density so low that its mean with any neighbour has none.
+            # Parity: outside the box colour is 0, and raw density so low that its mean with any neighbour gives no density.
             density = jnp.where(inside, density.reshape(t_RS.shape), jnp.finfo(jnp.float32).min / 8)
             return density, jnp.where(inside[..., None], rgb.reshape(*t_RS.shape, 3), 0.0)
 
@@ -197,12 +197,12 @@ class LRM(nn.Module):
 
 
 def _mid_density(raw_RS):
-    """Parity: the density of an interval is the softplus of the mean of its ends' raw values, as in EG3D."""
+    """Parity: an interval's density is the softplus of the mean of the raw densities at its ends, as in EG3D."""
     return nn.softplus(0.5 * (raw_RS[:, :-1] + raw_RS[:, 1:]) - 1.0)
 
 
 def camera_vector(source: Cameras, numbers: int) -> Float[Array, "*B F"]:
-    """What the camera embedder reads: the pose's rows (3 for 16 numbers, 4 for 20), then fx, fy, cx, cy as fractions."""
+    """The camera embedder's input: the pose's rows (3 for 16 numbers, 4 for 20), then fx, fy, cx, cy as fractions."""
     # Parity: the references' poses have OpenGL (Blender) camera axes.
     pose = cameras.opencv_to_opengl(source.c2w)[..., : (numbers - 4) // 4, :]
     return jnp.concatenate([pose.reshape(*pose.shape[:-2], -1), source.fxfycxcy], axis=-1)
@@ -221,7 +221,7 @@ class CameraEmbedder(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Modulated blocks and a plain final norm."""
+    """Modulated blocks, then a plain layer norm."""
 
     depth: int
     num_heads: int
@@ -238,7 +238,7 @@ class Transformer(nn.Module):
 
 
 class Block(nn.Module):
-    """Cross-attention, self-attention, MLP; each residual, after a norm modulated by the camera."""
+    """Cross-attention, self-attention, MLP; each is residual and follows a norm that the camera modulates."""
 
     num_heads: int
     dtype: str
@@ -258,7 +258,7 @@ class Block(nn.Module):
 
 
 class ModLN(nn.Module):
-    """Layer norm whose output is scaled and shifted by a function of the camera (LRM, eq. 4-5): no gate, not zero at first."""
+    """Layer norm whose output a function of the camera scales and shifts (LRM, eq. 4-5). No gate, and not initialised to zero."""
 
     dtype: str
 
@@ -279,7 +279,7 @@ MODEL = LRM
 
 
 def entries(model: LRM) -> list[torch_layout.Entry]:
-    """The names of OpenLRM's checkpoints, of the release that the model's `release` says."""
+    """The names in OpenLRM's checkpoints of the model's `release`."""
     linear, norm = torch_layout.linear, torch_layout.norm
     encoder, at = model.encoder, "encoder.model."
     if _is_dinov2(encoder):
@@ -341,7 +341,7 @@ def to_torch(params: dict, model: LRM) -> dict[str, np.ndarray]:
 
 
 def fields_from_torch(state: dict[str, np.ndarray]) -> dict:
-    """What the names and shapes of an OpenLRM state dict tell of the model's fields."""
+    """The model's fields that follow from the names and shapes of an OpenLRM state dict."""
     release = "1.0" if "transformer.pos_embed" in state else "1.1"
     positions = state["transformer.pos_embed" if release == "1.0" else "pos_embed"].shape
     upsampler = state[("transformer.deconv" if release == "1.0" else "upsampler") + ".weight"].shape
@@ -364,13 +364,13 @@ def fields_from_torch(state: dict[str, np.ndarray]) -> dict:
 
 
 def fields_from_config(config: dict) -> dict:
-    """What OpenLRM's config.json (or v1.0's `kwargs["model"]`) tells that shapes do not."""
+    """The fields that only OpenLRM's config.json (or v1.0's `kwargs["model"]`) states, not the shapes."""
     half = config["rendering_samples_per_ray"] // 2
     return dict(num_heads=config["transformer_heads"], num_samples=half, num_importance=half)
 
 
 def config_to_torch(model: LRM) -> dict:
-    """The config.json that belongs to `to_torch`."""
+    """The config.json that goes with `to_torch`."""
     encoder = model.encoder
     config = {
         "camera_embed_dim": model.camera_width,

@@ -1,20 +1,21 @@
-"""LVSM (https://arxiv.org/abs/2410.17242): new views of a scene from given ones, without a 3D representation.
+"""LVSM (https://arxiv.org/abs/2410.17242): new views of a scene from given views, without a 3D representation.
 
-Images become tokens of a patch's colours and Plücker rays, a view to be drawn becomes tokens of its rays alone; a transformer
-sees both, and each ray token comes out as its patch of the image. Decoder-only (`num_latents=0`) shows it the source
-tokens themselves, encoder-decoder shows it `num_latents` tokens that a first transformer has made of them. Nothing marks a
-token's place but its rays, so the order of tokens is free and any number and size of views fits the same parameters.
+A source image becomes tokens of its patches' colours and Plücker rays; a target view becomes tokens of its rays alone. A
+transformer attends to both, and turns each target token into its patch of the image. The decoder-only model (`num_latents=0`)
+shows the transformer the source tokens themselves. The encoder-decoder shows it `num_latents` tokens that a first transformer
+has made from them. Only its rays mark a token's place, so tokens may come in any order, and any number and size of views fits
+the same parameters.
 
-Keys and values of the source are *not* kept between target views, beyond what `encode` does. In every block, attention is
+Keys and values of the source are *not* cached between target views, beyond what `encode` does. In every block, attention is
 bidirectional over scene and target
 (https://github.com/Haian-Jin/LVSM/blob/2fea924/model/LVSM_scene_decoder_only.py#L213-L223), so from the first block's output on
-the scene's tokens depend on the target too; a mask that kept them apart would be another function, which no published weights
-fit. Independent of the target are the tokeniser, the normalisation of the blocks' input and, in the encoder-decoder, the whole
-encoder: that is `encode`. The first block's projections to queries, keys and values are, too: a quarter of one block's weights of
-24, 1% of the products, and not worth a second kind of block.
+the scene's tokens depend on the target, too. A mask that kept them apart would make another function, which no published weights
+fit. What does not depend on the target is in `encode`: the tokeniser, the normalisation of the blocks' input and, in the
+encoder-decoder, the whole encoder. The first block's projections to queries, keys and values do not depend on it either. But they
+are a quarter of the weights of one block of 24, 1% of the products: not worth a second kind of block.
 
-The published checkpoints are of scenes whose cameras are normalised (mean pose at the origin, farthest coordinate at 1/1.35):
-that is the data's affair.
+The published checkpoints expect scenes with normalised cameras (mean pose at the origin, farthest coordinate at 1/1.35). The data
+pipeline has to do this.
 """
 
 import math
@@ -33,8 +34,8 @@ from lrm_jax.models.parts.layers import gelu, stack
 from lrm_jax.ops import cameras
 from lrm_jax.types import InputError, Rays, Rendering, Views
 
-# Sizes: https://github.com/Haian-Jin/LVSM/tree/2fea924/configs. The files are those of https://huggingface.co/coast01/LVSM; an
-# image's size is the one that they were trained at, and everything else is the same for both.
+# Sizes: https://github.com/Haian-Jin/LVSM/tree/2fea924/configs. The files are those of https://huggingface.co/coast01/LVSM. Image
+# sizes are those of training; all else is the same at both sizes.
 _DECODER_ONLY = dict(patch=8, width=768, num_heads=12, depth=24)
 _ENCODER_DECODER = dict(
     patch=8, width=768, num_heads=12, depth=12, encoder_depth=12, num_latents=3072
@@ -49,12 +50,12 @@ VARIANTS = {
     "tiny": dict(patch=4, width=32, num_heads=2, depth=2, image_size=16),
 }
 
-# What a checkpoint holds beside the model: the VGG19 of its training loss. It is dropped.
+# Prefix of the tensors in a checkpoint that are not the model's: the VGG19 of the training loss. They are dropped.
 FROZEN = "loss_computer."
 
 
 class LVSM(nn.Module):
-    """Both architectures: tokens of the source, or latents made of them, and tokens of the target through one transformer."""
+    """Both architectures: one transformer over target tokens and source tokens, or latents made from the source tokens."""
 
     patch: int
     width: int
@@ -62,8 +63,10 @@ class LVSM(nn.Module):
     depth: int  # blocks that see the target
     encoder_depth: int = 0  # blocks that make the latents
     num_latents: int = 0  # 0: decoder-only
-    image_size: int = 256  # of training; any multiple of `patch` can be given and drawn
-    ray_chunk: int | None = None  # rays drawn at a time, in whole views; None: 8 views of 256 px
+    image_size: int = (
+        256  # in training; images of any multiple of `patch` can be given and rendered
+    )
+    ray_chunk: int | None = None  # rays rendered at a time, in whole views; None: 8 views of 256 px
     remat: bool = True
     dtype: str = "float32"
 
@@ -71,7 +74,7 @@ class LVSM(nn.Module):
         self.source_tokenizer = self._linear(self.width)
         self.target_tokenizer = self._linear(self.width)
         if self.num_latents:
-            # Parity: the reference's truncation is at 100 deviations.
+            # Parity: not truncated; the reference truncates at 100 standard deviations.
             init = nn.initializers.normal(0.02)
             self.latents = self.param("latents", init, (self.num_latents, self.width))
             self.encoder = self._stack(self.encoder_depth)
@@ -88,28 +91,28 @@ class LVSM(nn.Module):
         return stack(Block, depth, self.remat, num_heads=self.num_heads, dtype=self.dtype)
 
     def __call__(self, source: Views, rays: Rays, key: jax.Array | None = None) -> Rendering:
-        """Encodes the source views and draws rays [B V H W]."""
+        """Encodes the source views and renders rays [B V H W]."""
         return self.render(self.encode(source), rays, key)
 
     def encode(
         self, source: Views, num_views: Int[Array, "B"] | None = None
     ) -> dict[str, Array | None]:
-        """The tokens [B M D] that targets are drawn from, as the blocks take them, and how many of them count.
+        """The tokens [B M D] that targets are rendered from, ready for the blocks, and how many of them are real.
 
         Args:
           source: opaque images [B V H W 3], sides multiples of `patch`. The unit of length is the checkpoint's.
-          num_views: how many of each scene's V views are given; the later ones are padding, whatever they hold, so that scenes of
-            different numbers of views share a batch, and a program. None: all.
+          num_views: how many of each scene's V views are real. The later ones are padding, whatever they hold: scenes with
+            different numbers of views can share a batch and a compiled program. None: all.
 
         Raises:
-          InputError: images that do not divide into patches.
+          InputError: the images do not divide into patches.
         """
         B, V, H, W, _ = source.rgb.shape
         rays = cameras.plucker(cameras.pixel_rays(source.cameras, H, W))
         patches_BVLC = self._patches(jnp.concatenate([2 * source.rgb - 1, rays], axis=-1))
         num_tokens = None
         if num_views is not None:
-            # Zero before the first product: what padding holds (NaN, for cameras of zeros) is in no gradient either.
+            # Zeroed before the first product, so that what padding holds (NaN, for all-zero cameras) is in no gradient either.
             given_BV = jnp.arange(V)[None] < num_views[:, None]
             patches_BVLC = jnp.where(given_BV[..., None, None], patches_BVLC, 0)
             num_tokens = num_views * patches_BVLC.shape[2]
@@ -122,12 +125,12 @@ class LVSM(nn.Module):
         return {"tokens": self._normed(tokens_BMD), "num_tokens": num_tokens}
 
     def render(self, scene: dict, rays: Rays, key: jax.Array | None = None) -> Rendering:
-        """Draws rays [B V H W], each view for itself; H and W are multiples of `patch`. `key` has no effect.
+        """Renders rays [B V H W], each view independently; H and W are multiples of `patch`. `key` has no effect.
 
-        Views are drawn `ray_chunk` rays at a time, so that memory does not grow with their number.
+        Views are rendered `ray_chunk` rays at a time, so that memory does not grow with their number.
 
         Raises:
-          InputError: rays that do not divide into patches.
+          InputError: the rays do not divide into patches.
         """
         _, V, H, W, _ = rays.origins.shape
         num_chunks = -(-V // max((self.ray_chunk or 2**19) // (H * W), 1))
@@ -150,7 +153,7 @@ class LVSM(nn.Module):
         return Rendering(rgb=rgb.reshape(rgb.shape[0], -1, *rgb.shape[3:])[:, :V])
 
     def _draw(self, scene: dict, rays: Rays) -> Float[Array, "B V H W 3"]:
-        """The colours of views that are drawn at the same time: sequences of their own, of one batch."""
+        """The colours of views that are rendered together: each is a separate sequence of one batch."""
         B, V, H, W, _ = rays.origins.shape
         tokens_BVLD = self._normed(self.target_tokenizer(self._patches(cameras.plucker(rays))))
         tokens_ZLD = tokens_BVLD.reshape(B * V, *tokens_BVLD.shape[2:])
@@ -183,7 +186,7 @@ MODEL = LVSM
 
 
 class Block(nn.Module):
-    """Self-attention with normalised queries and keys, and MLP; each pre-norm and residual, without biases."""
+    """Self-attention with normalised queries and keys, and MLP; both pre-norm and residual, without biases."""
 
     num_heads: int
     dtype: str
@@ -219,7 +222,7 @@ class Block(nn.Module):
 
 
 def _deviation(width):
-    """Of the initial weights: the reference's 0.02 at its width, 768, and as large an output of a layer at any other."""
+    """Standard deviation of the initial weights: the reference's 0.02 at its width, 768, and equally large outputs at others."""
     return 0.02 * (768 / width) ** 0.5
 
 
@@ -230,7 +233,7 @@ def _norm(name):
 
 
 def _attend_to(blocks, x_BLD, context_BMD, num_context):
-    """`x_BLD` after blocks that see both, of the context only the first `num_context` [B] tokens (None: all)."""
+    """`x_BLD` after blocks over `x_BLD` and the first `num_context` [B] tokens of the context (None: all)."""
     L = x_BLD.shape[1]
     x_BLD = jnp.concatenate([x_BLD.astype(context_BMD.dtype), context_BMD], axis=1)
     num_keys = None if num_context is None else L + num_context
@@ -286,17 +289,17 @@ def from_torch(state: dict[str, np.ndarray], model: LVSM) -> dict:
 
 
 def to_torch(params: dict, model: LVSM) -> dict[str, np.ndarray]:
-    """A state dict for the reference's `ckpt["model"]`, without the training loss's tensors: inference uses none of them."""
+    """A state dict for the reference's `ckpt["model"]`, without the training loss's tensors, which inference does not use."""
     return torch_layout.to_torch(entries(model), params)
 
 
 def fields_from_config(config: dict) -> dict:
-    """The size of its images, which shapes do not tell."""
+    """The image size, which does not follow from the shapes."""
     return dict(image_size=config["image_size"])
 
 
 def fields_from_torch(state: dict[str, np.ndarray]) -> dict:
-    """What the shapes of an LVSM state dict tell of the model's fields: all but the size of its images."""
+    """The model's fields that follow from the shapes of an LVSM state dict: all but the image size."""
     width, inputs = state["image_tokenizer.1.weight"].shape
     latents = state.get("n_light_field_latent")
     blocks = "transformer_blocks." if latents is None else "transformer_decoder."

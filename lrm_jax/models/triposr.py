@@ -1,7 +1,7 @@
-"""TripoSR (https://arxiv.org/abs/2403.02151): one image to a triplane radiance field, without a camera.
+"""TripoSR (https://arxiv.org/abs/2403.02151): from one image to a triplane radiance field, without a camera.
 
-DINO tokens -> queries of the three planes, refined by transformer blocks that attend to them -> upsampled planes -> MLP ->
-volume rendering. The world is z-up with the source camera on the +x axis, looking at the origin.
+DINO tokens -> learned plane tokens, refined by transformer blocks that attend to the DINO tokens -> upsampled planes -> MLP ->
+volume rendering. The world is z-up, with the source camera on the +x axis, looking at the origin.
 """
 
 from collections.abc import Mapping
@@ -37,7 +37,7 @@ VARIANTS = {
         plane_channels=40, decoder_width=64, decoder_layers=10, radius=0.87, num_samples=128, surface_level=25.0,
         source_distance=1.9, source_fov=40.0,
     ),
-    # The bundled model is `nano-symmetric`, trained as the two before it first: configs/nano.py.
+    # The bundled model is `nano-symmetric`. It was first trained as `nano`, then as `nano-fine`: configs/nano.py.
     "nano": NANO,
     "nano-fine": NANO_FINE,
     "nano-symmetric": {**NANO_FINE, "symmetric": True},
@@ -63,17 +63,17 @@ class TripoSR(nn.Module):
     decoder_layers: int
     radius: float  # half the side of the cube that the planes span
     num_samples: int
-    surface_level: float  # density, for chords of unit length: see `march`
+    surface_level: float  # density, for chords of unit length: see `_march`
     source_distance: float
     source_fov: float  # degrees, vertical
     source_elevation: float = 0.0  # degrees
-    symmetric: bool = False  # the mirrored image has the mirrored planes
+    symmetric: bool = False  # True: a mirrored image gives the mirrored planes
     upsample: int = 2
     norm_groups: int = 32
-    foreground_ratio: float | None = 0.85  # None: images keep their place in the square
+    foreground_ratio: float | None = 0.85  # None: objects keep their place in the image
     background: float = 0.5
-    ray_chunk: int | None = None  # rays rendered at a time; None: as suits the device
-    remat: bool = True  # False: a small model, whose activations fit
+    ray_chunk: int | None = None  # rays rendered at a time; None: chosen for the device
+    remat: bool = True  # False: for a small model, whose activations fit in memory
     dtype: str = "float32"
 
     def setup(self):
@@ -95,12 +95,12 @@ class TripoSR(nn.Module):
     def encode(self, source: Views) -> dict[str, Float[Array, "B 3 h w C"]]:
         """The planes of one view on grey, [B 1 H W 3]; its camera is ignored.
 
-        Where the model is symmetric, they are the mean with those of the mirrored image, turned back.
+        If the model is symmetric, they are averaged with the planes of the mirrored image, mirrored back.
         """
         rgb_BHW3 = source.rgb[:, 0]
         if not self.symmetric:
             return {"triplane": self._planes(rgb_BHW3)}
-        # Beside its own image, so that each device has both.
+        # Each mirrored image is next to its original, so that a device has both.
         both = jnp.stack([rgb_BHW3, rgb_BHW3[:, :, ::-1]], axis=1)
         planes = self._planes(both.reshape(-1, *rgb_BHW3.shape[1:]))
         planes, mirrored = planes[::2], planes[1::2]
@@ -116,7 +116,7 @@ class TripoSR(nn.Module):
         return self.upsampler(x_BLD.reshape(B, 3, side, side, self.width))
 
     def render(self, scene: dict, rays: Rays, key: jax.Array | None = None) -> Rendering:
-        """Marches rays [B V H W] through the field; with a key, samples are jittered within their interval."""
+        """Marches rays [B V H W] through the field; with a key, samples are jittered within their intervals."""
         return triplane.render(
             self._march, scene["triplane"], self.decoder(), self.dtype, rays, key, self.ray_chunk
         )
@@ -128,7 +128,7 @@ class TripoSR(nn.Module):
         return triplane.query(self._field, scene["triplane"], self.decoder(), self.dtype, xyz)
 
     def prepare(self, rgba: list[np.ndarray]) -> Views:
-        """Images as the reference prepares them: foreground centred at 85% of a square, on grey, 8 bits, antialiased resize."""
+        """Images as the reference prepares them: foreground centred in a square, on grey, 8 bits, antialiased resize."""
         if self.foreground_ratio is None:
             squares = [recentre.pad_to_square(x) for x in rgba]
         else:
@@ -143,7 +143,7 @@ class TripoSR(nn.Module):
         raw_density, raw_rgb = triplane.evaluate(
             projected, layers, xyz_Q3 / self.radius, PLANE_AXES, nn.silu
         )
-        # An infinite density would have no gradient but NaN; exp(80) is as opaque.
+        # An infinite density would have a NaN gradient; exp(80) is just as opaque.
         return jnp.exp(jnp.minimum(raw_density - 1.0, 80.0)), nn.sigmoid(raw_rgb)
 
     def _march(self, projected, layers, rays: Rays, key) -> Rendering:
@@ -151,7 +151,7 @@ class TripoSR(nn.Module):
         near, far = sampling.ray_box(rays.origins, rays.dirs, self.radius * 0.999)
         hit = far - near > 0.01
         length = jnp.where(hit, far - near, 1.0)
-        # Parity: densities are for a chord of unit length whatever its true one, so edges run from 0 to 1.
+        # Parity: densities assume a chord of unit length, whatever its true length, so edges run from 0 to 1.
         edges = sampling.uniform_edges(jnp.zeros_like(near), jnp.ones_like(far), self.num_samples)
         fractions = 0.5 * (edges[:, :-1] + edges[:, 1:])
         if key is not None:
@@ -170,18 +170,19 @@ def in_mirror(planes_BPhwC: Float[Array, "B 3 h w C"]) -> Float[Array, "B 3 h w 
     return jnp.stack([xy[:, ::-1], xz, yz[:, :, ::-1]], axis=1)
 
 
-# Initial values for training from scratch. The planes' tokens start with the code of the place in the image that they project
-# to, and cross-attention with equal q and k: so, where the encoder is as wide (nano), each token looks there from the first step.
+# Initial values for training from scratch. Each plane token starts as the code of the image position that it projects to, and
+# cross-attention starts with equal q and k projections. So if the encoder has the same width (nano), each token attends to that
+# position from the first step.
 
 
 def _init_queries(key, shape):
-    """The source camera looks along -x with y to the right and z up: rows of the image are -z, its columns y."""
+    """The source camera looks along -x, with y to the right and z up: image rows run along -z, columns along y."""
     _, side, _, width = shape
     code = sincos_code(side, width // 2)
     nowhere = jnp.zeros_like(code)
     along_x = (
         jax.random.normal(key, (width // 2, width)) * width**-0.5
-    )  # tells places along x apart
+    )  # distinguishes positions along x
     planes = [
         sincos_grid(nowhere, code).swapaxes(0, 1) + (code @ along_x)[None],  # y, x
         sincos_grid(code[::-1], nowhere) + (code @ along_x)[None],  # z, x
@@ -210,7 +211,7 @@ class Backbone(nn.Module):
     @nn.compact
     def __call__(self, queries_BLD, context_BMD):
         width = queries_BLD.shape[-1]
-        # Groups are normalised over their channels and all tokens.
+        # Each group is normalised over its channels and all tokens.
         norm = nn.GroupNorm(
             self.norm_groups, epsilon=1e-6, use_fast_variance=False, dtype=jnp.float32, name="norm"
         )
@@ -261,7 +262,7 @@ MODEL = TripoSR
 
 
 def entries(model: TripoSR) -> list[torch_layout.Entry]:
-    """The names of TripoSR's model.ckpt; its unused ViT pooler is not among them."""
+    """The names in TripoSR's model.ckpt, without its unused ViT pooler."""
     linear, norm = torch_layout.linear, torch_layout.norm
     table = [
         *vit.hf_entries("image_tokenizer.model.", "image_tokenizer", model.encoder["depth"]),
@@ -292,7 +293,7 @@ def from_torch(state: dict[str, np.ndarray], model: TripoSR) -> dict:
 
 
 def to_torch(params: dict, model: TripoSR) -> dict[str, np.ndarray]:
-    """A state dict that TripoSR loads strictly: the pooler, which it never uses, is made again as zeros."""
+    """A state dict that TripoSR loads strictly: the pooler, which it never uses, is filled with zeros."""
     state = torch_layout.to_torch(entries(model), params)
     return state | {
         name: np.zeros(shape, np.float32) for name, shape in pooler_shapes(model).items()
@@ -300,13 +301,13 @@ def to_torch(params: dict, model: TripoSR) -> dict[str, np.ndarray]:
 
 
 def pooler_shapes(model: TripoSR) -> dict[str, tuple[int, ...]]:
-    """The tensors of the reference that our model has no use for."""
+    """The reference's tensors that our model does not need."""
     width, at = model.encoder["width"], "image_tokenizer.model.pooler.dense."
     return {at + "weight": (width, width), at + "bias": (width,)}
 
 
 def fields_from_torch(state: dict[str, np.ndarray]) -> dict:
-    """What the shapes of a TripoSR state dict tell of the model's fields."""
+    """The model's fields that follow from the shapes of a TripoSR state dict."""
     _, width, plane_tokens, _ = state["tokenizer.embeddings"].shape
     upsample = state["post_processor.upsample.weight"].shape
     return dict(
@@ -322,7 +323,7 @@ def fields_from_torch(state: dict[str, np.ndarray]) -> dict:
 
 
 def fields_from_config(config: dict) -> dict:
-    """What TripoSR's config.yaml tells that shapes do not."""
+    """The fields that only TripoSR's config.yaml states, not the shapes."""
     return dict(
         image_size=config["cond_image_size"],
         num_heads=config["backbone"]["num_attention_heads"],
@@ -333,7 +334,7 @@ def fields_from_config(config: dict) -> dict:
 
 
 def config_to_torch(model: TripoSR) -> dict:
-    """The config.yaml that belongs to `to_torch`."""
+    """The config.yaml that goes with `to_torch`."""
     encoder = encoders.published_name(model.encoder) or ""
     encoder = encoder if encoder.startswith("facebook/") else "facebook/dino-vitb16"
     return {

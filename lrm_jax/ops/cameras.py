@@ -10,8 +10,8 @@
         /                                   |                          pixel (row, col) of H x W has its centre at
        x                                    y down                     u = (col + 0.5) / W,  v = (row + 0.5) / H
 
-A point `p` of the camera frame is `c2w @ [p, 1]` in the world, and is seen at `u = cx + fx x / z`, `v = cy + fy y / z`.
-OpenGL and Blender cameras have x right, y up, z backward: `opengl_to_opencv` and `opencv_to_opengl` are the only places that know.
+A point `p` in the camera frame is `c2w @ [p, 1]` in the world, and projects to `u = cx + fx x / z`, `v = cy + fy y / z`.
+OpenGL and Blender cameras have x right, y up, z backward. Only `opengl_to_opencv` and `opencv_to_opengl` deal with them.
 Azimuths are measured from +x towards +y, elevations from the xy plane towards +z, both in degrees.
 """
 
@@ -26,9 +26,9 @@ from lrm_jax.types import Cameras, Rays
 def opengl_to_opencv(
     c2w: Float[Array | np.ndarray, "*B 4 4"],
 ) -> Float[Array | np.ndarray, "*B 4 4"]:
-    """Turns the axes of an OpenGL (or Blender) camera into OpenCV's: y and z change sign. Its own inverse.
+    """Converts the axes of an OpenGL (or Blender) camera to OpenCV's: y and z change sign. Its own inverse.
 
-    NumPy arrays stay NumPy's: the loader's processes leave jax asleep.
+    A NumPy array gives a NumPy array, so that data loader processes never initialise JAX.
     """
     xp = c2w.__array_namespace__()
     return c2w * xp.broadcast_to(xp.asarray([1.0, -1.0, -1.0, 1.0], dtype=c2w.dtype), c2w.shape)
@@ -42,25 +42,25 @@ def look_at(
     target: Float[Array, "*B 3"],
     up: Float[Array, "3"] | tuple[float, float, float] = (0.0, 0.0, 1.0),
 ) -> Float[Array, "*B 4 4"]:
-    """The pose of a camera at `eye` that sees `target` in the middle, with `up` upwards in the image.
+    """The pose of a camera at `eye` with `target` in the middle of its image and `up` pointing upwards in it.
 
-    Looking along `up` itself, the image's upward direction is a fixed one at right angles to it: +y for z up,
-    as on a map. For a path over a pole without a jump there, see `orbit`.
+    A camera that looks along `up` itself gets a fixed image-up direction at right angles to it: +y if `up` is z, as on a
+    map. `orbit` has no such jump at a pole.
 
     Args:
-      eye: world position of the camera; must not be `target`.
+      eye: world position of the camera; must differ from `target`.
       target: world point on the optical axis.
       up: world direction, of any length.
     """
     forward = _unit(target - eye)
     up = _unit(jnp.asarray(up, forward.dtype))
     x, y, z = up
-    # At right angles to `up` whatever it is.
+    # Always at right angles to `up`.
     spare = jnp.where(y**2 + z**2 > 0, jnp.stack([0 * x, z, -y]), jnp.stack([0 * x, x, 0 * x]))
     right, fallback = (
         jnp.cross(forward, jnp.broadcast_to(axis, forward.shape)) for axis in (up, spare)
     )
-    # 1e-4 rad from the pole, float32 still has three good digits of `right`.
+    # At 1e-4 rad from the pole, `right` still has three good digits in float32.
     degenerate = jnp.linalg.norm(right, axis=-1, keepdims=True) < 1e-4
     return _pose(eye, _unit(jnp.where(degenerate, fallback, right)), forward)
 
@@ -76,11 +76,11 @@ def orbit(
     """Cameras evenly spaced on a circle around the z axis, all looking at the origin.
 
     Args:
-      num_views: V; a full turn would come back to the first.
+      num_views: V. View V, after a full turn, would be view 0 again.
       distance: from the origin, world units.
       elevation_deg: of every camera, in [-90, 90]; well defined at both ends.
       fov_y_deg: full vertical field of view.
-      azimuth_deg: of the first camera; the next ones go counter-clockwise seen from above.
+      azimuth_deg: of the first camera. The others follow counter-clockwise, seen from above.
       aspect: width / height of the images.
 
     Returns:
@@ -102,7 +102,7 @@ def orbit(
 
 
 def orbit_of(camera: Cameras) -> dict[str, float]:
-    """The arguments of `orbit`, but the number of views, whose first camera stands where Cameras[] stands."""
+    """The arguments of an `orbit` whose first camera stands where `camera` (Cameras[]) stands; all but the number of views."""
     x, y, z = np.asarray(camera.c2w)[:3, 3].tolist()
     distance = float(np.linalg.norm([x, y, z]))
     return {
@@ -114,7 +114,7 @@ def orbit_of(camera: Cameras) -> dict[str, float]:
 
 
 def field_of_view(fov_y_deg: float, aspect: float = 1.0) -> Float[Array, "4"]:
-    """Intrinsics of a centred camera with the full vertical field of view `fov_y_deg` and width / height = `aspect`."""
+    """Intrinsics of a centred camera: full vertical field of view `fov_y_deg`, width / height = `aspect`."""
     focal = 0.5 / np.tan(np.radians(fov_y_deg) / 2)
     return jnp.array([focal / aspect, focal, 0.5, 0.5], jnp.float32)
 
@@ -137,11 +137,11 @@ def pixel_rays(cameras: Cameras, height: int, width: int) -> Rays:
 def project(
     cameras: Cameras, xyz: Float[Array, "*B Q 3"]
 ) -> tuple[Float[Array, "*B Q 2"], Float[Array, "*B Q"]]:
-    """Where Cameras[*B] see world points.
+    """Projects world points into Cameras[*B].
 
     Returns:
-      (u, v) as fractions of width and height, outside [0, 1] for points beside the image; and z, the distance along
-      the optical axis in world units. Where z <= 0 the point is behind the camera and u, v mean nothing.
+      (u, v) as fractions of width and height, outside [0, 1] for points outside the image; and z, the distance along
+      the optical axis in world units. If z <= 0, the point is behind the camera and u, v are meaningless.
     """
     offset = xyz - cameras.c2w[..., None, :3, 3]
     local = _product("...ji,...qj->...qi", cameras.c2w[..., :3, :3], offset)
@@ -153,7 +153,7 @@ def project(
 def crop_cameras(
     cameras: Cameras, top_left: Float[Array, "*B 2"], size: Float[Array, "*B 2"]
 ) -> Cameras:
-    """The cameras of crops: a crop of an image is itself an image, of a camera with another centre and focal length.
+    """The cameras of crops. A crop is itself an image, from a camera with another principal point and focal length.
 
     Args:
       cameras: Cameras[*B].
@@ -167,7 +167,7 @@ def crop_cameras(
 
 
 def crop_intrinsics(fxfycxcy: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """`crop_cameras` of NumPy intrinsics [V 4] for boxes [V 4], (top, left, height, width) as fractions of the whole."""
+    """`crop_cameras` for NumPy intrinsics [V 4] and boxes [V 4]: (top, left, height, width) as fractions of the whole."""
     corner, extent = boxes[:, 1::-1], boxes[:, :1:-1]
     focal, centre = fxfycxcy[:, :2], fxfycxcy[:, 2:]
     return np.concatenate([focal / extent, (centre - corner) / extent], axis=1).astype(np.float32)
@@ -179,14 +179,14 @@ def plucker(rays: Rays) -> Float[Array, "*B 6"]:
 
 
 def normalize_to_source(cameras: Cameras, distance: float | None = None) -> Cameras:
-    """Moves the world of Cameras[*B V] so that view 0 stands at (0, -d, 0), looks along +y and has z up.
+    """Moves the world of Cameras[*B V] so that view 0 stands at (0, -d, 0) and looks along +y, with z up.
 
-    The camera normalisation of LRM (https://arxiv.org/abs/2311.04400, sec. 3.4), as OpenLRM has it
+    The camera normalisation of LRM (https://arxiv.org/abs/2311.04400, sec. 3.4), as OpenLRM implements it
     (https://github.com/3DTopia/OpenLRM/blob/3108b69/openlrm/datasets/cam_utils.py#L64-L87).
 
     Args:
-      cameras: Cameras[*B V] of one scene each.
-      distance: d in world units; None keeps view 0's own distance from the origin.
+      cameras: the V cameras of each scene.
+      distance: d in world units. None keeps view 0's distance from the origin.
     """
     with jax.default_matmul_precision("highest"):
         motion = source_motion(cameras.c2w[..., 0, :, :], distance)
@@ -196,9 +196,9 @@ def normalize_to_source(cameras: Cameras, distance: float | None = None) -> Came
 def source_motion(
     c2w: Float[Array | np.ndarray, "*B 4 4"], distance: float | None = None
 ) -> Float[Array | np.ndarray, "*B 4 4"]:
-    """The motion of `normalize_to_source`, given the pose of view 0. NumPy arrays give a NumPy array."""
+    """The motion of `normalize_to_source`, from the pose of view 0. NumPy arrays give a NumPy array."""
     xp = c2w.__array_namespace__()
-    # Right is x, forward y and up z.
+    # Right becomes x, forward y and up z.
     canonical = xp.asarray([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.0, -1.0, 0.0]], dtype=c2w.dtype)
     turn = xp.matmul(canonical, xp.matrix_transpose(c2w[..., :3, :3]))
     eye = c2w[..., :3, 3:]
@@ -210,7 +210,7 @@ def source_motion(
 
 
 def azimuth_motion(c2w: Float[Array | np.ndarray, "4 4"]) -> Float[Array | np.ndarray, "4 4"]:
-    """The turn about z that takes a camera to azimuth 0. NumPy arrays give a NumPy array."""
+    """The rotation about z that moves a camera to azimuth 0. NumPy arrays give a NumPy array."""
     xp = c2w.__array_namespace__()
     azimuth = xp.atan2(c2w[1, 3], c2w[0, 3])
     cos, sin, zero, one = xp.cos(azimuth), xp.sin(azimuth), xp.zeros(()), xp.ones(())
@@ -241,15 +241,17 @@ def image_motion(
     distance: float,
     fov_y_deg: float,
 ) -> Float[Array | np.ndarray, "4 4"]:
-    """The similarity after which an image looks as if taken from azimuth 0, from `distance`, with the field of view `fov_y_deg`.
+    """The similarity that makes an image look as if taken from azimuth 0, at `distance`, with field of view `fov_y_deg`.
 
-    The world is turned about z; the point on the ray through the image's centre that is nearest to the origin becomes the
-    origin; and what is there has the size in the image that it would have for that camera. So nothing is left that a model
-    that is given the image alone could not know, but the elevation, which stays as it is, that up remains up. The camera
-    itself comes to lie at another distance where its field of view is another. NumPy arrays give a NumPy array.
+    The world is rotated about z. The point nearest to the origin on the ray through the image's centre becomes the origin.
+    The scale is such that whatever is there has the size in the image that the assumed camera would give it. This removes
+    all that a model cannot know from the image alone, except the elevation: it stays, so that up remains up. If the
+    camera's field of view is not `fov_y_deg`, the camera ends up at another distance than `distance`. NumPy arrays give a
+    NumPy array.
 
     Args:
-      c2w, fxfycxcy: the true camera of the image; that of a crop where it is one.
+      c2w, fxfycxcy: the true camera of the image; for a crop, the crop's camera.
+      distance, fov_y_deg: of the assumed camera.
     """
     xp = c2w.__array_namespace__()
     eye, focal, centre = c2w[:3, 3], fxfycxcy[:2], fxfycxcy[2:]
@@ -268,7 +270,7 @@ def image_motion(
 def move_poses(
     motion: Float[Array | np.ndarray, "4 4"], c2w: Float[Array | np.ndarray, "*B 4 4"]
 ) -> Float[Array | np.ndarray, "*B 4 4"]:
-    """Poses in the world that a similarity leads to; of NumPy arrays, as `image_motion`."""
+    """Moves poses by a similarity; they stay rigid. NumPy arrays give a NumPy array."""
     xp = c2w.__array_namespace__()
     scale = xp.linalg.vector_norm(motion[:3, 0])
     poses = xp.matmul(motion, c2w)
@@ -277,7 +279,7 @@ def move_poses(
 
 
 def _product(subscripts: str, *arrays: Float[Array | np.ndarray, "..."]) -> Float[Array, "..."]:
-    """In float32 on every device: TPUs round the factors to bfloat16 by default, which moves a ray by a pixel."""
+    """An einsum in float32 on every device. By default TPUs round the factors to bfloat16, which moves a ray by a pixel."""
     return jnp.einsum(subscripts, *arrays, precision="highest")
 
 

@@ -1,9 +1,10 @@
-"""Doubts about the convention that camera poses are said to be in: do the optical axes meet in front of the cameras?
+"""Is the stated convention of the camera poses plausible: do the optical axes meet in front of the cameras?
 
-A pose is written as camera to world or world to camera, with OpenCV's axes (x right, y down, z forward) or OpenGL's (x right, y up, z
-backward). Nothing in four numbers by four tells which. But the axes of cameras that were turned towards one scene meet in front of them,
-and, read in a wrong convention, behind them or nowhere. Cameras that look outwards from one place are no different from cameras that
-look inwards with the axes reversed, so this is a doubt and not a proof; near parallel axes, as of a camera that moves ahead, tell nothing.
+A pose is written as camera to world or world to camera, with OpenCV axes (x right, y down, z forward) or OpenGL axes (x right, y
+up, z backward). The 4x4 matrix itself does not show which. But the axes of cameras pointed at one scene meet in front of them;
+read in a wrong convention, they meet behind them or nowhere. Cameras that look outwards from one place cannot be told from
+cameras that look inwards with reversed axes, so this raises a doubt and proves nothing. Nearly parallel axes, as of a camera that
+moves straight ahead, show nothing.
 """
 
 import numpy as np
@@ -17,15 +18,15 @@ MEANINGS = {
     "opengl-w2c": "world to camera, x right, y up, z backward",
     "opencv-w2c": "world to camera, x right, y down, z forward",
 }
-CLEAR_SPREAD = 8.0  # degrees, of `paths.focus`: two axes at 16
-# Distance at which axes pass the point where they meet, over that of the cameras from their middle (root mean squares). Cameras
-# turned towards a scene by hand have about 0.1; in a wrong direction of the poses, 0.6 to 1.
+CLEAR_SPREAD = 8.0  # degrees, of `paths.focus`: that of two axes at 16 degrees
+# Root mean square distance of the axes from their meeting point, over that of the cameras from their mean position. About 0.1
+# for cameras pointed at a scene by hand; 0.6 to 1 if world to camera is read as camera to world, or the reverse.
 MAX_MISS = 0.3
-AHEAD = 30.0  # degrees off an optical axis that the scene's middle may be
+AHEAD = 30.0  # degrees: how far off an optical axis the scene's middle may be
 
 
 def read(matrices: Float[np.ndarray, "V 4 4"], convention: str) -> Float[np.ndarray, "V 4 4"]:
-    """Camera to world with OpenCV's axes, of poses written in one of MEANINGS."""
+    """Converts poses in one of MEANINGS to camera to world with OpenCV axes."""
     c2w = matrices if convention.endswith("c2w") else np.linalg.inv(matrices)
     return cameras.opengl_to_opencv(c2w) if convention.startswith("opengl") else c2w
 
@@ -37,13 +38,13 @@ def write(c2w: Float[np.ndarray, "V 4 4"], convention: str) -> Float[np.ndarray,
 
 
 def doubt(c2w: Float[np.ndarray, "V 4 4"], convention: str) -> tuple[str, str] | None:
-    """What speaks against a convention, and the one that it speaks for; None: nothing.
+    """Evidence against a convention, in words, and the convention that fits better; None if there is none.
 
     Args:
       c2w: the poses, read in `convention`.
       convention: one of MEANINGS.
     """
-    c2w = c2w[:: -(-len(c2w) // 200)]  # enough to tell
+    c2w = c2w[:: -(-len(c2w) // 200)]  # 200 are enough
     angles = _angles_where_axes_meet(c2w)
     if angles is not None and (angles < 90).mean() > 0.5:
         return None
@@ -61,14 +62,14 @@ def doubt(c2w: Float[np.ndarray, "V 4 4"], convention: str) -> tuple[str, str] |
         else f"meet behind {(angles > 90).sum()} of {len(c2w)} cameras"
     )
     text = (
-        f"the optical axes {found}: expected are poses in {convention} ({MEANINGS[convention]});"
+        f"the optical axes {found}: poses in {convention} were expected ({MEANINGS[convention]});"
         f" read as {best} ({MEANINGS[best]}), the axes meet in front of {shares[best]:.0%} of the cameras"
     )
     return text, best
 
 
 def _angles_where_axes_meet(c2w: np.ndarray) -> np.ndarray | None:
-    """Degrees [V] off the axes of the point where these meet; None: they are parallel, or pass each other."""
+    """Degrees [V] between each axis and the way to the point where the axes meet; None if they are parallel or do not meet."""
     point, spread = paths.focus(c2w)
     eyes = c2w[:, :3, 3]
     miss = np.linalg.norm(np.cross(point - eyes, c2w[:, :3, 2]), axis=1)

@@ -9,7 +9,7 @@ def sample_plane(plane: Float[Array, "h w C"], xy: Float[Array, "Q 2"]) -> Float
     """Bilinear lookup with zeros outside: torch's grid_sample(align_corners=False, padding_mode="zeros").
 
     Args:
-      plane: a feature plane; [-1, 1]^2 spans it from the outer edge of the first cell to that of the last.
+      plane: a feature plane. [-1, 1]^2 spans it from the outer edge of the first cell to the outer edge of the last.
       xy: x along w, y along h.
     """
     h, w, _ = plane.shape
@@ -33,13 +33,13 @@ def sample_plane(plane: Float[Array, "h w C"], xy: Float[Array, "Q 2"]) -> Float
 def sample_triplane(
     triplane: Float[Array, "3 h w C"], xyz: Float[Array, "Q 3"], axes: tuple[tuple[int, int], ...]
 ) -> Float[Array, "Q C"]:
-    """The sum of the lookups of points in three planes; `axes[p]` are the coordinates along plane p's width and height.
+    """Looks points up in three planes and sums; `axes[p]` are the coordinates along plane p's width and height.
 
-    In float32 whatever the planes are in: the gradient adds to each cell as often as it is looked up, which 16 bits do not hold,
-    and which took an H200 4.2 s instead of 12 ms for 2 million points.
+    Computed in float32, whatever the planes' type. The gradient adds to a cell once for every lookup: 16 bits cannot hold such a
+    sum, and for 2 million points an H200 took 4.2 s instead of 12 ms.
     """
 
-    # A loop, so that the sum is stored: XLA would fuse the lookups into each of its consumers, and do them once for each.
+    # A loop, so that the sum is stored: XLA would fuse the lookups into each consumer of the sum and repeat them there.
     def add(total, plane_and_xy):
         return total + sample_plane(*plane_and_xy), None
 

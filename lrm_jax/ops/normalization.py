@@ -1,6 +1,6 @@
-"""In which world a scene's poses are given: motions that take its first source, or all its cameras, to where a model has them.
+"""Motions of a scene's world that bring its first source camera, or all its cameras, to where a model expects them.
 
-NumPy, worked out once on the host.
+NumPy, computed once on the host.
 """
 
 import numpy as np
@@ -8,7 +8,7 @@ import numpy as np
 from lrm_jax.ops import cameras
 from lrm_jax.types import InputError
 
-MARGIN = 1.35  # of a scene, the largest coordinate of a camera is 1 / MARGIN
+MARGIN = 1.35  # the largest coordinate of a scene's cameras is 1 / MARGIN
 
 
 def object_motion(
@@ -17,11 +17,10 @@ def object_motion(
     normalize: str | None,
     assumed_camera: tuple[float, float] | None = None,
 ) -> np.ndarray:
-    """The similarity [4 4], float32, into whose world a scene is moved, given the camera of its first source: see
-    `data.elements.Recipe`.
+    """The similarity [4 4], float32, that moves a scene, from the camera of its first source: see `data.elements.Recipe`.
 
     Raises:
-      InputError: "image", of a camera that looks away from the origin.
+      InputError: `normalize` is "image" and the camera looks away from the origin.
     """
     if normalize is None:
         return np.eye(4, dtype=np.float32)
@@ -40,16 +39,16 @@ def object_motion(
 def scene_motion(
     c2w: np.ndarray, num_source: int, normalize: str | None
 ) -> tuple[np.ndarray, float]:
-    """(rigid motion [4 4] to be multiplied from the left to all poses, factor of their positions after it).
+    """The normalisation of a scene: (rigid motion [4 4], to multiply all poses with from the left; scale of positions after it).
 
-    The mean position becomes the origin, the mean forward and downward directions z and y, and the largest coordinate of any position
-    1 / MARGIN.
+    The mean position becomes the origin, the mean forward direction z, and the mean downward direction y. The largest
+    coordinate of any position becomes 1 / MARGIN.
 
     Args:
-      c2w: [V 4 4], the first `num_source` of the sources.
-      normalize: "all_views": of all views, those asked for included, as LVSM's checkpoints were trained and evaluated: a
-        prediction then depends on what else is asked for. "source_views": of the sources alone: it does not. None: the world
-        is as it was.
+      c2w: [V 4 4]; the first `num_source` are the sources.
+      normalize: which cameras count. "all_views": sources and targets, as LVSM's checkpoints were trained and evaluated; a
+        prediction then depends on which other targets there are. "source_views": the sources alone; it does not. None: the
+        world stays as it is.
 
     Raises:
       InputError: the cameras look in opposite directions, or all stand at one place.
@@ -60,7 +59,7 @@ def scene_motion(
     forward = c2w[:, :3, 2].mean(0)
     right = np.cross(c2w[:, :3, 1].mean(0), forward)
     if np.linalg.norm(right) < 1e-6:
-        raise InputError("the cameras' mean direction is not defined: they look in opposite ones")
+        raise InputError("the cameras look in opposite directions: their mean is not defined")
     forward /= np.linalg.norm(forward)
     right /= np.linalg.norm(right)
     rotation = np.stack([right, np.cross(forward, right), forward])
@@ -69,7 +68,7 @@ def scene_motion(
     motion[:3, 3] = -rotation @ c2w[:, :3, 3].mean(0)
     positions = c2w[:, :3, 3] @ rotation.T + motion[:3, 3]
     farthest = np.abs(positions).max()
-    # Against the size of the coordinates it is a rounding error.
+    # Relative to the coordinates, this is rounding error.
     if farthest <= 1e-9 * max(1.0, np.abs(c2w[:, :3, 3]).max()):
-        raise InputError("the cameras stand at one place: there is no length to normalise by")
+        raise InputError("the cameras all stand at one place: there is no length to normalise by")
     return motion, 1 / (MARGIN * farthest)

@@ -1,4 +1,4 @@
-"""Resizing as the references do it. NumPy, on the host: an image of another size compiles nothing anew."""
+"""Resizing as the reference implementations do it. NumPy on the host, so that a new image size compiles nothing."""
 
 import numpy as np
 from jaxtyping import Float
@@ -7,9 +7,9 @@ from jaxtyping import Float
 def resize_bilinear(
     rgb: Float[np.ndarray, "*B H W 3"], size: int
 ) -> Float[np.ndarray, "*B size size 3"]:
-    """Bilinear resize to a square, pixel centres at +0.5, with a low-pass filter where it shrinks.
+    """Bilinear resize to a square, pixel centres at +0.5, with a low-pass filter when shrinking.
 
-    torch's `interpolate(mode="bilinear", align_corners=False, antialias=True)`: TripoSR's. The aspect is not kept.
+    TripoSR's: torch's `interpolate(mode="bilinear", align_corners=False, antialias=True)`. The aspect ratio is not kept.
     """
     return _apply(_bilinear_weights, rgb, size)
 
@@ -17,15 +17,15 @@ def resize_bilinear(
 def resize_bicubic(
     rgb: Float[np.ndarray, "*B H W 3"], size: int
 ) -> Float[np.ndarray, "*B size size 3"]:
-    """Bicubic resize to a square that maps corner pixels to corner pixels, without a low-pass filter, kept in [0, 1].
+    """Bicubic resize to a square that maps corner pixels to corner pixels, without a low-pass filter, clamped to [0, 1].
 
-    torch's `interpolate(mode="bicubic", align_corners=True)` and a clamp: OpenLRM's. The aspect is not kept.
+    OpenLRM's: torch's `interpolate(mode="bicubic", align_corners=True)` and a clamp. The aspect ratio is not kept.
     """
     return _apply(_bicubic_weights, rgb, size).clip(0, 1)
 
 
 def _apply(weights, rgb, size):
-    """Rows, then columns, each a product with a matrix [size_out size_in]."""
+    """Resizes the rows, then the columns, each by a product with a matrix [size_out size_in]."""
     height, width = rgb.shape[-3:-1]
     rows, columns = weights(height, size), weights(width, size)
     resized = rows @ rgb.reshape(*rgb.shape[:-3], height, width * 3)
@@ -33,7 +33,7 @@ def _apply(weights, rgb, size):
 
 
 def _bilinear_weights(size_in: int, size_out: int) -> Float[np.ndarray, "size_out size_in"]:
-    """A triangle as wide as an output pixel, at least as an input pixel; what of it lies outside the image is left out."""
+    """A triangle filter as wide as an output pixel, or an input pixel if that is wider; cut off at the image's edges."""
     scale = size_in / size_out
     centre = (np.arange(size_out) + 0.5) * scale
     distance = np.abs(np.arange(size_in) + 0.5 - centre[:, None]) / max(scale, 1)

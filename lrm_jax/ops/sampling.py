@@ -1,4 +1,4 @@
-"""Where rays meet the volume, and where along them samples are taken."""
+"""Where rays enter and leave the volume, and where along them to sample."""
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +10,10 @@ def ray_box(
 ) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
     """Entry and exit distance of rays through the cube [-half_side, half_side]^3 (slab method, Kay and Kajiya 1986).
 
-    Distances are in world units for unit `dirs`; entry is at least 0. A ray that misses has exit <= entry; one that runs
-    along a face plane exactly counts as a miss or a hit by the sign of the rounding.
+    Distances are in world units for unit `dirs`; entry is at least 0. A ray that misses has exit <= entry. For a ray that
+    runs exactly in the plane of a face, the sign of the rounding error decides.
     """
-    # Rounds a vanishing component away from 0 so that no 0 * inf can appear, in the value or in the gradient.
+    # Moves a vanishing component away from 0, so that 0 * inf appears neither in the value nor in the gradient.
     safe = jnp.where(jnp.abs(dirs) < 1e-9, jnp.where(dirs < 0, -1e-9, 1e-9), dirs)
     a, b = (-half_side - origins) / safe, (half_side - origins) / safe
     near = jnp.max(jnp.minimum(a, b), axis=-1)
@@ -35,8 +35,8 @@ def stratified(
 ) -> Float[Array, "*B S"]:
     """EG3D's stratified samples: the points of linspace(near, far), each moved forward by up to one spacing.
 
-    The last one may so lie beyond `far` (https://arxiv.org/abs/2112.07945, supplement; SPECS 1.1.3). Without a key, by half a
-    spacing.
+    Without a key, each moves by half a spacing. The last sample may lie beyond `far` (https://arxiv.org/abs/2112.07945,
+    supplement).
     """
     spacing = ((far - near) / (num_samples - 1))[..., None]
     steps = jnp.arange(num_samples, dtype=near.dtype).reshape((1,) * near.ndim + (-1,))
@@ -51,19 +51,19 @@ def importance(
     num_samples: int,
     key: jax.Array | None,
 ) -> Float[Array, "*B I"]:
-    """Inverse-transform samples where `weights` are high (NeRF, sec. 5.2), with EG3D's smoothing of the weights.
+    """Inverse-transform sampling: more samples where `weights` are high (NeRF, sec. 5.2), with EG3D's smoothing of the weights.
 
     Args:
       t: increasing distances of the coarse samples.
       weights: compositing weights of the S-1 intervals between them.
       num_samples: I, the number of new samples.
-      key: draws u uniformly; None: u = (i + 0.5) / I.
+      key: draws u uniformly. None: u = (i + 0.5) / I.
 
     Returns:
-      I distances, not sorted with `t`, without gradient.
+      I distances, not merged with `t`, without gradient.
     """
     # Parity: EG3D's max filter of 2, mean filter of 2 and floor of 0.01; then only the inner weights, on bins that start at
-    # the first midpoint, so that bins and weights are out of step by one (SPECS 1.1.3).
+    # the first midpoint, so that bins and weights are off by one.
     padded = jnp.pad(weights, [(0, 0)] * (weights.ndim - 1) + [(1, 1)], constant_values=-jnp.inf)
     highest = jnp.maximum(padded[..., :-1], padded[..., 1:])
     smooth = 0.5 * (highest[..., :-1] + highest[..., 1:]) + 0.01
@@ -76,7 +76,7 @@ def importance(
         u = jnp.broadcast_to(((jnp.arange(num_samples) + 0.5) / num_samples).astype(t.dtype), shape)
     else:
         u = jax.random.uniform(key, shape)
-    # The interval of u by comparison with every edge: S is small and this needs no search.
+    # Finds the interval of u by comparing it with every edge: S is small, so no search is needed.
     above = jnp.sum((u[..., :, None] >= cdf[..., None, :]), axis=-1)
     low, high = jnp.maximum(above - 1, 0), jnp.minimum(above, mass.shape[-1])
 

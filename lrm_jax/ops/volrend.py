@@ -32,12 +32,12 @@ def composite(
 def compositing_weights(
     density: Float[Array, "*B S"], t_edges: Float[Array, "*B S+1"]
 ) -> Float[Array, "*B S"]:
-    """What each sample contributes: the light that reaches it times what it stops. They sum to alpha <= 1.
+    """The weight of each sample: the transmittance up to it times its own opacity. They sum to alpha <= 1.
 
-    The transmittance is exp of a sum, in float32: a product of (1 - alpha) loses the last digits, and a bfloat16 sum decibels.
+    The transmittance is the exp of a float32 sum: a product of (1 - alpha) loses the last digits, and a bfloat16 sum decibels.
     """
     optical = density.astype(jnp.float32) * (t_edges[..., 1:] - t_edges[..., :-1])
-    # A sum of those before, not of all less its own: that would cancel where a density is large.
+    # An exclusive sum, not the inclusive sum minus the sample's own term: that cancels where a density is large.
     before = jnp.cumsum(optical[..., :-1], axis=-1)
     before = jnp.concatenate([jnp.zeros_like(optical[..., :1]), before], axis=-1)
     return jnp.exp(-before) * -jnp.expm1(-optical)

@@ -1,1 +1,1 @@
-"""Processes, the device mesh, and what lies on it. Everything else may import from here."""
+"""Processes, the device mesh, and the arrays on it. All other packages may import from here."""

@@ -1,4 +1,4 @@
-"""How a batch lies on the device mesh: which part each process reads, and which each device works on."""
+"""How a batch is split over the device mesh: which part each process reads, and which part each device works on."""
 
 from typing import Any
 
@@ -15,14 +15,14 @@ from lrm_jax.types import InputError
 
 
 def num_batch_shards(device_mesh: Mesh) -> int:
-    """In how many parts a batch is split."""
+    """The number of parts that a batch is split into."""
     return device_mesh.shape["data"] * device_mesh.shape["fsdp"]
 
 
 def constrain_batch(tree: Any) -> Any:
-    """Pins the leading axis of every array to the batch axes of the device mesh in use; the other axes are the compiler's.
+    """Pins the leading axis of every array to the batch axes of the current device mesh; the compiler decides the other axes.
 
-    Identity outside `jax.set_mesh`, and for arrays whose leading axis the batch axes do not divide.
+    The identity outside `jax.set_mesh`, and for arrays whose leading axis is not divisible by the batch axes.
     """
     device_mesh = jax.sharding.get_abstract_mesh()
     if device_mesh.empty:
@@ -39,16 +39,16 @@ def constrain_batch(tree: Any) -> Any:
 
 
 def split_batch_and_heads(function, heads: tuple, rows: jax.Array | None) -> jax.Array:
-    """`function(*heads, rows)` -> [B L N K], run by each device of the mesh in use for its part of the batch and of the heads.
+    """`function(*heads, rows)` -> [B L N K]; each device of the current device mesh computes its part of the batch and heads.
 
-    An axis that the device mesh does not divide stays whole, and its work is repeated.
+    An axis that is not divisible by the device mesh stays whole, and its work is repeated.
 
     Args:
       heads: arrays [B L N K].
       rows: [B ...].
     """
     device_mesh = jax.sharding.get_abstract_mesh()
-    if device_mesh.empty:
+    if device_mesh.empty or device_mesh.manual_axes:
         return function(*heads, rows)
     B, _, N, _ = heads[0].shape
     batch = None if B % num_batch_shards(device_mesh) else BATCH_AXES
@@ -58,10 +58,10 @@ def split_batch_and_heads(function, heads: tuple, rows: jax.Array | None) -> jax
 
 
 def split_batch(function, shared: Any, batch: Any) -> Any:
-    """`function(shared, batch)` -> a tree of arrays [B ...], run by each device of the mesh in use for its part of a batch [B ...].
+    """`function(shared, batch [B ...])` -> a tree of arrays [B ...]; each device of the current device mesh computes its part.
 
-    All axes split it, `tensor` too. A batch that the devices do not divide stays whole, and its work is repeated. Within another call
-    each device has its part already.
+    All axes of the device mesh split the batch, `tensor` too. A batch that is not divisible by the devices stays whole, and its
+    work is repeated. Inside another such call, each device already has its part.
     """
     device_mesh = jax.sharding.get_abstract_mesh()
     if device_mesh.empty or device_mesh.manual_axes:
@@ -73,15 +73,15 @@ def split_batch(function, shared: Any, batch: Any) -> Any:
 
 
 def process_slice(device_mesh: Mesh) -> tuple[int, int]:
-    """Which part of every batch this process reads: (index, count), and `global_batch` puts the parts together.
+    """The part of every batch that this process reads: (index, count). `global_batch` puts the parts together.
 
-    Not `process_index` and `process_count`: processes that only the `tensor` axis tells apart read the same part.
+    This is not (`process_index`, `process_count`): processes that differ only along the `tensor` axis read the same part.
 
     Raises:
-      InputError: the axes cut the processes so that their parts overlap.
+      InputError: the axes cut across the processes so that their parts overlap.
     """
     shards = NamedSharding(device_mesh, PartitionSpec(BATCH_AXES))
-    parts = {}  # process: the shards of the batch that are on its devices
+    parts = {}  # process: the shards of the batch on its devices
     for device, (rows,) in shards.devices_indices_map((num_batch_shards(device_mesh),)).items():
         parts.setdefault(device.process_index, set()).add(rows.start or 0)
     distinct = sorted({tuple(sorted(part)) for part in parts.values()})
@@ -89,13 +89,13 @@ def process_slice(device_mesh: Mesh) -> tuple[int, int]:
     if sum(sizes) != num_batch_shards(device_mesh) or len(set(sizes)) > 1:
         raise InputError(
             f"sharding {dict(device_mesh.shape)} cuts across the {len(parts)} processes: make sharding.tensor a divisor, "
-            "or a multiple, of the devices of one"
+            "or a multiple, of the number of devices of a process"
         )
     return distinct.index(tuple(sorted(parts[jax.process_index()]))), len(distinct)
 
 
 def global_batch(tree: Any, device_mesh: Mesh) -> Any:
-    """Global arrays, split along the leading axis, from this process's part of the batch (NumPy arrays; `process_slice`)."""
+    """Global arrays, split along the leading axis, from this process's part of the batch (NumPy arrays; see `process_slice`)."""
     sharding = NamedSharding(device_mesh, PartitionSpec(BATCH_AXES))
     num_slices = process_slice(device_mesh)[1]
 
@@ -107,7 +107,7 @@ def global_batch(tree: Any, device_mesh: Mesh) -> Any:
 
 
 def local_rows(tree: Any, count: int) -> Any:
-    """The first `count` rows, as NumPy arrays, of what this process holds of arrays that are split along the leading axis."""
+    """The first `count` of this process's rows, as NumPy arrays, from arrays that are split along the leading axis."""
 
     def one(x):
         shards = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
@@ -123,7 +123,7 @@ def local_rows(tree: Any, count: int) -> Any:
 
 
 def by_device(tree: Any, device_mesh: Mesh) -> dict[jax.Device, Any]:
-    """What each device of the mesh, all of this process, holds of a tree of arrays: its rows, or its copy."""
+    """Each device's part of a tree of arrays: its rows, or its copy. All devices of the device mesh must be this process's."""
 
     def on(device):
         return jax.tree.map(
@@ -134,12 +134,12 @@ def by_device(tree: Any, device_mesh: Mesh) -> dict[jax.Device, Any]:
 
 
 def micro_batches(tree: Any, count: int) -> Any:
-    """Cuts a batch [B ...] into `count` parts [count B/count ...] for `lax.scan`, each of them split over all devices.
+    """Cuts a batch [B ...] into `count` parts [count B/count ...] for `lax.scan`; each part is split over all devices.
 
-    Part i takes the rows i, i + count, ...: every device keeps the rows that it has, and nothing is sent.
+    Part i has the rows i, i + count, ...: every device keeps its own rows, and nothing is communicated.
 
     Raises:
-      InputError: the batch does not divide.
+      InputError: the batch is not divisible.
     """
     device_mesh = jax.sharding.get_abstract_mesh()
     shards = 1 if device_mesh.empty else num_batch_shards(device_mesh)

@@ -1,4 +1,4 @@
-"""What a long job says on stderr while it runs: the stages of a command, and the progress of a loop."""
+"""Messages of a long job on stderr: the stages of a command, and the progress of a loop."""
 
 import contextlib
 import sys
@@ -12,12 +12,12 @@ INTERVAL = 10.0  # seconds between two lines in a log file
 
 
 class Stages:
-    """The stages of a command. Each is named on stderr when it starts, and timed.
+    """The stages of a command. Each is printed on stderr when it starts, and timed.
 
     stages = Stages()
     with stages("encode", " 4 images", first=" (compiling)"):
         ...
-    stages.seconds  # {"encode": 1.2}; a stage entered twice adds up
+    stages.seconds  # {"encode": 1.2}; the times of a repeated stage add up
     """
 
     def __init__(self):
@@ -29,7 +29,7 @@ class Stages:
         return time.perf_counter() - self._start
 
     def say(self, message: str) -> None:
-        """Prints one line on stderr, after the time since the start."""
+        """Prints one line on stderr, preceded by the time since the start."""
         print(f"[{self.elapsed():6.1f} s] {message}", file=sys.stderr, flush=True)
 
     @contextlib.contextmanager
@@ -39,7 +39,7 @@ class Stages:
         Args:
           name: the key in `seconds`.
           detail: printed after the name.
-          first: printed after the detail the first time that a stage of this name starts, and not again.
+          first: printed after the detail, but only the first time that a stage of this name starts.
         """
         self.say(name + detail + (first if name not in self.seconds else ""))
         self.seconds.setdefault(name, 0.0)
@@ -51,13 +51,13 @@ class Stages:
 
 
 def progress(iterable: Iterable, total: int | None = None, label: str = "") -> Iterable:
-    """Passes the items on, and shows on stderr how far the loop is once it has run for DELAY seconds.
+    """Yields the items, and shows the loop's progress on stderr once it has run for DELAY seconds.
 
-    On a terminal this is a bar, which disappears at the end. Anywhere else it is whole lines: one at most every INTERVAL
-    seconds, and one at the end with the total time.
+    On a terminal this is a bar, which disappears at the end. Elsewhere it is whole lines: at most one every INTERVAL seconds,
+    and one at the end with the total time.
 
     Args:
-      total: number of items; None: `len(iterable)`, or unknown.
+      total: number of items. None: `len(iterable)`, or unknown.
     """
     if sys.stderr.isatty():
         return tqdm(iterable, label, total, delay=DELAY, leave=False, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The processes of a run: how they start together, and what they ask each other."""
+"""The processes of a run: how they find each other at the start, and what they exchange."""
 
 import os
 import re
@@ -19,15 +19,16 @@ TIMEOUT = 300.0  # seconds that processes wait for each other at the start
 def start(
     coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
 ) -> None:
-    """Joins the processes of one run, before anything else of JAX is used. Does nothing for a single process.
+    """Joins the processes of one run. Call it before anything else uses JAX. Does nothing for a single process.
 
-    Without arguments the cluster's own variables decide (`cluster_of`), and JAX takes the rest from them
-    (https://docs.jax.dev/en/latest/multi_process.html): under Slurm each task gets the one GPU of its local number, unless
-    JAX_LOCAL_DEVICE_IDS lists more; a Kubernetes job without TPUs needs the package `kubernetes` and the right to read its pods.
+    Without arguments the cluster's environment variables decide (`cluster_of`), and JAX reads the rest from them
+    (https://docs.jax.dev/en/latest/multi_process.html). Under Slurm each task gets one GPU, the one with its local number, unless
+    JAX_LOCAL_DEVICE_IDS lists more. A Kubernetes job without TPUs needs the package `kubernetes` and permission to read its pods.
 
     Args:
-      coordinator: HOST:PORT of process 0, a free port that all can reach. The three go together, and override the cluster's.
-      num_processes: 1 starts nothing, whatever the cluster.
+      coordinator: HOST:PORT of process 0, a free port that all processes can reach. Give all three arguments or none; they
+        override the cluster's.
+      num_processes: 1 starts nothing, on any cluster.
       process_id: 0 .. num_processes - 1.
 
     Raises:
@@ -40,7 +41,7 @@ def start(
     if flags != (None, None, None):
         check_processes(*flags)
         _meet(coordinator, process_id)
-        options = dict(cluster_detection_method="deactivate")  # or Slurm's would choose the GPUs
+        options = dict(cluster_detection_method="deactivate")  # otherwise Slurm's chooses the GPUs
         cluster = coordinator
     elif cluster is not None:
         options = {}
@@ -49,22 +50,22 @@ def start(
     try:
         jax.distributed.initialize(*flags, initialization_timeout=int(TIMEOUT), **options)
     except (RuntimeError, ValueError, KeyError, OSError) as error:
-        # A Cloud TPU whose machine is the whole slice.
+        # A Cloud TPU with one machine for the whole slice.
         if cluster == "Cloud TPU" and "coordinator_address should be defined" in str(error):
             return
         raise InputError(
             f"{cluster}: the processes of the run did not find each other ({' '.join(str(error).split())[:300]}): "
-            "give --coordinator HOST:PORT --num_processes N --process_id I, or --num_processes 1 for a run of its own"
+            "give --coordinator HOST:PORT --num_processes N --process_id I, or --num_processes 1 for a run with one process"
         ) from error
 
 
 def cluster_of(environ: Mapping[str, str]) -> str | None:
-    """The cluster whose variables say that this process is one of several, or None.
+    """The cluster whose environment variables say that this process is one of several, or None.
 
-    Slurm: SLURM_NTASKS above 1 with SLURM_STEP_NODELIST, which `srun` sets, and `sbatch` alone does not.
+    Slurm: SLURM_NTASKS above 1, and SLURM_STEP_NODELIST, which `srun` sets and `sbatch` alone does not.
     GKE with TPUs: several names in TPU_WORKER_HOSTNAMES or TPU_PROCESS_ADDRESSES, or MEGASCALE_NUM_SLICES above 1.
     GKE and other Kubernetes: KUBERNETES_SERVICE_HOST, and JOB_COMPLETION_INDEX of an indexed job.
-    Cloud TPU: TPU_ML_PLATFORM, which JAX itself sets where there are TPU chips; the machine's metadata name the others.
+    Cloud TPU: TPU_ML_PLATFORM, which JAX itself sets if there are TPU chips; the machine's metadata name the other machines.
     """
     hosts = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES", "")
     if "SLURM_STEP_NODELIST" in environ:
@@ -79,7 +80,7 @@ def cluster_of(environ: Mapping[str, str]) -> str | None:
 def check_processes(
     coordinator: str | None, num_processes: int | None, process_id: int | None
 ) -> None:
-    """Raises InputError where the three arguments of `start` do not fit together."""
+    """Raises InputError if the three arguments of `start` do not fit together."""
     if None in (coordinator, num_processes, process_id):
         raise InputError(
             f"coordinator={coordinator} num_processes={num_processes} process_id={process_id}: give all three, or none"
@@ -93,7 +94,7 @@ def check_processes(
 
 
 def _meet(coordinator: str, process_id: int) -> None:
-    """Finds out by hand what makes JAX abort the process with a stack trace: a port in use, a coordinator that is not there."""
+    """Checks first for a port in use and a missing coordinator: JAX would abort the process with a stack trace."""
     host, port = coordinator.rsplit(":", 1)
     deadline = time.monotonic() + TIMEOUT
     while True:
@@ -108,27 +109,27 @@ def _meet(coordinator: str, process_id: int) -> None:
                 raise InputError(
                     f"coordinator={coordinator}: process {process_id} cannot "
                     f"{'listen on this port' if process_id == 0 else 'reach process 0'} ({error}): "
-                    "give the address of process 0's machine and a free port of it"
+                    "give the address of process 0's machine and a free port on it"
                 ) from error
         time.sleep(0.5)
 
 
 def any_process(flag: bool) -> bool:
-    """Whether any process says yes. Every process calls it."""
+    """Whether the flag is true in any process. Every process must call it."""
     return total(flag) > 0
 
 
 def total(number: float) -> float:
-    """The sum over the processes. Every process calls it."""
+    """The sum over the processes. Every process must call it."""
     if jax.process_count() == 1:
         return number
     return float(multihost_utils.process_allgather(np.array(number, np.float32)).sum())
 
 
 def to_host(tree: Any) -> Any:
-    """Whole NumPy arrays on every process, also of what is split over the processes. Every process calls it.
+    """Whole NumPy arrays on every process, even from arrays that are split over the processes. Every process must call it.
 
-    One array at a time: no device holds more than one whole array.
+    It gathers one array at a time, so no device holds more than one whole array.
     """
 
     def one(x):

@@ -1,8 +1,9 @@
 """Where arrays live: the device mesh, and regex rules from parameter names to shardings.
 
-One device mesh with three axes serves every run. `data` and `fsdp` both split the batch; `fsdp` also splits parameters and
-optimiser state (fully sharded data parallelism), `tensor` splits the width of each layer. Axes are `Auto`: the compiler
-propagates shardings between the ones that are pinned here, as in https://docs.jax.dev/en/latest/notebooks/Distributed_arrays_and_automatic_parallelization.html.
+Every run uses one device mesh with three axes. `data` and `fsdp` both split the batch; `fsdp` also splits parameters and
+optimiser state (fully sharded data parallelism); `tensor` splits the width of each layer. Axes are `Auto`: the compiler
+propagates shardings from the arrays that are pinned here to the others, as in
+https://docs.jax.dev/en/latest/notebooks/Distributed_arrays_and_automatic_parallelization.html.
 """
 
 import re
@@ -24,8 +25,8 @@ from lrm_jax.types import InputError
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
-# First match wins, by `re.search` on the path ("blocks/attn/qkv/kernel"; the optimiser's moments end with the same path). A spec
-# names the last dimensions: layers stacked by `nn.scan` keep the spec of one layer. Column-parallel in, row-parallel out.
+# The first match wins, by `re.search` on the path ("blocks/attn/qkv/kernel"; the optimiser's moments end in the same path). A
+# spec is for the last dimensions: layers stacked by `nn.scan` keep the spec of one layer. Column-parallel in, row-parallel out.
 RULES = (
     (r"(bias(_\d+)?|scale\d?)$", PartitionSpec()),
     (r"(out|fc2)/kernel$", PartitionSpec("tensor", "fsdp")),
@@ -35,12 +36,12 @@ RULES = (
 
 
 def make_device_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
-    """Arranges devices (default: all) as (data, fsdp, tensor). At most one size may be -1: what is left.
+    """Arranges devices (default: all) as (data, fsdp, tensor). At most one size may be -1: the rest.
 
-    Of several TPU slices `data` alone goes across them, over the slower network.
+    If there are several TPU slices, only `data` crosses them, over the slower network.
 
     Raises:
-      InputError: the sizes do not multiply to the number of devices, or `data` does not divide over the slices.
+      InputError: the product of the sizes is not the number of devices, or `data` is not divisible by the number of slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, tensor]
@@ -53,14 +54,14 @@ def make_device_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=Non
     if min(sizes) < 1 or known != len(devices):
         raise InputError(
             f"sharding data={data} fsdp={fsdp} tensor={tensor} does not arrange {len(devices)} devices: "
-            "the three must multiply to that number (one of them may be -1: the rest)"
+            "their product must be that number (one of them may be -1: the rest)"
         )
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if sizes[0] % slices:
         raise InputError(
-            f"sharding data={sizes[0]} does not divide over {slices} slices: make it a multiple, as nothing else may cross them"
+            f"sharding data={sizes[0]} does not divide over {slices} slices: make it a multiple, as no other axis may cross them"
         )
-    # jax.make_mesh refuses several slices, and sizes that split an axis of a TPU's torus.
+    # Not jax.make_mesh: it refuses several slices, and sizes that split an axis of a TPU's torus.
     if slices > 1:
         within, across = (sizes[0] // slices, *sizes[1:]), (slices, 1, 1)
         arranged = mesh_utils.create_hybrid_device_mesh(
@@ -74,13 +75,13 @@ def make_device_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=Non
 def abstract_device_mesh(
     sizes: tuple[int, int, int], platform: str, device_kind: str = ""
 ) -> AbstractMesh:
-    """A device mesh (data, fsdp, tensor) of devices that need not exist, for tracing: `jax.sharding.use_abstract_mesh`."""
+    """A device mesh (data, fsdp, tensor) of devices that need not exist, for tracing with `jax.sharding.use_abstract_mesh`."""
     device = AbstractDevice(device_kind=device_kind, num_cores=1, platform=platform)
     return AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, abstract_device=device)
 
 
 def spec_for(path: str, shape: tuple[int, ...], device_mesh: Mesh, rules=RULES) -> PartitionSpec:
-    """The sharding of one array by the first rule that matches; dimensions that an axis does not divide stay whole."""
+    """The sharding of one array by the first matching rule. A dimension that is not divisible by its axis stays whole."""
     spec = next((spec for pattern, spec in rules if re.search(pattern, path)), None)
     if spec is None:
         raise ValueError(f"no sharding rule matches {path}: add one, or end the rules with '.*'")
@@ -94,7 +95,7 @@ def spec_for(path: str, shape: tuple[int, ...], device_mesh: Mesh, rules=RULES) 
 
 
 def infer(tree: Any, device_mesh: Mesh, rules=RULES) -> Any:
-    """A tree of NamedShardings for a tree of arrays or ShapeDtypeStructs, from each leaf's path."""
+    """A tree of NamedShardings for a tree of arrays or ShapeDtypeStructs, by each leaf's path."""
 
     def one(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -104,12 +105,12 @@ def infer(tree: Any, device_mesh: Mesh, rules=RULES) -> Any:
 
 
 def platform() -> str:
-    """What the device mesh in use is made of, or else JAX's default: "cpu", "gpu" or "tpu"."""
+    """The platform of the current device mesh, or JAX's default if there is none: "cpu", "gpu" or "tpu"."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
 
 def jit(function: Callable, **arguments) -> Callable:
-    """`jax.jit`, not inside of another; on a CPU for vectors of 512 bits, if it has them, where XLA takes 256."""
+    """`jax.jit`, not for use inside another. On a CPU, XLA uses vectors of 512 bits if there are any, not its usual 256."""
     options = {"xla_cpu_prefer_vector_width": 512} if platform() == "cpu" else None
     return jax.jit(function, compiler_options=options, **arguments)

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, whatever else is running or fails."""
+"""Files that are written whole or not at all, whatever else runs or fails."""
 
 import contextlib
 import os
@@ -10,11 +10,13 @@ from lrm_jax.types import InputError
 
 @contextlib.contextmanager
 def replacing(*paths: str | os.PathLike) -> Iterator[list[Path]]:
-    """Gives temporary paths, each in the folder of its own, which is made if missing; renamed when the block ends well, else removed.
+    """Yields a temporary path for each of `paths`, in the same folder, which is created if missing.
+
+    If the block succeeds, the temporary files are renamed to `paths`; otherwise they are removed.
 
     Raises:
-      InputError: one of `paths` is a folder, which nothing could be renamed to in the end.
-      OSError: what the system says, as where the disk is full; none of the files is replaced then.
+      InputError: one of `paths` is a folder, which a file cannot replace.
+      OSError: from the system, for example because the disk is full. No file is replaced then.
     """
     paths = [Path(path) for path in paths]
     for path in paths:
@@ -25,12 +27,12 @@ def replacing(*paths: str | os.PathLike) -> Iterator[list[Path]]:
     try:
         yield temporary
         for path in temporary:
-            with open(path, "rb+") as file:  # a disk may turn out to be full only now
+            with open(path, "rb+") as file:  # a full disk may show only now
                 os.fsync(file.fileno())
         for path, destination in zip(temporary, paths, strict=True):
             os.replace(path, destination)
     except OSError as error:
-        # A full disk is reported without a name.
+        # A full disk is reported without a file name.
         error.filename = error.filename or str(paths[0].parent)
         raise
     finally:
@@ -39,16 +41,16 @@ def replacing(*paths: str | os.PathLike) -> Iterator[list[Path]]:
 
 
 def write_file(path: str | Path, data: bytes) -> None:
-    """Writes a file whole or not at all; its folder is made if missing."""
+    """Writes a file whole or not at all; its folder is created if missing."""
     path = Path(path)
     write_files(path.parent, {path.name: data})
 
 
 def write_files(folder: str | Path, files: dict[str, bytes]) -> None:
-    """Writes all files of a result, or, if the disk is full or the folder read-only, none of them.
+    """Writes all files of a result, or none of them if the disk is full or the folder is read-only.
 
     Raises:
-      OSError: what the system says; temporary files are gone then.
+      OSError: from the system. Temporary files are removed then.
     """
     with replacing(*(Path(folder) / name for name in files)) as temporary:
         for path, data in zip(temporary, files.values(), strict=True):
@@ -56,15 +58,15 @@ def write_files(folder: str | Path, files: dict[str, bytes]) -> None:
 
 
 def printable(name: str) -> str:
-    """A file's name as text: bytes that are no UTF-8 (of old archives) become question marks in diamonds."""
+    """A file name as text. Bytes that are not UTF-8 (from old archives) become U+FFFD, a question mark in a diamond."""
     return os.fsencode(name).decode(errors="replace")
 
 
 def check_writable(folder: str | Path) -> None:
-    """Finds out before an hour's work that its result cannot be written.
+    """Checks before an hour's work that its results can be written.
 
     Raises:
-      InputError: the folder, or the one in which it would be made, is not a folder or is read-only.
+      InputError: the folder, or the existing folder that it would be created in, is read-only or is a file.
     """
     folder = Path(folder)
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())

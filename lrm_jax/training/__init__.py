@@ -1,1 +1,1 @@
-"""Training: what a config makes, the step, the losses, the optimiser, the loop, its checkpoints and reports."""
+"""Training: setup from a config, the training step, losses, optimiser, loop, checkpoints and reports."""

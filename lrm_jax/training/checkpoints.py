@@ -1,8 +1,8 @@
-"""A run's checkpoints: Orbax, written in the background, complete or absent.
+"""A run's checkpoints. Orbax writes them in the background; each is either complete or absent.
 
-A step is a folder `checkpoints/<step>` with two items: `state`, the arrays, and `data`, the state of the data iterator as JSON.
-It is written as `<step>.orbax-checkpoint-tmp` and renamed, and only then are older ones deleted: whatever ends a run, the last
-whole step is there. What a killed run left under a temporary name is deleted by the next one.
+A step is a folder `checkpoints/<step>` with two items: `state` has the arrays, and `data` has the state of the data iterator as
+JSON. It is written as `<step>.orbax-checkpoint-tmp` and then renamed. Older steps are deleted only after that, so the last
+complete step survives however a run ends. If a killed run leaves a temporary folder, the next run deletes it.
 """
 
 import contextlib
@@ -27,15 +27,15 @@ from lrm_jax.types import InputError
 def open_folder(
     workdir: str | Path, *, keep: int = 2, keep_every: int | None = None, read_only: bool = False
 ) -> Iterator[ocp.CheckpointManager]:
-    """The checkpoints of `workdir`, for a `with` statement; leaving it waits for what is still being written.
+    """The checkpoints of `workdir`, for a `with` statement. Leaving it waits until everything is written.
 
     Args:
-      keep: the last that are kept.
+      keep: number of checkpoints to keep, counted from the last.
       keep_every: steps that are multiples of this are kept forever.
-      read_only: the folder may be another's, and being written: nothing is made, cleaned up or deleted.
+      read_only: create, clean up and delete nothing, because another process may be writing to the folder.
 
     Raises:
-      InputError: a number is not positive; on leaving, the last checkpoint could not be written.
+      InputError: a number is not positive; or, on leaving, the last checkpoint could not be written.
     """
     if keep < 1 or (keep_every is not None and keep_every < 1):
         raise InputError(f"train.keep={keep} train.keep_every={keep_every}: must be 1 or more")
@@ -51,7 +51,7 @@ def open_folder(
     try:
         yield manager
     except BaseException:
-        # What ended the run is told, not what closing says after it.
+        # Report the error that ended the run, not a later one from closing.
         with contextlib.suppress(Exception):
             manager.close()
         raise
@@ -67,12 +67,12 @@ def is_empty(workdir: str | Path) -> bool:
 def save(
     manager: ocp.CheckpointManager, step: int, state: Any, data_state: dict | None = None
 ) -> None:
-    """Starts to save a step; returns when the values are copied. Does nothing if `step` is there already.
+    """Starts saving a step, and returns once the values are copied. Does nothing if `step` exists already.
 
-    Every process calls it. `data_state` is JSON, the same on every process.
+    Every process must call it. `data_state` is JSON-serialisable and the same on every process.
 
     Raises:
-      InputError: the disk is full, or the checkpoint before could not be written. What was saved before is still there.
+      InputError: the disk is full, or the previous checkpoint could not be written. Older checkpoints are still there.
     """
     if step == manager.latest_step():
         return
@@ -84,19 +84,19 @@ def save(
 
 
 def finish(manager: ocp.CheckpointManager) -> None:
-    """Waits until what was saved is on the disk. Raises InputError as `save`."""
+    """Waits until all saved steps are on the disk. Raises InputError like `save`."""
     with _saving(manager):
         manager.wait_until_finished()
 
 
 def restore(manager: ocp.CheckpointManager, abstract_state: Any) -> tuple[Any, dict] | None:
-    """The latest step's (state, data_state), or None if there is none.
+    """(state, data_state) of the latest step, or None if there is no step.
 
     Args:
-      abstract_state: ShapeDtypeStructs with shardings: where the values go, whatever devices and processes saved them.
+      abstract_state: ShapeDtypeStructs with the shardings to restore to. Other devices and processes may have saved the values.
 
     Raises:
-      InputError: the checkpoint is damaged, or its names or shapes are others.
+      InputError: the checkpoint is damaged, or has other names or shapes.
     """
     step = manager.latest_step()
     if step is None:
@@ -119,10 +119,10 @@ def restore(manager: ocp.CheckpointManager, abstract_state: Any) -> tuple[Any, d
 
 
 def restore_part(manager: ocp.CheckpointManager, shapes: dict, step: int | None = None) -> dict:
-    """The named parts of the latest state, or of a step's, as NumPy arrays, whatever devices it was saved on.
+    """The named parts of the latest state, or of that of `step`, as NumPy arrays. The devices that saved it do not matter.
 
     Raises:
-      ValueError: there is no checkpoint, it is damaged, or it has other names or shapes; in one line.
+      ValueError: there is no checkpoint, it is damaged, or it has other names or shapes. The message is one line.
     """
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
     args = ocp.args.PyTreeRestore(shapes, restore_args=as_numpy, partial_restore=True)
@@ -145,8 +145,8 @@ def abstract(tree: Any, shardings: Any) -> Any:
 
 
 def _read(manager, step, args):
-    """`manager.restore`. When one array fails, TensorStore still answers for the others, to a loop that is closed: each answer
-    would print a traceback above the error that is told.
+    """`manager.restore`, with less noise. After one array fails, TensorStore still delivers the others, to an event loop that is
+    closed by then. Each of them would print a traceback above the actual error.
     """
     hook = sys.unraisablehook
 
@@ -162,7 +162,7 @@ def _read(manager, step, args):
 
 @contextlib.contextmanager
 def _saving(manager):
-    """Turns what writing raises, at once or from the background, into one line that says what is still there."""
+    """Turns errors in writing, at once or from the background, into one line that says which checkpoint is left."""
     try:
         yield
     except Exception as error:
@@ -170,23 +170,24 @@ def _saving(manager):
             raise
         manager.reload()
         last = manager.latest_step()
-        there = "no checkpoint is there yet" if last is None else f"that of step {last} is whole"
+        there = "there is no earlier one" if last is None else f"that of step {last} is complete"
         raise InputError(
             f"{manager.directory}: the last checkpoint could not be written ({_reason(error)}): {there}; "
-            "make room, then give the same command again"
+            "free some space, then repeat the command"
         ) from error
 
 
 def _is_of_files(error: Exception) -> bool:
-    """Whether this is what Orbax raises for files that are missing, cut short, of other names or shapes, and for a full disk.
+    """Whether Orbax raises this error for files that are missing, truncated or have other names or shapes, or for a full disk.
 
-    tests/training/test_checkpoints.py damages every file of a checkpoint. A block that cannot be decompressed is a bare Exception.
+    tests/training/test_checkpoints.py damages every file of a checkpoint. A block that cannot be decompressed is a bare
+    Exception.
     """
     return isinstance(error, (ValueError, KeyError, OSError)) or type(error) is Exception
 
 
 def _reason(error: Exception) -> str:
-    """The cause in a few words: TensorStore's messages carry kilobytes of its own configuration."""
+    """The cause in a few words: TensorStore's messages contain kilobytes of its configuration."""
     if type(error) is Exception and error.__cause__ is not None:
         error = error.__cause__
     if code := re.search(r"os_error_code='(\d+)'", str(error)):
@@ -200,9 +201,9 @@ def _reason(error: Exception) -> str:
 
 
 def _quieten_orbax() -> None:
-    """Orbax logs an error once in each of its threads, with its traceback, and then raises it: once is enough.
+    """Silences Orbax, which logs an error with its traceback in each of its threads before raising it.
 
-    absl's flag --verbosity=1 brings its log back.
+    To see this log, set absl's flag --verbosity=1.
     """
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(_is_not_orbax)

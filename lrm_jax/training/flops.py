@@ -1,7 +1,8 @@
-"""Operations of a traced function, and what the device could do: for model FLOPs utilisation (MFU).
+"""Counts the operations of a traced function and knows the peak rate of devices, for model FLOPs utilisation (MFU).
 
-MFU as in PaLM (https://arxiv.org/abs/2204.02311, appendix B): operations of the model's matrix products that the step has to do
-(`step.needed_flops`: none repeated by rematerialisation, none of the losses' networks), over time, as a share of the peak rate.
+MFU is defined as in PaLM (https://arxiv.org/abs/2204.02311, appendix B): the operations per second of the model's matrix
+products, as a share of the peak rate. Only operations that a step needs count (`step.needed_flops`): none that rematerialisation
+repeats, and none of the losses' networks.
 """
 
 import collections
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import jaxprs_in_params
 
-# Dense bfloat16 operations per second of one chip, by jax's `device_kind`; from the makers' data sheets.
+# Dense bfloat16 operations per second of one chip, by JAX's `device_kind`, from the manufacturers' data sheets.
 PEAK = {
     "NVIDIA A100": 312e12,  # https://www.nvidia.com/en-us/data-center/a100/
     "NVIDIA H100": 989e12,  # SXM: https://www.nvidia.com/en-us/data-center/h100/
@@ -25,36 +26,39 @@ PEAK = {
     "TPU v6 lite": 918e12,  # https://cloud.google.com/tpu/docs/v6e
 }
 
-Product = tuple[int, int, int]  # rows, columns, and the depth that is summed over
+Product = tuple[int, int, int]  # rows, columns, and depth (the summed dimension)
 Shapes = tuple[tuple[int, ...], ...]
 _CUDNN_ATTENTION = re.compile(r"dot_product_attention_(?:fp8_)?(fwd|bwd)(?:_wrapper)?")
 
 
 def count(function, *arguments) -> float:
-    """Operations of the matrix products and convolutions of `function(*arguments)` (arrays or their shapes), traced, not run."""
-    # A function that is jitted with options for the compiler cannot be traced inside of another.
+    """Operations of the matrix products and convolutions in `function(*arguments)`, which is traced but not run.
+
+    The arguments may be arrays or their shapes.
+    """
+    # A function that is jitted with compiler options cannot be traced inside another.
     jitted = function if hasattr(function, "trace") else jax.jit(function)
     return count_jaxpr(jitted.trace(*arguments).jaxpr.jaxpr)
 
 
 def count_jaxpr(jaxpr, only_in_kernels: bool = False) -> float:
-    """Operations of a jaxpr's products, 2 a multiplication: see `products`."""
+    """Operations of a jaxpr's products, 2 per multiplication: see `products`."""
     return total(products(jaxpr, only_in_kernels))
 
 
 def total(products: Mapping[Product, float]) -> float:
-    """Operations of products, 2 a multiplication."""
+    """Operations of products, 2 per multiplication."""
     return sum(2.0 * times * math.prod(sizes) for sizes, times in products.items())
 
 
 def products(jaxpr, only_in_kernels: bool = False) -> collections.Counter[Product]:
-    """How often each size of matrix product runs; bodies of scans, kernels and shard_map as often as they run.
+    """How often each size of matrix product runs, including repetitions in scans, kernels and shard_map.
 
-    Of alternatives (the attention of each platform), the costliest counts. A convolution is the product of its patches. cuDNN's
-    attention counts as what it runs, see `attention_products`.
+    If there are alternatives (such as the attention for each platform), only the most expensive one counts. A convolution counts
+    as the matrix product of its patches, and cuDNN's attention as the products that it runs: see `attention_products`.
 
     Args:
-      only_in_kernels: Pallas's, which a compiler takes as they are and does not look into.
+      only_in_kernels: count only products in Pallas kernels. Compilers do not see into these.
     """
     found = collections.Counter()
     for equation in jaxpr.eqns:
@@ -74,7 +78,7 @@ def products(jaxpr, only_in_kernels: bool = False) -> collections.Counter[Produc
 
 
 def kernels(jaxpr) -> dict[Shapes, collections.Counter[Product]]:
-    """The products of one run of each Pallas kernel, by the shapes of its operands and results on one device."""
+    """The products of one call of each Pallas kernel, by the shapes of its operands and results on one device."""
     found = {}
     for equation in jaxpr.eqns:
         inner = [kernels(sub) for sub in jaxprs_in_params(equation.params)]
@@ -91,11 +95,11 @@ def kernels(jaxpr) -> dict[Shapes, collections.Counter[Product]]:
 def attention_products(
     kind: str, batch: int, heads: int, queries: int, keys: int, width: int, value_width: int
 ) -> dict[Product, float]:
-    """The products of one call of cuDNN's fused attention, without regard to masks.
+    """The products of one call of cuDNN's fused attention, ignoring masks.
 
     Args:
-      kind: "forward": the scores and their product with the values. "backward" has five: the scores again, and the gradients of
-        weights, values, queries and keys. Without fusion the backward pass has four, as the weights are kept.
+      kind: "forward" has two products: the scores, and weights times values. "backward" has five: the scores again, and the
+        gradients of weights, values, queries and keys. Without fusion, the backward pass has four, since the weights are kept.
     """
     scores, result = (queries, keys, width), (queries, value_width, keys)
     sizes = [scores, result]
@@ -109,7 +113,7 @@ def attention_products(
 
 
 def _own_products(equation) -> dict[Product, float]:
-    """Of one equation, without those of jaxprs within."""
+    """The products of one equation, without those of jaxprs inside it."""
     name = equation.primitive.name
     if name == "dot_general":
         (contracting, _), (batch, _) = equation.params["dimension_numbers"]
@@ -134,7 +138,7 @@ def _own_products(equation) -> dict[Product, float]:
 
 
 def _repetitions(equation) -> int:
-    """How often the jaxprs within an equation run."""
+    """How often the jaxprs inside an equation run."""
     if equation.primitive.name == "pallas_call":
         return math.prod(equation.params["grid_mapping"].grid)
     if equation.primitive.name == "shard_map":
@@ -143,15 +147,15 @@ def _repetitions(equation) -> int:
 
 
 def peak_rate() -> float:
-    """Operations per second of all devices: from `PEAK`, or measured with one product (about a second) where it has no entry.
+    """Operations per second of all devices, from `PEAK`, or measured with one matrix product if `PEAK` has no entry.
 
-    It is measured in float32 on a CPU, in bfloat16 elsewhere.
+    Measuring takes about a second. It uses float32 on CPUs and bfloat16 elsewhere.
     """
     devices = jax.devices()
     for kind in sorted(PEAK, key=len, reverse=True):
         if devices[0].device_kind.startswith(kind):
             return PEAK[kind] * len(devices)
-    # Virtual CPU devices share the cores, which one product keeps busy.
+    # Virtual CPU devices share the cores, and one product keeps all cores busy.
     cpu = devices[0].platform == "cpu"
     size, dtype, count = (1024, jnp.float32, 1) if cpu else (8192, jnp.bfloat16, len(devices))
     x = jnp.ones((size, size), dtype)

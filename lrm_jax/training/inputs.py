@@ -1,4 +1,4 @@
-"""The batches that a run reads: sources opened by name, mixed, and finished on the device."""
+"""The batches of a run: opens sources by name, mixes them, and finishes batches on the device."""
 
 import importlib
 import inspect
@@ -10,7 +10,7 @@ import jax
 from lrm_jax.data import Source, pipeline
 from lrm_jax.types import Batch, InputError
 
-# Modules of lrm_jax.data, by what a config calls them.
+# Modules of lrm_jax.data, by their name in a config.
 SOURCES = {
     "objects": "objects",
     "records": "records",
@@ -18,7 +18,7 @@ SOURCES = {
     "scenes": "scenes",
     "procedural": "procedural.source",
 }
-# Fields of `config.data` that every source takes, the procedural one too.
+# Fields of `config.data` that the procedural source takes too.
 SHARED = (
     "seed", "num_source", "num_target", "source_size", "target_size", "source_elevation", "foreground_ratio", "normalize",
     "assumed_camera",
@@ -26,14 +26,14 @@ SHARED = (
 
 
 class Data(NamedTuple):
-    """What a run reads."""
+    """The batches of a run."""
 
     train: pipeline.Batches
     val: Callable[
         [int], pipeline.Batches
-    ]  # held-out scenes from the first on, in batches of a size
-    num_val: int  # how many there are
-    finish: list[Callable[[Any], Batch]]  # by source: see `Source.finish`
+    ]  # from a batch size to batches of held-out scenes, from the first one on
+    num_val: int  # number of held-out scenes
+    finish: list[Callable[[Any], Batch]]  # for each source: see `Source.finish`
 
 
 def open_data(
@@ -48,7 +48,10 @@ def open_data(
     source_background: float,
     **fields,
 ) -> Data:
-    """This process's part of the batches of `lrm_jax.data.<name>`; of mix[0] + mix[1] of them, mix[1] of procedural shapes."""
+    """This process's part of the batches of `lrm_jax.data.<name>`.
+
+    If `mix` is given, mix[1] of every mix[0] + mix[1] training batches are procedural.
+    """
 
     def make(name: str, split: str) -> Source:
         module = importlib.import_module(f"lrm_jax.data.{SOURCES[name]}")
@@ -57,14 +60,14 @@ def open_data(
             inspect.signature(module.make).bind(split=split, **kept)
         except TypeError as error:
             raise InputError(
-                f"config.data does not fit data.name={name} ({error}): use a config that is made for such data"
+                f"config.data does not fit data.name={name} ({error}): use a config for this kind of data"
             ) from None
         return module.make(split=split, **kept)
 
     if name not in SOURCES:
         raise InputError(f"data.name={name!r}: must be one of {', '.join(SOURCES)}")
     if len(mix) not in (0, 2):
-        raise InputError(f"data.mix={tuple(mix)}: must be (), or two numbers as (3, 1)")
+        raise InputError(f"data.mix={tuple(mix)}: must be (), or two numbers such as (3, 1)")
     sources, weights = [make(name, "train")], [1]
     if mix:
         sources, weights = [*sources, make("procedural", "train")], list(mix)

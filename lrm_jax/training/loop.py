@@ -1,4 +1,4 @@
-"""The training loop: batches in, steps, reports, checkpoints, evaluations."""
+"""The training loop: reads batches, runs steps, writes reports and checkpoints, and evaluates."""
 
 import contextlib
 import dataclasses
@@ -31,23 +31,25 @@ from lrm_jax.training.step import needed_flops
 from lrm_jax.training.validation import evaluate
 from lrm_jax.types import InputError, TrainState
 
-MAX_SKIPPED = 200  # updates in a row, after which it is not single batches that are at fault
-INTERRUPTED = 143  # exit code after SIGTERM, 128 + 15: saved, and the same command goes on
+MAX_SKIPPED = 200  # updates in a row; after so many, single bad batches cannot be the cause
+INTERRUPTED = 143  # exit code after SIGTERM or Ctrl-C, 128 + 15: the run is saved, and the same command resumes it
 
 
 @dataclasses.dataclass
 class Tally:
-    """What the next report is of: the steps since the last one; and what has gone wrong so far."""
+    """Data for the next report: the steps since the last one, and the problems so far."""
 
-    skipped: float  # updates, of the whole run
-    stuck: int = 0  # updates skipped in a row until the last report
+    skipped: float  # updates skipped in the whole run
+    stuck: int = 0  # updates skipped in a row, up to the last report
     bad: int = 0  # records that this process could not use
-    scalars: list = dataclasses.field(default_factory=list)  # of each step, still on the device
-    waited: float = 0.0  # seconds for data
+    scalars: list = dataclasses.field(
+        default_factory=list
+    )  # one dict per step, still on the device
+    waited: float = 0.0  # seconds spent waiting for data
     start: float = dataclasses.field(default_factory=time.perf_counter)
 
     def restart(self) -> None:
-        """After a report, and what was done for it."""
+        """Starts a new interval, after a report is done."""
         self.scalars, self.waited, self.start = [], 0.0, time.perf_counter()
 
 
@@ -62,15 +64,18 @@ def fit(
     train: ConfigDict,
     peak_rate: float,
 ) -> TrainState:
-    """Trains to `train.steps`, or to SIGTERM; the state it returns is saved. `peak_rate`: for MFU, see `flops.peak_rate`.
+    """Trains up to `train.steps`, or until SIGTERM or Ctrl-C, and saves the state that it returns.
+
+    Args:
+      peak_rate: see `flops.peak_rate`; for MFU.
 
     Raises:
-      InputError: no update since the last report could be made. Nothing of that state is saved.
+      InputError: too many updates in a row were skipped, see `check_updates`. The state since the last checkpoint is not saved.
     """
     first = int(state.step)
     writer = metric_writer.open_writer(workdir, first, train.tensorboard)
     tally = Tally(skipped=int(optim.num_skipped(state.opt_state)))
-    work = None  # operations that a step needs
+    work = None  # operations needed for one step
     with (
         terminated() as stop,
         contextlib.closing(writer),
@@ -87,11 +92,11 @@ def fit(
             profile(step - first)
             state, scalars = run.step(state, batch, networks)
             tally.scalars.append(scalars)
-            # At most two steps under way: batches are not hoarded.
+            # Keep at most two steps in flight, so that batches do not pile up.
             jax.block_until_ready(tally.scalars[-2:][0])
             last = step == train.steps or asked_to_stop(stop, step, train.log_every)
             evaluating = step % train.eval_every == 0 or step == train.steps
-            # Before an evaluation, too: what that dies of must not come again.
+            # Also save before an evaluation: if it crashes, no training is lost.
             saving = step % train.save_every == 0 or last or evaluating
             if step % train.log_every == 0 or saving:
                 batch_size = batch.source.rgb.shape[0]
@@ -114,10 +119,10 @@ def fit(
 
 
 def report(tally: Tally, data: Data, batch_size: int, ideal: float) -> dict[str, float]:
-    """The row of a report; brings what has gone wrong up to date.
+    """The row of a report. Also updates the problem counts in `tally`.
 
     Args:
-      ideal: seconds of a step at the devices' peak rate.
+      ideal: seconds that a step would take at the devices' peak rate.
     """
     row, count = mean_of(tally.scalars), len(tally.scalars)
     seconds = time.perf_counter() - tally.start
@@ -133,17 +138,17 @@ def report(tally: Tally, data: Data, batch_size: int, ideal: float) -> dict[str,
 
 
 def check_updates(tally: Tally, row: dict[str, float], step: int, steps: int, manager) -> None:
-    """Raises InputError where too many updates in a row were skipped, or all of a run that ends."""
+    """Raises InputError if too many updates in a row were skipped, or all updates of a finished run."""
     if tally.stuck >= MAX_SKIPPED or step == tally.skipped == steps:
         raise InputError(
-            f"all of the last {tally.stuck} updates were skipped: the gradient is not finite, or always longer than "
-            f"optim.skip_norm (its norm: {row['grad_norm']:.3g}); the last checkpoint is of step {manager.latest_step()}; "
+            f"all of the last {tally.stuck} updates were skipped: the gradient is not finite, or its norm always exceeds "
+            f"optim.skip_norm (norm: {row['grad_norm']:.3g}); the last checkpoint is of step {manager.latest_step()}: "
             "lower schedule.learning_rate"
         )
 
 
 def publish(writer, workdir: Path, step: int, scores: dict[str, float], grid: np.ndarray) -> None:
-    """Writes down what an evaluation found."""
+    """Writes the results of an evaluation."""
     writer.write_scalars(step, scores)
     if jax.process_index() == 0:
         writer.write_images(step, {"val": grid})
@@ -151,14 +156,14 @@ def publish(writer, workdir: Path, step: int, scores: dict[str, float], grid: np
 
 
 def tell(line: str) -> None:
-    """A line on stderr, from one process."""
+    """Prints a line to stderr, on process 0 only."""
     if jax.process_index() == 0:
         print(line, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def terminated() -> Iterator[threading.Event]:
-    """An event that the first SIGTERM or Ctrl-C sets; a second one ends the process as usual."""
+    """Yields an event that the first SIGTERM or Ctrl-C sets. A second one ends the process as usual."""
     stop = threading.Event()
     previous = {}
 
@@ -176,7 +181,7 @@ def terminated() -> Iterator[threading.Event]:
 
 
 def asked_to_stop(stop: threading.Event, step: int, every: int) -> bool:
-    """Whether to stop after this step: the same answer in every process, which they compare every `every` steps."""
+    """Whether to stop after this step. All processes get the same answer; they communicate every `every` steps."""
     if jax.process_count() == 1:
         return stop.is_set()
     return step % every == 0 and processes.any_process(stop.is_set())

@@ -1,7 +1,7 @@
-"""Loss terms by name: each a small pure function of the rendered and the target views, in float32.
+"""Loss terms by name. Each is a small pure function of the rendered and the target views, in float32.
 
-A config names the terms that it wants and their weights: `losses = {"mse": 1.0, "mask": 0.05}`. Two of them look through a
-frozen network, whose file the config names too: `networks = {"lpips": "lpips_vgg16.safetensors"}`.
+A config lists terms and their weights: `losses = {"mse": 1.0, "mask": 0.05}`. Two terms, "lpips" and "perceptual", use a frozen
+network, and the config must also name its file: `networks = {"lpips": "lpips_vgg16.safetensors"}`.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,10 @@ from flax.traverse_util import unflatten_dict
 from lrm_jax.metrics import lpips, perceptual
 from lrm_jax.types import InputError, Rendering
 
-NETWORKS = {"lpips": lpips, "perceptual": perceptual}  # the term's name is the network's too
+NETWORKS = {
+    "lpips": lpips,
+    "perceptual": perceptual,
+}  # by the name of the term, which is also that of the network
 TERMS = ("mse", "mask", "mask_mse", "tv", *NETWORKS)
 
 
@@ -25,17 +28,17 @@ def terms(
     scene=None,
     networks: Mapping[str, Mapping] | None = None,
 ) -> dict[str, jax.Array]:
-    """Every term whose weight is not 0, unweighted; the others are not computed.
+    """The value of every term with a non-zero weight, not multiplied by the weight. Other terms are not computed.
 
     Args:
-      rendering: [B V H W], opaque colour: composited on the background of the target.
+      rendering: [B V H W], opaque colour, composited on the background of the target.
       target: what a perfect model would render.
-      weights: by term.
-      scene: what `encode` returned, for "tv".
-      networks: parameters by term, for "lpips" and "perceptual": arguments of the step, not constants in it.
+      weights: weights by term.
+      scene: the result of `encode`, for "tv".
+      networks: parameters by term, for "lpips" and "perceptual". Pass them as arguments of the step, not as constants.
 
     Raises:
-      InputError: a term that does not exist, or that lacks what it needs; the message names the config's key.
+      InputError: a term does not exist, or lacks something that it needs. The message names the config key.
     """
     networks = networks or {}
     check(weights, networks)
@@ -53,31 +56,31 @@ def terms(
 
 
 def check(weights: Mapping[str, float], networks: Mapping[str, object]) -> None:
-    """Raises InputError for a term that does not exist, and for one whose network is not in `networks` (files or parameters)."""
+    """Raises InputError if a term does not exist, or if its network is missing from `networks` (files or parameters)."""
     if unknown := sorted(set(weights) - set(TERMS)):
-        raise InputError(f"no loss term {', '.join(unknown)}: there are {', '.join(TERMS)}")
+        raise InputError(f"no loss term {', '.join(unknown)}: choose from {', '.join(TERMS)}")
     for name, module in NETWORKS.items():
         if weights.get(name) and not networks.get(name):
             raise InputError(
-                f"config.losses.{name}={weights[name]} needs the file of a network: {module.REMEDY}; then set"
+                f"config.losses.{name}={weights[name]} needs a network file: {module.REMEDY}; then set"
                 f" config.networks.{name}=FILE, or config.losses.{name}=0"
             )
 
 
 def load_networks(weights: Mapping[str, float], files: Mapping[str, str]) -> dict[str, dict]:
-    """The networks that the terms of non-zero weight need, from their files: `terms`'s `networks`, as NumPy arrays.
+    """Loads the networks that terms with non-zero weights need: the argument `networks` of `terms`, as NumPy arrays.
 
     Raises:
-      InputError: as `check`, and for a file that is missing or holds something else.
+      InputError: as in `check`; or a file is missing, or is not the file of this network.
     """
     check(weights, files)
     if unknown := sorted(set(files) - set(NETWORKS)):
-        raise InputError(f"no network {', '.join(unknown)}: there are {', '.join(NETWORKS)}")
+        raise InputError(f"no network {', '.join(unknown)}: choose from {', '.join(NETWORKS)}")
     return {name: NETWORKS[name].load(files[name]) for name in NETWORKS if weights.get(name)}
 
 
 def abstract_networks(weights: Mapping[str, float]) -> dict[str, dict]:
-    """The shapes of what `load_networks` returns: their files need not be there."""
+    """The shapes of the result of `load_networks`. Does not need the files."""
 
     def shapes(network):
         structs = {k: jax.ShapeDtypeStruct(v, jnp.float32) for k, v in network.SHAPES.items()}
@@ -90,14 +93,15 @@ def abstract_networks(weights: Mapping[str, float]) -> dict[str, dict]:
 
 
 def mse(rendering: Rendering, target: Rendering) -> jax.Array:
-    """Mean squared error of colour, both composited on the same background. LRM, eq. 6 (https://arxiv.org/abs/2311.04400)."""
+    """Mean squared error of colour, both on the same background. LRM, eq. 6 (https://arxiv.org/abs/2311.04400)."""
     return jnp.square(rendering.rgb.astype(jnp.float32) - target.rgb.astype(jnp.float32)).mean()
 
 
 def mask(rendering: Rendering, target: Rendering) -> jax.Array:
     """Binary cross-entropy of alpha. TripoSR, section 2.3 (https://arxiv.org/abs/2403.02151), which weights it by 0.05.
 
-    The prediction is squeezed into [0.001, 0.999]: finite where a ray saturates, and, unlike clipping, with a gradient there.
+    The prediction is scaled to [0.001, 0.999]: where a ray saturates, the loss stays finite and, unlike with clipping, the
+    gradient is not 0.
     """
     alpha = 1e-3 + (1 - 2e-3) * _alpha(rendering, "mask")
     label = target.alpha.astype(jnp.float32)
@@ -105,14 +109,14 @@ def mask(rendering: Rendering, target: Rendering) -> jax.Array:
 
 
 def mask_mse(rendering: Rendering, target: Rendering) -> jax.Array:
-    """Mean squared error of alpha, the milder form (InstantMesh, src/model.py:243-257)."""
+    """Mean squared error of alpha, a milder form of `mask` (InstantMesh, src/model.py:243-257)."""
     return jnp.square(_alpha(rendering, "mask_mse") - target.alpha.astype(jnp.float32)).mean()
 
 
 def tv(scene) -> jax.Array:
-    """Total variation of the planes: the mean squared difference of neighbours in a column, plus that of neighbours in a row.
+    """Total variation of the planes: the mean squared difference between neighbours in a column, plus the same in a row.
 
-    OpenLRM, openlrm/losses/tvloss.py, which weights it by 5e-4; each mean is over scenes, planes, channels and pairs.
+    As in OpenLRM, openlrm/losses/tvloss.py, which weights it by 5e-4. Each mean is over scenes, planes, channels and pairs.
     """
     if not isinstance(scene, Mapping) or "triplane" not in scene:
         raise InputError(

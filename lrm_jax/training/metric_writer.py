@@ -1,7 +1,7 @@
-"""What a training run writes down: `metrics.jsonl` and TensorBoard event files, behind clu's MetricWriter interface.
+"""Writes the metrics of a training run to `metrics.jsonl` and TensorBoard event files, behind clu's MetricWriter interface.
 
-`metrics.jsonl` has one object a line, for each call of `write_scalars`: {"step": 25, "train/loss": 0.1, ...}. A number that is
-not finite is null there: JSON has none.
+Each call of `write_scalars` adds one line to `metrics.jsonl`: {"step": 25, "train/loss": 0.1, ...}. Numbers that are not finite
+become null, because JSON cannot represent them.
 """
 
 import importlib.util
@@ -17,8 +17,8 @@ import tensorboardX
 
 from lrm_jax.parallel.whole_files import write_file
 
-# clu.metric_writers imports its writer of TensorFlow summaries, and TensorFlow with it. Where there is no TensorFlow an empty
-# module takes its place; ours below writes the same files.
+# clu.metric_writers imports a writer that needs TensorFlow. If TensorFlow is not installed, an empty module replaces that writer;
+# TensorBoardWriter below writes the same files.
 if importlib.util.find_spec("tensorflow") is None:
     stand_in = types.ModuleType("clu.metric_writers.summary_writer")
     stand_in.SummaryWriter = None
@@ -29,10 +29,11 @@ from clu import metric_writers  # noqa: E402
 def open_writer(
     workdir: str | Path, first_step: int, tensorboard: bool
 ) -> metric_writers.MetricWriter:
-    """The run's writer: on process 0 `metrics.jsonl`, with `tensorboard` event files in `tensorboard/`, and absl's log (--verbosity=0
-    shows it); on other processes nothing.
+    """The writer of a run. It writes on process 0 only.
 
-    What a killed run wrote of steps after `first_step` is taken out of the one, and hidden in the other.
+    It writes to `metrics.jsonl`, to absl's log (shown with --verbosity=0) and, if `tensorboard`, to event files in
+    `tensorboard/`. If a killed run wrote steps after `first_step`, they are removed from `metrics.jsonl` and hidden in
+    TensorBoard.
 
     Raises:
       OSError: the folder cannot be written.
@@ -47,7 +48,7 @@ def open_writer(
 
 
 class _Writer(metric_writers.MetricWriter):
-    """clu's interface with nothing written."""
+    """clu's interface, writing nothing."""
 
     def write_scalars(self, step, scalars):
         pass
@@ -81,7 +82,7 @@ class _Writer(metric_writers.MetricWriter):
 
 
 class JsonLinesWriter(_Writer):
-    """Scalars as a line of JSON each time; a line is in the file when `write_scalars` returns."""
+    """Writes scalars as lines of JSON. A line is in the file when `write_scalars` returns."""
 
     def __init__(self, path: Path, first_step: int):
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
@@ -97,13 +98,13 @@ class JsonLinesWriter(_Writer):
 
 
 class TensorBoardWriter(_Writer):
-    """Scalars, images [N H W C] or [H W C], uint8 or in [0, 1], and texts as TensorBoard event files."""
+    """Writes scalars, images and texts to TensorBoard event files. Images: [N H W C] or [H W C], uint8 or in [0, 1]."""
 
     def __init__(self, folder: Path, first_step: int):
         self._writer = tensorboardX.SummaryWriter(
             str(folder),
             purge_step=first_step + 1,
-            filename_suffix=f".{first_step}",  # files are named by the second
+            filename_suffix=f".{first_step}",  # otherwise names differ only in the time, in seconds
             flush_secs=10,
         )
 
@@ -131,7 +132,7 @@ class TensorBoardWriter(_Writer):
 
 
 def _is_before(line: bytes, first_step: int) -> bool:
-    """Whether a line is whole, which the last of a killed run may not be, and of a step up to `first_step`."""
+    """Whether a line is complete (the last line of a killed run may not be) and of a step up to `first_step`."""
     try:
         return line.endswith(b"\n") and json.loads(line)["step"] <= first_step
     except (ValueError, KeyError, TypeError):

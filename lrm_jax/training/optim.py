@@ -1,7 +1,7 @@
-"""The optimiser: AdamW, or Muon for matrices, with decay where the references decay, warm-up and cosine, clipping, and a guard against bad updates.
+"""The optimiser: AdamW, or Muon for matrices, with weight decay, warm-up and cosine, clipping, and skipping of bad updates.
 
-Parameters are named by their path ("backbone/blocks/fc1/kernel") and chosen by `re.search` on it. Layers stacked by `nn.scan`
-are one parameter: they freeze, and learn, together.
+A parameter's name is its path ("backbone/blocks/fc1/kernel"), and `re.search` on the name selects parameters. Layers stacked by
+`nn.scan` are a single parameter, so they can only be frozen or trained together.
 """
 
 import math
@@ -16,13 +16,13 @@ from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from lrm_jax.types import InputError
 
-# Norms and biases are not decayed (OpenLRM, runners/train/lrm.py:50-85 at 3108b69; LVSM: every 1-D parameter). Names, not only
-# ranks, decide: layers stacked by `nn.scan` have biases of rank 2.
+# Norms and biases are not decayed (OpenLRM, runners/train/lrm.py:50-85 at 3108b69; LVSM: every 1-D parameter). The rank alone is
+# not enough: in layers stacked by `nn.scan`, biases have rank 2.
 NO_DECAY = r"(bias(_\d+)?|scale\d?)$|norm"
 
 
 def make_schedule(learning_rate: float, warmup_steps: int, steps: int) -> optax.Schedule:
-    """Linear from 0 over `warmup_steps` to `learning_rate`, then half a cosine that reaches 0 at `steps`."""
+    """Linear warm-up from 0 to `learning_rate` over `warmup_steps`, then half a cosine that reaches 0 at `steps`."""
     if not 0 <= warmup_steps < steps:
         raise InputError(
             f"schedule.warmup_steps={warmup_steps} must be less than train.steps={steps}"
@@ -43,24 +43,24 @@ def make_optimizer(
     freeze: str | None = None,
     groups: Mapping[str, float] | Iterable[tuple[str, float]] = (),
 ) -> optax.GradientTransformation:
-    """AdamW as LRM trains with it (https://arxiv.org/abs/2311.04400, section 4.2), after clipping by the global norm.
+    """AdamW as in LRM (https://arxiv.org/abs/2311.04400, section 4.2), after clipping by the global norm.
 
-    The learning rate is `schedule` of the number of updates, skipped ones counted: as in LVSM it advances on a skipped update,
-    and so it is always that of the step in the log. The moments and their bias correction do not advance.
+    The learning rate is `schedule` at the number of updates, including skipped ones. As in LVSM, it advances on a skipped update,
+    so it always matches the step in the log. The moments and their bias correction do not advance.
 
     Args:
-      clip_norm: the gradient is shortened to this global norm.
-      skip_norm: an update whose gradient is longer than this before clipping is skipped (LVSM: 5.0); None: no limit. One that is
-        not finite is always skipped.
-      muon: pattern of the matrices, and stacks of them, whose direction is Muon's (https://arxiv.org/abs/2502.16982, with its
-        factor that makes an update as long as AdamW's): for the transformer's hidden layers. None: all are AdamW's.
-      freeze: pattern of the parameters that stay as they are. They have no moments and no part in the gradient's norm, so that
-        the compiler drops their gradients too.
-      groups: (pattern, factor of the learning rate), the first that matches a parameter; the rest have factor 1. Weight decay is
-        multiplied too, as in torch. Pairs rather than a dict in a config: ConfigDict sorts its keys and allows no dot in them.
+      clip_norm: a gradient with a larger global norm is scaled down to this norm.
+      skip_norm: an update is skipped if its gradient norm before clipping exceeds this (LVSM: 5.0). None: no limit. An update
+        with a gradient that is not finite is always skipped.
+      muon: pattern of matrices, or stacks of matrices, that are updated with Muon (https://arxiv.org/abs/2502.16982, including
+        its factor that makes updates as large as AdamW's). Meant for the transformer's hidden layers. None: use AdamW for all.
+      freeze: pattern of parameters that are not trained. They have no moments and do not count in the gradient's norm, so the
+        compiler drops their gradients too.
+      groups: (pattern, learning-rate factor) pairs. The first match applies; other parameters have factor 1. As in PyTorch, the
+        factor also multiplies weight decay. In a config, use pairs, not a dict: ConfigDict sorts keys and allows no dots in them.
 
     Raises:
-      InputError: a number is out of range, or, from `init`, a pattern matches no parameter.
+      InputError: a number is out of range; or, from `init`, a pattern matches no parameter.
     """
     groups = tuple(dict(groups).items())
     check_numbers(clip_norm=clip_norm, skip_norm=math.inf if skip_norm is None else skip_norm)
@@ -87,7 +87,7 @@ def make_optimizer(
 
 
 def decay_mask(params: Any) -> Any:
-    """A tree of bools: whether weight decay acts on each parameter."""
+    """A tree of bools: whether weight decay applies to each parameter."""
 
     def one(path, leaf):
         return leaf.ndim > 1 and not re.search(NO_DECAY, name_of(path))
@@ -98,7 +98,7 @@ def decay_mask(params: Any) -> Any:
 def scale_by_adam_or_muon(
     b1: float, b2: float, eps: float, muon: str | None
 ) -> optax.GradientTransformation:
-    """Adam's direction; Muon's for the parameters that the pattern matches."""
+    """Updates in Adam's direction, or in Muon's for parameters that match the pattern."""
     adam = optax.scale_by_adam(b1, b2, eps)
     if muon is None:
         return adam
@@ -119,9 +119,9 @@ def scale_by_adam_or_muon(
 
 
 class GuardState(NamedTuple):
-    """What `skip_updates` remembers."""
+    """The state of `skip_updates`."""
 
-    skipped: jax.Array  # [] int32, updates skipped since the run began
+    skipped: jax.Array  # [] int32, updates skipped since the start of the run
     grad_norm: jax.Array  # [] float32, global norm of the last gradient, before clipping
     inner: optax.OptState
 
@@ -129,14 +129,15 @@ class GuardState(NamedTuple):
 def skip_updates(
     inner: optax.GradientTransformation, max_norm: float | None = None
 ) -> optax.GradientTransformation:
-    """`inner`, but a gradient that is not finite, or longer than `max_norm`, changes nothing and is counted.
+    """Wraps `inner` to skip and count updates whose gradient is not finite or has a norm above `max_norm`.
 
-    LVSM's guards (https://github.com/Haian-Jin/LVSM, train.py:152-202), with what they intend for NaN: the update is skipped,
-    where LVSM replaces NaN by 0 and makes it.
+    These are LVSM's guards (https://github.com/Haian-Jin/LVSM, train.py:152-202), except for NaN. LVSM replaces NaN by 0 and
+    makes the update; this skips it, which is what the guards intend.
 
-    Both outcomes are computed and `where` chooses: it fuses into AdamW's own elementwise pass, and keeps the collectives of the
-    clipping out of branches. It costs no memory: the compiled step of a sharded stack of layers takes as many bytes with it, with
-    `lax.cond` and with no guard (8 CPU devices and a v5e 2x4: 96 MiB of parameters and moments, all donated, for 96 MiB).
+    Both outcomes are computed, and `where` selects one. This fuses into AdamW's elementwise pass and keeps the collectives of
+    clipping out of branches. It costs no memory: the compiled step of a sharded stack of layers takes the same number of bytes
+    with `where`, with `lax.cond` and without a guard (on 8 CPU devices and a v5e 2x4: 96 MiB for 96 MiB of donated parameters and
+    moments).
     """
     limit = math.inf if max_norm is None else max_norm
 
@@ -155,12 +156,12 @@ def skip_updates(
 
 
 def num_skipped(opt_state: optax.OptState) -> jax.Array:
-    """How many updates have been skipped since the run began, [] int32."""
+    """The number of updates skipped since the start of the run, [] int32."""
     return _guard(opt_state).skipped
 
 
 def grad_norm(opt_state: optax.OptState) -> jax.Array:
-    """The global norm of the last gradient of what is trained, before clipping, [] float32. Not finite: it was skipped."""
+    """The global norm of the last gradient of trained parameters, before clipping, [] float32. If not finite, it was skipped."""
     return _guard(opt_state).grad_norm
 
 
@@ -178,7 +179,7 @@ def name_of(path: tuple) -> str:
 
 
 def matches(params: Any, pattern: str, wanted: bool = True) -> Any:
-    """A tree of bools: whether `pattern` is found in each parameter's name; the opposite if not `wanted`."""
+    """A tree of bools: whether each parameter's name matches `pattern`. If not `wanted`, the opposite."""
 
     def one(path, leaf):
         return (re.search(pattern, name_of(path)) is not None) == wanted
@@ -202,11 +203,11 @@ def check_patterns(
     groups: Iterable[tuple[str, float]] = (),
     muon: str | None = None,
 ) -> None:
-    """Looks the patterns up in a tree of parameters, or of their shapes.
+    """Checks the patterns against a tree of parameters, or of their shapes.
 
     Raises:
-      InputError: a pattern is no regular expression or matches no parameter, `freeze` matches all of them, or `muon` one that
-        is no matrix.
+      InputError: a pattern is not a regular expression or matches no parameter, `freeze` matches all parameters, or `muon`
+        matches one that is not a matrix.
     """
     patterns = [(key, x) for key, x in (("freeze", freeze), ("muon", muon)) if x is not None]
     patterns += [("groups", pattern) for pattern, _ in groups]
@@ -215,11 +216,11 @@ def check_patterns(
             found = jax.tree.leaves(matches(params, pattern))
         except re.error as error:
             raise InputError(
-                f"optim.{key}: {pattern!r} is no regular expression ({error}): correct it"
+                f"optim.{key}: {pattern!r} is not a regular expression ({error}): correct it"
             ) from None
         if not any(found):
             raise InputError(
-                f"optim.{key}: {pattern!r} matches no parameter: their names are like {examples(params)}"
+                f"optim.{key}: {pattern!r} matches no parameter: use names such as {examples(params)}"
             )
         if key == "muon" and (
             wrong := [
@@ -229,14 +230,16 @@ def check_patterns(
             ]
         ):
             raise InputError(
-                f"optim.muon: {pattern!r} matches {wrong[0]}, which is no matrix: end it with /kernel$"
+                f"optim.muon: {pattern!r} matches {wrong[0]}, which is not a matrix: end the pattern with /kernel$"
             )
         if key == "freeze" and all(found):
-            raise InputError(f"optim.freeze: {pattern!r} matches all parameters: nothing is left")
+            raise InputError(
+                f"optim.freeze: {pattern!r} matches all parameters, so none would be trained: narrow it"
+            )
 
 
 def named(params: Any) -> list[tuple[str, Any]]:
-    """(name, leaf) of all parameters."""
+    """(name, leaf) of every parameter."""
     return [(name_of(path), x) for path, x in jax.tree_util.tree_leaves_with_path(params)]
 
 

@@ -1,4 +1,4 @@
-"""What a person sees of a training run: the parameters, a line of progress, images, and a profiler's trace."""
+"""Human-readable output of a training run: a table of parameters, progress lines, images, and a profiler trace."""
 
 import contextlib
 import math
@@ -20,25 +20,25 @@ from lrm_jax.types import Batch, Rendering, Views
 GRID_SCENES, GRID_SIDE = (
     8,
     256,
-)  # of the grid of an evaluation: scenes at most, and pixels of an image at most
+)  # largest number of scenes in an evaluation's grid, and largest side of its images in pixels
 
 
 def parameter_overview(params: Any) -> str:
-    """A table of all parameters, arrays or their shapes: name, shape, dtype, size and sharding; and what they come to."""
+    """A table of all parameters (arrays or their shapes): name, shape, dtype, size and sharding, and the totals."""
     return clu_overview.get_parameter_overview(params, include_stats="sharding")
 
 
 def write_overview(workdir: Path, params) -> None:
-    """The names, shapes and sizes of all parameters, in `parameters.txt`."""
+    """Writes the names, shapes and sizes of all parameters to `parameters.txt`."""
     if jax.process_index() == 0:
         write_file(workdir / "parameters.txt", parameter_overview(params).encode())
 
 
 @contextlib.contextmanager
 def profiler(workdir: Path, num_steps: int) -> Iterator[Callable[[int], None]]:
-    """Gives what is to be called before each step: it traces `num_steps` from the fifth on into `profile/`, for TensorBoard.
+    """Yields a function to call before each step. It traces `num_steps` steps, from the fifth on, to `profile/` for TensorBoard.
 
-    A run that ends before leaves the trace of the steps that it made.
+    If the run ends earlier, the trace has the steps up to then.
     """
     tracing = False
 
@@ -59,9 +59,9 @@ def profiler(workdir: Path, num_steps: int) -> Iterator[Callable[[int], None]]:
 
 
 def mean_of(scalars: list[dict[str, jax.Array]]) -> dict[str, float]:
-    """The mean of each named scalar over the steps where it is finite (the others were skipped); NaN where it never is.
+    """The mean of each scalar over the steps where it is finite (others were skipped), or NaN if it never is.
 
-    That of "train/psnr" is the PSNR of the mean error.
+    For "train/psnr", the PSNR of the mean error. For "skipped", the last value.
     """
     rows, means = jax.device_get(scalars), {}
     for name in rows[0]:
@@ -75,14 +75,14 @@ def mean_of(scalars: list[dict[str, jax.Array]]) -> dict[str, float]:
 
 
 def grid_images(batch: Batch, rendering: Rendering) -> dict[str, jax.Array]:
-    """What `image_grid` shows of each scene, small: every n-th pixel, colours in 8 bits.
+    """The images that `image_grid` shows of each scene, reduced to every n-th pixel and 8-bit colour.
 
     Args:
-      rendering: of the target views, its colour on white.
+      rendering: rendering of the target views, with its colour on white.
 
     Returns:
-      "source" [B 1 . . 3], and "target" and "render" [B V H W 3], uint8, on white; of families that have them "depth" and "alpha"
-      [B V H W], float32. H and W are at most GRID_SIDE.
+      "source" [B 1 . . 3], "target" and "render" [B V H W 3]: uint8, on white. If the family renders them, "depth" and "alpha"
+      [B V H W]: float32. H and W are at most GRID_SIDE.
     """
 
     def fewer(x):
@@ -104,10 +104,10 @@ def grid_images(batch: Batch, rendering: Rendering) -> dict[str, jax.Array]:
 
 
 def image_grid(images: dict[str, np.ndarray]) -> np.ndarray:
-    """A row a scene: the source, then target, render and (of families that have it) depth of each view.
+    """One row per scene: the source, then target, rendering and (if the family has it) depth of each view.
 
     Args:
-      images: of `grid_images`.
+      images: from `grid_images`.
 
     Returns:
       uint8 [height width 3].
@@ -127,11 +127,11 @@ def image_grid(images: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def memory_line(needed, limit: float | None) -> tuple[str, float]:
-    """What a compiled program needs of one device, as text, and in all in bytes.
+    """The memory that a compiled program needs on one device, as text, and its total in bytes.
 
     Args:
-      needed: of `compiled.memory_analysis()`.
-      limit: bytes that the device has, if that is known.
+      needed: result of `compiled.memory_analysis()`.
+      limit: memory of the device in bytes, if known.
     """
     outputs = needed.output_size_in_bytes - needed.alias_size_in_bytes
     total = needed.argument_size_in_bytes + outputs + needed.temp_size_in_bytes
@@ -144,14 +144,13 @@ def memory_line(needed, limit: float | None) -> tuple[str, float]:
 
 
 def progress_line(row: Mapping[str, float], steps: int, batch_size: int) -> str:
-    """A report as one line: where the run is, how good, how fast, and how long it will take.
+    """A report as one line: step, loss, speed, and remaining time.
 
     Args:
-      row: `step`, `train/loss` and `samples_per_second`; where it has them also `train/psnr` (dB), `mfu` and
-        `data_wait` (shares of 1: of the device's peak rate, of the time spent waiting for data), `skipped` (updates) and
-        `bad_records`.
-      steps: of the whole run.
-      batch_size: samples a step.
+      row: `step`, `train/loss` and `samples_per_second`. Optional: `train/psnr` (dB), `mfu` (fraction of the devices' peak rate),
+        `data_wait` (fraction of time spent waiting for data), `skipped` (updates) and `bad_records`.
+      steps: number of steps of the whole run.
+      batch_size: samples per step.
     """
     parts = [f"step {row['step']:.0f}/{steps}", f"loss {row['train/loss']:.4f}"]
     for name, text in [
@@ -171,7 +170,7 @@ def progress_line(row: Mapping[str, float], steps: int, batch_size: int) -> str:
 
 
 def evaluation_line(step: int, steps: int, scores: Mapping[str, float]) -> str:
-    """An evaluation's scores as one line."""
+    """The scores of an evaluation as one line."""
     texts = {
         "val/psnr": "psnr {:.2f} dB",
         "val/iou": "IoU {:.3f}",

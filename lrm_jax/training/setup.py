@@ -1,4 +1,4 @@
-"""What a config makes: the model, the programs of a run, and the shapes and shardings that they take."""
+"""Sets up a run from a config: the model, the compiled programs, and the shapes and shardings of their arguments."""
 
 import functools
 from collections.abc import Callable
@@ -21,17 +21,17 @@ from lrm_jax.weights import loading
 
 
 class Run(NamedTuple):
-    """The compiled functions of a run, and the shapes and shardings that they take."""
+    """The compiled functions of a run, and the shapes and shardings of its state."""
 
     model: nn.Module
-    init: Callable[[Any], TrainState]  # from parameters, or from None: random ones
+    init: Callable[[Any], TrainState]  # from parameters; None: random parameters
     step: Callable[[TrainState, Batch, dict], tuple[TrainState, dict]]  # donates the state
-    evaluate: Callable[[Any, Batch], tuple[dict, dict]]  # scores, and the batch's images for a grid
+    evaluate: Callable[[Any, Batch], tuple[dict, dict]]  # scores, and images for a grid
     abstract_state: TrainState  # ShapeDtypeStructs with shardings
 
 
 def make_run(config: ConfigDict, device_mesh: Mesh) -> Run:
-    """Everything of a run that is jitted. Nothing is allocated or compiled before it is called."""
+    """Sets up all jitted functions of a run. Nothing is allocated or compiled until they are called."""
     train = config.train
     check_counts(train)
     model = build_model(**config.model)
@@ -100,14 +100,14 @@ def make_run(config: ConfigDict, device_mesh: Mesh) -> Run:
         model=model,
         init=start,
         step=sharding.jit(step, donate_argnums=0, out_shardings=(shardings, replicated)),
-        # Renderings stay where they were made: those of a whole batch would not fit one device.
+        # Renderings stay sharded: those of a whole batch would not fit on one device.
         evaluate=sharding.jit(evaluate, out_shardings=(replicated, split)),
         abstract_state=checkpoints.abstract(shapes, shardings),
     )
 
 
 def trace_programs(config: ConfigDict, device_mesh: Mesh) -> dict[str, jax.stages.Traced]:
-    """The "step" and the "evaluation" of a run, traced for a device mesh; nothing is allocated or compiled."""
+    """The "step" and the "evaluation" of a run, traced for a device mesh. Nothing is allocated or compiled."""
     check_batch_size(config, device_mesh)
     run = make_run(config, device_mesh)
     batch, held_out = (
@@ -121,7 +121,7 @@ def trace_programs(config: ConfigDict, device_mesh: Mesh) -> dict[str, jax.stage
 
 
 def abstract_batch(config: ConfigDict, device_mesh: Mesh, batch_size: int) -> Batch:
-    """A global batch of the config's images as ShapeDtypeStructs, split over the device mesh."""
+    """The shapes of a global batch: ShapeDtypeStructs, split over the device mesh."""
     data = config.data
     split = NamedSharding(device_mesh, PartitionSpec(sharding.BATCH_AXES))
 
@@ -144,14 +144,14 @@ def abstract_batch(config: ConfigDict, device_mesh: Mesh, batch_size: int) -> Ba
 
 
 def check_counts(train: ConfigDict) -> None:
-    """Raises InputError for a number of steps, batches or pixels below 1."""
+    """Raises InputError if a number of steps, parts, scenes, checkpoints or pixels is below 1."""
     for name in ("steps", "patch", "accumulate", "log_every", "save_every", "keep", "eval_every", "eval_scenes"):  # fmt: skip
         if train[name] < 1:
             raise InputError(f"train.{name}={train[name]}: must be at least 1")
 
 
 def build_model(name: str, variant: str, **fields) -> nn.Module:
-    """`models.build`, with its errors as a person should see them."""
+    """`models.build`, with errors for the user (InputError)."""
     try:
         return build(name, variant, **fields)
     except ValueError as error:
@@ -159,10 +159,10 @@ def build_model(name: str, variant: str, **fields) -> nn.Module:
 
 
 def initial_params(run: Run, init_from: str):
-    """Parameters of `train.init_from`, which is anything that `lrm reconstruct --weights` takes; None where it is empty.
+    """The parameters of `train.init_from`, or None if it is empty. It may be anything that `lrm reconstruct --weights` takes.
 
     Raises:
-      InputError: its parameters have other names or shapes than the config's model.
+      InputError: the parameters differ from those of the config's model in names or shapes.
     """
     if not init_from:
         return None
@@ -177,19 +177,19 @@ def initial_params(run: Run, init_from: str):
         name = wrong[0]
         raise InputError(
             f"train.init_from={init_from}: {len(wrong)} parameters are not those of config.model, the first {name}: "
-            f"{found.get(name, 'absent')} there, {wanted.get(name, 'absent')} here: set config.model to that model"
+            f"{found.get(name, 'absent')} there, {wanted.get(name, 'absent')} in config.model: change config.model to match"
         )
     return params
 
 
 def check_assumed_camera(config: ConfigDict, model: nn.Module) -> None:
-    """Raises InputError where images give the world (data.normalize="image") and the model assumes another camera than the data."""
+    """Raises InputError if data.normalize is "image" and the model assumes another camera than the data."""
     if config.data.get("normalize") != "image":
         return
     check_normalize(config.data.normalize, config.data.assumed_camera)
     if not hasattr(model, "prepare"):
         raise InputError(
-            f"data.normalize=image: {config.model.name} is given true cameras: choose another"
+            f"data.normalize=image: {config.model.name} takes true cameras: choose another value"
         )
     distance, fov = config.data.assumed_camera
     blank = np.full((model.image_size, model.image_size, 4), 255, np.uint8)
@@ -200,12 +200,12 @@ def check_assumed_camera(config: ConfigDict, model: nn.Module) -> None:
     if not (at_azimuth_0 and np.allclose((np.hypot(x, z), focal), named, atol=1e-3)):
         raise InputError(
             f"data.assumed_camera={(distance, fov)}: is not the camera that {config.model.name}:{config.model.variant} "
-            "assumes, at azimuth 0: make them equal (distance, field of view)"
+            "assumes, at azimuth 0: set it to the (distance, field of view) of the model"
         )
 
 
 def check_batch_size(config: ConfigDict, device_mesh: Mesh) -> None:
-    """Raises InputError where the batch does not divide over accumulation steps and the batch axes of the device mesh."""
+    """Raises InputError if the batch does not divide over accumulation steps and the batch axes of the device mesh."""
     check_counts(config.train)
     shards = batch_axes.num_batch_shards(device_mesh) * config.train.accumulate
     if config.data.batch_size % shards:
@@ -217,10 +217,10 @@ def check_batch_size(config: ConfigDict, device_mesh: Mesh) -> None:
 
 
 def eval_batch_size(train: ConfigDict, device_mesh: Mesh) -> int:
-    """How many scenes are evaluated at a time.
+    """The number of scenes that are evaluated at a time.
 
     Raises:
-      InputError: they do not divide over the batch axes of the device mesh.
+      InputError: this number does not divide over the batch axes of the device mesh.
     """
     shards = batch_axes.num_batch_shards(device_mesh)
     size = shards if train.eval_batch_size is None else train.eval_batch_size

@@ -34,22 +34,22 @@ def train_step(
     accumulate: int,
     ema_decay: float,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update: a random window of every target view, on a random background, against its rendering.
+    """One update: compares a random window of each target view with its rendering, both on a random background.
 
     Args:
-      state: donated by the caller.
-      batch: straight colour and alpha, or opaque images; uint8, or floats in [0, 1].
-      networks: parameters of the frozen networks of the losses, see `losses.terms`.
-      source_background: grey that the source views are composited on.
+      state: the caller donates its buffers.
+      batch: images with straight colour and alpha, or opaque images; uint8, or floats in [0, 1].
+      networks: parameters of the frozen networks of losses, see `losses.terms`.
+      source_background: grey level behind the source views.
       patch, render_size, antialias, foreground_crops: see `random_crops`.
-      recolor: every other scene on average, the colours of all images change: see `recolored`.
-      backgrounds: greys of which each target view gets one (OpenLRM: 0, 0.5, 1); empty: any colour.
-      accumulate: equal parts that the batch is processed in, one after the other; the gradient is their mean.
-      ema_decay: of the running mean of the parameters, reached after 10 / (1 - ema_decay) steps.
+      recolor: change the colours of half of the scenes, at random: see `recolored`.
+      backgrounds: grey levels; each target view gets one at random (OpenLRM: 0, 0.5, 1). Empty: any colour.
+      accumulate: number of equal parts that the batch is split into. They are processed in turn; the gradient is their mean.
+      ema_decay: decay of the running mean of the parameters. It is reached after about 10 / (1 - ema_decay) steps.
 
     Returns:
-      The new state, and scalars by name: the losses and the PSNR of the mean error of all windows as `train/...`; the
-      gradient's norm before clipping, the updates skipped so far, the learning rate.
+      The new state, and scalars by name: the losses and the PSNR of the mean error over all windows, as `train/...`; the
+      gradient norm before clipping, the number of updates skipped so far, and the learning rate.
     """
 
     def total_loss(params, part: Batch, key):
@@ -84,7 +84,7 @@ def train_step(
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema_params = running_mean(state.ema_params, params, state.step, ema_decay)
-    # Of the mean error: a mean of the windows' dB would be of the empty ones, which are perfect at once.
+    # PSNR of the mean error: empty windows, which soon become perfect, would dominate a mean of PSNRs.
     scalars["psnr"] = image_metrics.decibels(scalars.pop("square_error"))
     scalars = {f"train/{name}": value for name, value in scalars.items()} | {
         "grad_norm": optim.grad_norm(opt_state),
@@ -98,7 +98,7 @@ def train_step(
 
 
 def running_mean(ema_params, params, step, decay: float):
-    """The running mean of the parameters after a step: its decay grows to `decay` over 10 / (1 - decay) steps."""
+    """The running mean of the parameters after a step. Its decay grows to `decay` over about 10 / (1 - decay) steps."""
     decay = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
     return jax.tree.map(lambda old, new: old + (1 - decay) * (new - old), ema_params, params)
 
@@ -106,11 +106,11 @@ def running_mean(ema_params, params, step, decay: float):
 def eval_step(
     params, batch: Batch, *, model: nn.Module, source_background: float
 ) -> tuple[dict[str, jax.Array], Rendering]:
-    """The whole target views on white, without a key.
+    """Renders and scores whole target views on white, without randomness.
 
     Returns:
-      "psnr" in dB and, where the family renders alpha, "iou" of the foreground, [B V] each, and "is_source", whether the view
-      is one of those that are given; the views [B V H W], their colour on white.
+      Scores [B V] by name: "psnr" in dB; "iou" of the foreground, if the family renders alpha; "is_source", whether the model
+      was given this view. And the renderings [B V H W], with colour on white.
     """
     batch = batch_axes.constrain_batch(batch)
     target = premultiplied(batch.target)
@@ -130,7 +130,7 @@ def eval_step(
 
 
 def is_source(batch: Batch) -> jax.Array:
-    """Which target views [B V] are taken from the pose of a source, and so show nothing new."""
+    """Whether each target view [B V] has the pose of a source, and so shows nothing new."""
     source_BN44, target_BV44 = batch.source.cameras.c2w, batch.target.cameras.c2w
     difference = jnp.abs(target_BV44[:, :, None] - source_BN44[:, None]).max((-2, -1))
     return (difference < 1e-5).any(-1)
@@ -144,7 +144,7 @@ def init_state(
     source: Views,
     patch: int,
 ) -> TrainState:
-    """The state before the first step. Of the source views and the windows only the shapes matter."""
+    """The state before the first step. Only the shapes of `source` and the window matter."""
     init_key, key = jax.random.split(jax.random.key(seed))
     views = jax.tree.map(lambda x: jnp.zeros((1, *x.shape[1:])), source.replace(alpha=None))
     shape = (1, 1, patch, patch, 3)
@@ -160,9 +160,9 @@ def init_state(
 
 
 def needed_flops(model: nn.Module, patch: int, params, batch: Batch) -> float:
-    """Operations of a step that repeats none: three times the model's forward products, as the gradient has twice as many.
+    """Operations of a step without repeated ones: three times the model's forward products, since the gradient has twice as many.
 
-    Those of a CPU's program, whatever runs: a TPU's attention pads.
+    They are counted for a CPU, on any device, because a TPU's attention adds padding.
 
     Args:
       patch: side of the window of each target view, pixels.
@@ -187,16 +187,16 @@ def random_crops(
     antialias: bool,
     foreground: bool,
 ) -> tuple[Rendering, Cameras]:
-    """A window of `patch` x `patch` pixels of every view, premultiplied, and the camera that sees just it.
+    """A random window of `patch` x `patch` pixels from each view, premultiplied, and the camera that sees exactly this window.
 
     Args:
       views: [B V], square.
-      render_size: the whole image is first resized to a side drawn from low..high for each scene, so that the window shows
-        more or less of it. OpenLRM: openlrm/datasets/objaverse.py:104-114 at 3108b69.
-      antialias: of that resize. Without it a window has points of the sharp image (bilinear between its nearest pixels), with
-        gaps between them: few rays that see much of it (GRAF, https://arxiv.org/abs/2007.02442, section 3.2).
-      foreground: a window is centred on a pixel of the object nine times out of ten, instead of lying anywhere. TripoSR
-        (https://arxiv.org/abs/2403.02151, section 2.3) crops so "to focus on the foreground", without saying how.
+      render_size: (low, high). First, the whole image is resized to a side drawn from this range for each scene, so that the
+        window covers more or less of it. As in OpenLRM, openlrm/datasets/objaverse.py:104-114 at 3108b69.
+      antialias: antialias that resize. Otherwise a window samples the sharp image (bilinearly) at points with gaps between them,
+        so that few rays cover a large part of it (GRAF, https://arxiv.org/abs/2007.02442, section 3.2).
+      foreground: centre nine of ten windows on a pixel of the object, at random; the tenth lies anywhere. TripoSR
+        (https://arxiv.org/abs/2403.02151, section 2.3) crops "to focus on the foreground", without saying how.
     """
     size_key, corner_key, pixel_key = jax.random.split(key, 3)
     whole, shape = premultiplied(views), views.rgb.shape[:2]
@@ -234,7 +234,7 @@ def random_crops(
 
 
 def _around_foreground(key, alpha_BVHW, place_BV2, patch, free_BV1):
-    """Places in [0, 1] whose windows are centred on a pixel of the object; one in ten stays as it is."""
+    """Moves windows, given by places in [0, 1], so that each is centred on a pixel of the object. One in ten stays in place."""
     which_key, pixel_key = jax.random.split(key)
     height, width = alpha_BVHW.shape[2:]
     pixel_BV = jax.random.categorical(
@@ -248,7 +248,7 @@ def _around_foreground(key, alpha_BVHW, place_BV2, patch, free_BV1):
 
 
 def recolored(key: jax.Array, batch: Batch) -> Batch:
-    """In every other scene on average, the colour channels change places and are darkened by factors of 0.6 to 1 each."""
+    """In half of the scenes, at random, permutes the colour channels and darkens each by a factor from 0.6 to 1."""
     which_key, order_key, factor_key = jax.random.split(key, 3)
     count = batch.source.rgb.shape[0]
     order_B3 = jax.random.permutation(
@@ -266,7 +266,7 @@ def recolored(key: jax.Array, batch: Batch) -> Batch:
 
 
 def random_backgrounds(key: jax.Array, shape: tuple[int, int], greys: tuple[float, ...]):
-    """A colour for every view, [B V 1 1 3]: one of `greys`, or, where there are none, any."""
+    """A random colour for each view, [B V 1 1 3]: one of `greys`, or any colour if `greys` is empty."""
     if not greys:
         return jax.random.uniform(key, (*shape, 1, 1, 3))
     grey = jax.random.choice(key, jnp.array(greys, jnp.float32), (*shape, 1, 1, 1))
@@ -279,7 +279,7 @@ def _encode_and_render(model, source, rays, key):
 
 
 def _accumulated(gradient, batch: Batch, key, count: int):
-    """The mean gradient and scalars over `count` parts of the batch, one after the other."""
+    """The mean gradient and scalars over `count` parts of the batch, processed in turn."""
     parts = batch_axes.micro_batches(batch, count)
 
     def add(total, inputs):

@@ -1,4 +1,4 @@
-"""The validation of a run: scores of held-out scenes, and a grid of images."""
+"""Validates a run: scores of held-out scenes, and a grid of images."""
 
 import contextlib
 
@@ -20,10 +20,11 @@ from lrm_jax.training.setup import Run, eval_batch_size
 def evaluate(
     run: Run, params, data: Data, device_mesh: Mesh, train: ConfigDict
 ) -> tuple[dict[str, float], np.ndarray]:
-    """Mean scores of the first `train.eval_scenes` held-out scenes, and a grid of the first few that this process has.
+    """Mean scores of the first `train.eval_scenes` held-out scenes, and an image grid of the first few on this process.
 
     Returns:
-      "val/psnr" and, of families with alpha, "val/iou", of the views that were not given; "val/source_psnr" of those that were.
+      "val/psnr" and, for families with alpha, "val/iou", over views that the model was not given; "val/source_psnr", over views
+      that it was given. And the grid, uint8 [height width 3].
     """
     batch_size = eval_batch_size(train, device_mesh)
     num_scenes, rows, shown = min(train.eval_scenes, data.num_val), [], []
@@ -40,8 +41,8 @@ def evaluate(
             if missing > 0:
                 shown.append(batch_axes.local_rows(of_batch, missing))
                 missing -= len(shown[-1]["source"])
-            del of_batch  # before the next batch
-    # The last batch is filled up.
+            del of_batch  # free it before the next batch
+    # The last batch was filled up with other scenes: drop their scores.
     of_views = {k: np.concatenate([row[k] for row in rows])[:num_scenes] for k in rows[0]}
     is_source = of_views.pop("is_source")
     means = {f"val/{k}": v[~is_source].mean() for k, v in of_views.items() if not is_source.all()}

@@ -1,1 +1,1 @@
-"""Files of weights: of ours, of the PyTorch references, of runs, from Hugging Face."""
+"""Weights: our model files, checkpoints of the PyTorch references, training runs, downloads from Hugging Face."""

@@ -1,4 +1,4 @@
-"""Models as their PyTorch references read them, with what the references have no place for beside them."""
+"""Writes models as their PyTorch references read them, and beside them a record of what the references' files cannot hold."""
 
 import json
 import logging
@@ -17,7 +17,7 @@ from lrm_jax.weights import tensor_files
 from lrm_jax.weights.model_file import RECORD, read_record, record_text
 from lrm_jax.weights.references import CONFIG_NAMES, TITLES, family
 
-# What the references' code does not let a config choose, beside the encoders.
+# Fields that the references' code fixes, so that no config can change them; besides the encoders.
 FIXED = {
     "triposr": {"upsample": 2, "symmetric": False},
     "lrm": {"camera_numbers": 16, "decoder_layers": 4, "decoder_width": 64, "radius": 1.0},
@@ -31,17 +31,17 @@ def write_reference(
     training: Mapping | None = None,
     force: bool = False,
 ) -> list[Path]:
-    """Writes the files of a model as its reference reads them into `folder`, all or none of them. Returns their paths.
+    """Writes a model to `folder` in the files that its reference reads, all or none of them. Returns their paths.
 
-    Last of them is our record of the model's fields and training. It is a file of its own because the references' configs have no
-    room for it: TripoSR's structured config and the constructor that OpenLRM gives its config to refuse a key they do not know.
+    The last file is our record of the model's fields and training. It is separate because the references' configs have no room
+    for it: TripoSR's structured config, and the constructor that OpenLRM passes its config to, refuse unknown keys.
 
     Args:
-      force: also write what the reference's code cannot load, with a warning.
+      force: write the model even if the reference's code cannot load it, with a warning.
 
     Raises:
-      InputError: the reference cannot load the model, or has no names for some of its parameters; or `folder` has the record of
-        other weights.
+      InputError: the reference cannot load the model, or has no names for some of its parameters; or `folder` has a record that
+        belongs to other weights.
     """
     name = models.name_of(model)
     odd = not_loadable(model)
@@ -54,7 +54,7 @@ def write_reference(
     record = folder / RECORD
     other = read_record(folder)["weights"] if record.exists() else weights_path.name
     if other != weights_path.name and (folder / other).exists():
-        raise InputError(f"{folder}: its {RECORD} is that of its {other}: name another folder")
+        raise InputError(f"{folder}: its {RECORD} belongs to {other}: choose another folder")
     texts = {record: record_text(model, training or {}, weights_path.name)}
     if name in CONFIG_NAMES:
         texts = {folder / CONFIG_NAMES[name]: _config_text(model, name)} | texts
@@ -73,7 +73,7 @@ def write_reference(
 
 
 def not_loadable(model: nn.Module) -> list[str]:
-    """What of `model` its reference has written into its code otherwise, or has no name for: fields and values."""
+    """The fields of `model`, with values, that its reference's code fixes to another value or has no name for."""
     name = models.name_of(model)
     if name not in FIXED:
         return []
@@ -81,7 +81,7 @@ def not_loadable(model: nn.Module) -> list[str]:
     dino = published is not None and published.startswith("facebook/")
     known = dino or (name == "lrm" and model.release == "1.1" and published is not None)
     if name == "lrm":
-        # OpenLRM halves its samples between the passes, and prepares images as the encoder was trained.
+        # OpenLRM splits its samples equally between the two passes, and normalises images as its encoder was trained.
         fixed |= {"num_importance": model.num_samples}
         fixed |= {"normalize_image": dino} if known else {}
     odd = [] if known else ["encoder"]
@@ -90,7 +90,7 @@ def not_loadable(model: nn.Module) -> list[str]:
 
 
 def state_dict(model: nn.Module, params: Mapping) -> dict:
-    """The reference's state dict. Raises InputError where it has no names for some of the parameters."""
+    """The reference's state dict. Raises InputError if the reference has no names for some of the parameters."""
     module = family(models.name_of(model))
     root = {"encoder": params} if module is encoders else params
     named = {path for entry in module.entries(model) for path in entry.ours}
@@ -124,7 +124,7 @@ def _write_weights(path, model, state):
     elif name == "lvsm":
         tensor_files.write_torch(path, {"model": state})
     elif name == "lrm" and model.release == "1.0":
-        # The render size is only that of the reference's own videos.
+        # The render size matters only for the reference's own videos.
         infer = {"source_size": model.image_size, "render_size": 192}
         kwargs = {"model": family(name).config_to_torch(model), "infer": infer}
         tensor_files.write_torch(path, {"weights": state, "kwargs": kwargs})

@@ -1,4 +1,4 @@
-"""Weights from anywhere: our model files, training runs, the references' checkpoints, Hugging Face."""
+"""Loads weights from anywhere: our model files, training runs, the references' checkpoints, Hugging Face."""
 
 import json
 import posixpath
@@ -38,39 +38,37 @@ def load_weights(
     """Loads a reconstruction model.
 
     Args:
-      weights: a model file, a reference's checkpoint file, a folder with one (the form of a Hugging Face snapshot), a training
-        workdir, `WORKDIR@STEP` for one of its steps, `hf:ORG/NAME`, `hf:ORG/NAME/FILE`, or None for the bundled model.
-      dtype: what the module computes in, "float32", "bfloat16" or "float16"; None: as it comes, which is float32.
+      weights: a model file, a reference's checkpoint file, a folder with one (such as a Hugging Face snapshot), the workdir of a
+        training run, `WORKDIR@STEP` for one of its steps, `hf:ORG/NAME`, `hf:ORG/NAME/FILE`, or None for the bundled model.
+      dtype: what the module computes in: "float32", "bfloat16" or "float16". None: the module's default, float32.
 
     Returns:
-      The module, its parameters (float32, on the device), and a dict of `family`, `variant`, `training`, `path`, and `assumed`:
-      a line for each field that neither shapes nor a config nor a record of ours tells.
+      The module, its parameters (float32, on the device), and a dict of `family`, `variant`, `training`, `path` and `assumed`:
+      a line for each field that follows neither from shapes, nor from a config, nor from a record of ours.
 
     Raises:
-      InputError: no such file, damaged, of no known family, or with other tensors than its family has; an unknown `dtype`.
+      InputError: the file is missing, damaged, of no known family, or does not have its family's tensors; `dtype` is unknown.
     """
     if dtype is not None and dtype not in DTYPES:
-        raise InputError(f"dtype {dtype}: not one of {', '.join(DTYPES)}: choose one of these")
+        raise InputError(f"dtype {dtype}: not one of {', '.join(DTYPES)}: choose one of them")
     model, params, info = read_weights(weights)
     if not hasattr(model, "encode"):
         raise InputError(
-            f"{weights}: an image encoder alone: give a whole model, as hf:stabilityai/TripoSR"
+            f"{weights}: an image encoder alone: give a whole model, such as hf:stabilityai/TripoSR"
         )
     model = model if dtype is None else model.clone(dtype=dtype)
     flat = flatten_dict(params)
-    del (
-        params
-    )  # each array is freed once it is on the device: twice a full-size model is a laptop's memory
+    del params  # each array is freed once it is on the device: two copies of a full-size model fill a laptop's memory
     return model, unflatten_dict({k: jax.device_put(flat.pop(k)) for k in list(flat)}), info
 
 
 def training_data(training: dict) -> dict:
-    """The fields of the config's `data` in a model's record of training; {} where there is none."""
+    """The fields of `data` in the config of a model's training record; {} if there is none."""
     return training.get("config", {}).get("data", {})
 
 
 def read_weights(weights: str | None) -> tuple[nn.Module, dict, dict]:
-    """As `load_weights`, for encoders too, with NumPy arrays."""
+    """As `load_weights`, but with NumPy arrays, and also for encoders alone."""
     path, step = _locate(weights)
     if step is not None or _is_workdir(path):
         model, params, training = _read_workdir(path, step)
@@ -85,7 +83,7 @@ def read_weights(weights: str | None) -> tuple[nn.Module, dict, dict]:
     for name, value in flatten_dict(params, sep=".").items():
         if not is_finite(value):
             raise InputError(
-                f"{path}: {name} has numbers that are not finite: damaged, or a run that diverged: use another file"
+                f"{path}: {name} has numbers that are not finite, so it is damaged or its run diverged: use another file"
             )
     info = {
         "family": models.name_of(model),
@@ -98,11 +96,11 @@ def read_weights(weights: str | None) -> tuple[nn.Module, dict, dict]:
 
 
 def _locate(weights):
-    """The path of a file or folder of weights, and the step that is asked for, if one is."""
+    """The path of a file or folder of weights, and the requested step or None."""
     if weights is None:
         if not BUNDLED.exists():
             raise InputError(
-                "this installation has no bundled model: give one with --weights, as hf:stabilityai/TripoSR"
+                "this installation has no bundled model: give one with --weights, such as hf:stabilityai/TripoSR"
             )
         return BUNDLED, None
     if weights.startswith("hf:"):
@@ -115,13 +113,13 @@ def _locate(weights):
         return Path(folder).expanduser(), int(step)
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", weights) and path.suffix not in SUFFIXES:
         raise InputError(
-            f"{weights}: no such file or folder: check the path, or write hf:{weights} for that of Hugging Face"
+            f"{weights}: no such file or folder: check the path, or write hf:{weights} for the one on Hugging Face"
         )
     return path, None
 
 
 def _from_file(content, metadata, path):
-    """The model, its parameters, its record of training and what was assumed, of a file that is read already."""
+    """The model, its parameters, its training record and what was assumed, from the content of a file."""
     if metadata.get("format") == FORMAT["format"]:
         return *from_model_file(content, metadata), []
     known = described(path)
@@ -134,22 +132,22 @@ def _from_file(content, metadata, path):
     except InputError as error:
         cause = str(error).removesuffix(": use an unchanged checkpoint")
         raise InputError(
-            f"{RECORD} beside it describes another model ({cause}): delete it if these weights replace those of it"
+            f"{RECORD} beside it describes another model ({cause}): delete it if these weights replace that model's"
         ) from error
 
 
 def download(name: str) -> Path:
-    """The folder of a Hugging Face repository, or one file of it, fetched or from the cache; only what the references use."""
+    """The local folder of a Hugging Face repository, or one file in it; downloads only files that the references use."""
     import huggingface_hub  # here: most commands need no network, and it is slow to import
 
     match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/([\w.-][\w./-]*))?", name)
     if match is None or ".." in name.split("/"):
         raise InputError(
-            f"hf:{name}: expected hf:ORG/NAME, as hf:stabilityai/TripoSR, or hf:ORG/NAME/FILE"
+            f"hf:{name}: expected hf:ORG/NAME, such as hf:stabilityai/TripoSR, or hf:ORG/NAME/FILE"
         )
     repository, file = match.groups()
     *first, fallback = (
-        WEIGHTS_NAMES  # some repositories have the same weights as both .safetensors and .bin
+        WEIGHTS_NAMES  # some repositories have the same weights as .safetensors and as .bin
     )
     for weights_names in ([file],) if file else (first, [fallback]):
         try:
@@ -160,7 +158,7 @@ def download(name: str) -> Path:
             folder = Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns))
         except (
             Exception
-        ) as error:  # errors of the hub, the HTTP client and the disk have no common base
+        ) as error:  # errors of the hub, the HTTP client and the disk have no common base class
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise InputError(
                 f"hf:{name}: cannot be downloaded ({reason}): check the name, the network and `hf auth login`,"
@@ -173,7 +171,7 @@ def download(name: str) -> Path:
     if file:
         raise InputError(f"hf:{name}: {repository} has no file {file}: check its name there")
     raise InputError(
-        f"hf:{name}: has none of {', '.join(WEIGHTS_NAMES)}: name the file of its weights, as hf:{name}/FILE"
+        f"hf:{name}: has none of {', '.join(WEIGHTS_NAMES)}: name its file of weights, as in hf:{name}/FILE"
     )
 
 
@@ -185,13 +183,13 @@ def _weights_in(folder):
     if len(files) != 1:
         has = f"several ({', '.join(path.name for path in files[:4])})" if files else "none"
         raise InputError(
-            f"{folder}: a folder with one file of weights was expected, this has {has}: give the file itself"
+            f"{folder}: expected a folder with one file of weights, this has {has}: give the file itself"
         )
     return files[0]
 
 
 def _is_workdir(path):
-    """Whether it is a training run's folder; one without steps but with a model file is what somebody kept of a run."""
+    """Whether `path` is the folder of a training run. Not if it has a model file and no steps: only the model was kept then."""
     steps = path / "checkpoints"
     return steps.is_dir() and (
         any(steps.iterdir()) or not any((path / name).exists() for name in WEIGHTS_NAMES)
@@ -201,7 +199,7 @@ def _is_workdir(path):
 def _read_workdir(workdir, step):
     if not (workdir / "checkpoints").is_dir():
         raise InputError(
-            f"{workdir}@{step}: {workdir} is not the folder of a training run, which has steps: leave out @{step}"
+            f"{workdir}@{step}: {workdir} is not the folder of a training run, so it has no steps: leave out @{step}"
         )
     from lrm_jax.training import checkpoints  # here: Orbax takes seconds to import
 
@@ -210,13 +208,13 @@ def _read_workdir(workdir, step):
         model = models.build(**what_it_is(config["model"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
-            f"{workdir}: its config.json is not that of a training run ({error}): give a model file"
+            f"{workdir}: its config.json is not from a training run ({error}): give a model file"
         ) from error
     with checkpoints.open_folder(workdir, read_only=True) as manager:
         kept = sorted(manager.all_steps())
         if not kept:
             raise InputError(
-                f"{workdir}: the run has not saved a checkpoint yet: wait for its first"
+                f"{workdir}: the run has not saved a checkpoint yet: wait for the first one"
             )
         if step is not None and step not in kept:
             raise InputError(

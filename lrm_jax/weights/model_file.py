@@ -1,5 +1,5 @@
-"""Our model file: a safetensors file of parameters by their dotted path, and in its metadata the family, its fields and a summary
-of the training. The same is recorded beside a checkpoint that is written for a reference, in `lrm_jax.json`.
+"""Our model file: a safetensors file of parameters, named by dotted path, with the family, its fields and a training summary in
+its metadata. Beside a checkpoint that is written for a reference, `lrm_jax.json` records the same metadata.
 """
 
 import contextlib
@@ -25,8 +25,8 @@ RECORD = "lrm_jax.json"
 
 
 def is_finite(array: np.ndarray) -> bool:
-    """Whether all numbers of an array are, without a second array of its size."""
-    # NaN is the maximum of whatever it is among; np.isfinite of the whole would make a temporary array.
+    """Whether all numbers of an array are finite, without a second array of its size."""
+    # The maximum of an array with a NaN is NaN. np.isfinite of the whole array would make a temporary one.
     with np.errstate(invalid="ignore"):
         return np.isfinite(array.max(initial=0)) and np.isfinite(array.min(initial=0))
 
@@ -37,8 +37,8 @@ def save_model(
     """Writes our model file, whole or not at all.
 
     Args:
-      training: what people should know of where the parameters come from; JSON values.
-      dtype: how numbers are stored: "float32", or rounded to "float16" or "bfloat16".
+      training: what users should know about where the parameters come from; JSON values.
+      dtype: how numbers are stored: as "float32", or rounded to "float16" or "bfloat16".
 
     Raises:
       InputError: `path` cannot be written, or a parameter is not finite in `dtype`.
@@ -59,10 +59,10 @@ def save_model(
 
 
 def load_model(path: str | Path) -> tuple[nn.Module, dict, dict]:
-    """Reads a file of `save_model`: the module, float32 NumPy parameters, the training summary.
+    """Reads a file of `save_model`: the module, float32 NumPy parameters, and the training summary.
 
     Raises:
-      InputError: not such a file, of a later version, or with other tensors than its fields tell.
+      InputError: it is not such a file, is of a later version, or does not have the tensors of its fields.
     """
     content, metadata = tensor_files.read(path)
     try:
@@ -72,7 +72,7 @@ def load_model(path: str | Path) -> tuple[nn.Module, dict, dict]:
 
 
 def from_model_file(tensors: Mapping, metadata: Mapping) -> tuple[nn.Module, dict, dict]:
-    """What `load_model` returns, from the content of a file that is read already; the same errors, without its name."""
+    """What `load_model` returns, from a file's content. Raises the same errors, without the file's name."""
     if metadata.get("format") != FORMAT["format"]:
         raise InputError("not a model file of lrm_jax: make one with `lrm convert`")
     if metadata.get("version") != FORMAT["version"]:
@@ -111,7 +111,7 @@ def record_text(model: nn.Module, training: Mapping, weights: str) -> str:
 
 
 def read_record(folder: Path) -> dict:
-    """What `lrm_jax.json` in a folder holds. Raises InputError where it is damaged or of a later version."""
+    """The content of a folder's `lrm_jax.json`. Raises InputError if it is damaged or of a later version."""
     path = folder / RECORD
     with _description(str(path)):
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -124,9 +124,9 @@ def read_record(folder: Path) -> dict:
 
 
 def described(weights: Path) -> tuple[nn.Module, dict] | None:
-    """The model and the training summary of a reference's checkpoint that `lrm_jax.json` beside it tells; None where it does not.
+    """The model and training summary of a reference's checkpoint, from the `lrm_jax.json` beside it; None if there is none.
 
-    A record of another file is not of this one, unless that file is gone: this one was then renamed.
+    A record that names another file does not count, unless that file is gone: then these weights were renamed.
     """
     if not (weights.parent / RECORD).exists():
         return None
@@ -141,7 +141,7 @@ def described(weights: Path) -> tuple[nn.Module, dict] | None:
 
 @contextlib.contextmanager
 def _description(what):
-    """Turns what a damaged description raises into one line."""
+    """Turns the exceptions of a damaged description into a one-line InputError."""
     try:
         yield
     except InputError:
@@ -157,7 +157,7 @@ def _model_of(name, fields):
 
 
 def variant_of(model: nn.Module) -> str:
-    """The name of the variant that `model` is, or "custom"."""
+    """The name of the model's variant, or "custom"."""
     module = family(models.name_of(model))
     for name, fields in module.VARIANTS.items():
         if fields_of(module.MODEL(**fields)) == fields_of(model):
@@ -166,7 +166,7 @@ def variant_of(model: nn.Module) -> str:
 
 
 def fields_of(model: nn.Module) -> dict:
-    """The fields that make a model what it is, without those of how it is run."""
+    """The fields that define a model, without those of how it is run."""
     names = [
         k for k in type(model).__dataclass_fields__ if k not in ("parent", "name", *RUN_FIELDS)
     ]
@@ -174,7 +174,7 @@ def fields_of(model: nn.Module) -> dict:
 
 
 def _hashable(value):
-    """JSON has no tuples, and a module's fields no lists."""
+    """Lists as tuples: JSON has no tuples, and a module's fields must be hashable."""
     if isinstance(value, dict):
         return {k: _hashable(v) for k, v in value.items()}
     return tuple(_hashable(v) for v in value) if isinstance(value, list) else value

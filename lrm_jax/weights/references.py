@@ -1,4 +1,4 @@
-"""The references' checkpoints: recognising whose they are, and reading them. Strict: every tensor is accounted for."""
+"""The references' checkpoints: recognising their family, and reading them. Strict: every tensor is accounted for."""
 
 import dataclasses
 import json
@@ -18,25 +18,25 @@ from lrm_jax.models.parts import encoders, torch_layout
 from lrm_jax.types import Cameras, InputError, Rays, Views
 from lrm_jax.weights import tensor_files
 
-# The names that the references give their files; weights in the order in which they are looked for.
+# The references' file names; weights in the order of search.
 WEIGHTS_NAMES = ("model.safetensors", "model.ckpt", "model.pth", "pytorch_model.bin")
 CONFIG_NAMES = {"triposr": "config.yaml", "lrm": "config.json", "vit": "config.json"}
 TITLES = {"triposr": "TripoSR", "lrm": "OpenLRM", "lvsm": "LVSM", "vit": "DINO"}
-# How a model is run, not what it is.
+# Fields of how a model is run, not of what it is.
 RUN_FIELDS = ("dtype", "ray_chunk", "remat")
-# What a config says of the reference's classes and training, without effect on the result.
+# Settings of the reference's classes and training, without effect on the result.
 IGNORED_SETTINGS = re.compile(r".*_cls|.*model_name.*|encoder_freeze|architectures")
-# Activations of the density with the same values: they differ in the gradient.
+# Density activations with equal values; only their gradients differ.
 EXP = ("exp", "trunc_exp")
 
 
 def what_it_is(config: Mapping) -> dict:
-    """A config's `model` without how it is run."""
+    """A config's `model` without the fields of how it is run."""
     return {key: value for key, value in config.items() if key not in RUN_FIELDS}
 
 
 def family(name: str) -> ModuleType:
-    """The module of a model's family by `models.name_of`: as `models.family`, and "vit" for encoders alone."""
+    """The module of a family by the name of `models.name_of`: like `models.family`, but also "vit" for encoders alone."""
     return encoders if name == "vit" else models.family(name)
 
 
@@ -52,19 +52,19 @@ def from_reference(
 ) -> tuple[nn.Module, dict]:
     """The model that a reference's state dict belongs to, and its parameters.
 
-    Sizes come from the tensors' shapes. What shapes cannot tell (heads, samples, image size, radius) comes from `config`,
-    else from the published model of the same shapes.
+    Sizes come from the tensors' shapes. Fields that do not follow from shapes (heads, samples, image size, radius) come from
+    `config`, or else from the published model of the same shapes.
 
     Args:
       state: NumPy arrays under the reference's names: TripoSR, OpenLRM 1.0 and 1.1, LVSM, or a DINO v1 or DINOv2 encoder alone.
-        Wrappers of the names (`module.`, `_orig_mod.`, `backbone.`) are taken off, 16-bit numbers widened.
-      config: the reference's own: TripoSR's config.yaml, OpenLRM 1.1's config.json, 1.0's `kwargs["model"]`; with the key
-        `source_size` where OpenLRM's image size is not that of the published model of the same shapes. LVSM's:
-        `{"image_size": pixels}`, which its published checkpoints tell only by their files' names.
+        Prefixes of wrappers (`module.`, `_orig_mod.`, `backbone.`) are removed, and 16-bit numbers widened.
+      config: the reference's own: TripoSR's config.yaml, OpenLRM 1.1's config.json or 1.0's `kwargs["model"]`, with the key
+        `source_size` if OpenLRM's image size differs from the published model of the same shapes. For LVSM:
+        `{"image_size": pixels}`, which its published checkpoints state only in their file names.
 
     Raises:
-      InputError: an unknown family, something that neither shapes nor config tell, a config of another model, or tensors that
-        are missing, extra or mis-shaped.
+      InputError: an unknown family, a field that follows from neither shapes nor config, a config of another model, or tensors
+        that are missing, extra or mis-shaped.
     """
     model, state, _ = recognise(state, config)
     return model, family(models.name_of(model)).from_torch(state, model)
@@ -73,10 +73,10 @@ def from_reference(
 def recognise(
     state: Mapping[str, np.ndarray], config: Mapping | None = None
 ) -> tuple[nn.Module, dict[str, np.ndarray], list[str]]:
-    """As `from_reference`, with the checked state dict, float32 and named as `from_torch` wants it, for the parameters.
+    """As `from_reference`, but instead of parameters the checked state dict: float32, with the names of `from_torch`.
 
     Returns:
-      The model, its state dict, and what was assumed of it, for people: neither shapes nor `config` tell it.
+      The model, its state dict, and readable lines on what was assumed because it follows from neither shapes nor `config`.
     """
     module, state = _own_tensors(state)
     name, title = _name(module), TITLES[_name(module)]
@@ -85,12 +85,12 @@ def recognise(
     told = {} if config is None else _fields_from_config(module, config, published | fields)
     guessed = {}
     if name == "lrm" and config is not None and "image_size" not in published | told:
-        # OpenLRM 1.1's config.json does not tell it. At this size the encoder's positions are not resized.
+        # OpenLRM 1.1's config.json does not state it. At this size the encoder's positions are not resized.
         guessed["image_size"] = fields["encoder"]["grid"] * fields["encoder"]["patch"]
         logging.warning(
-            "its config tells no source_size: %d taken, its encoder's own", guessed["image_size"]
+            "its config has no source_size: %d is assumed, its encoder's own", guessed["image_size"]
         )
-    # Shapes do not depend on what they cannot tell, so the tensors are judged first, whatever else is missing.
+    # Shapes do not depend on the fields that are still missing, so the tensors are checked first.
     model = module.MODEL(**{**like, **fields, **guessed, **told})
     state = _checked(state, model, title)
     needed = [
@@ -98,12 +98,12 @@ def recognise(
     ]
     if missing := [k for k in needed if k not in published | fields | guessed | told]:
         raise InputError(
-            f"neither its shapes nor a config tell its {', '.join(missing)}, and no published {title} is of these sizes:"
+            f"neither its shapes nor a config determine its {', '.join(missing)}, and no published {title} has these sizes:"
             f" put its {CONFIG_NAMES[name]} beside it"
         )
     if name == "lvsm" and not told:
         logging.warning(
-            "the file's name does not end in _256 or _res512: images of %d pixels are taken",
+            "the file's name does not end in _256 or _res512: images of %d pixels are assumed",
             model.image_size,
         )
     elif config is not None and name in CONFIG_NAMES:
@@ -113,7 +113,7 @@ def recognise(
 
 
 def _assumed_heads(model):
-    """An encoder's heads, which no shape tells: `vit.hf_fields`."""
+    """A line on an encoder's number of heads, which does not follow from shapes: see `vit.hf_fields`."""
     if isinstance(model, encoders.MODEL):
         heads, width = model.num_heads, model.width
     elif "encoder" in type(model).__dataclass_fields__:
@@ -124,15 +124,15 @@ def _assumed_heads(model):
 
 
 def _assumed(model, is_published, guessed, known):
-    """A line for each field that is not in `known`: its value, and whose it is."""
+    """A line for each field that is not in `known`: its value, and where it comes from."""
     module, lines = family(models.name_of(model)), []
     title = TITLES[_name(module)]
     for name in (k for k in _own_fields(module) if k not in known):
         whose = f"{title}'s"
         if name in guessed:
-            whose = "that of its encoder, which resizes nothing then"
+            whose = "that of its encoder, whose positions need no resizing then"
         elif is_published and name in _choices(module):
-            whose = f"that of the published {title} of the same shapes"
+            whose = f"as in the published {title} of the same shapes"
         value = getattr(model, name)
         shown = f"{value:g}" if isinstance(value, float) else value
         lines.append(f"{name.replace('_', ' ')} {shown}: {whose}")
@@ -142,13 +142,13 @@ def _assumed(model, is_published, guessed, known):
 def from_checkpoint(
     content: object, path: Path, described: nn.Module | None = None
 ) -> tuple[nn.Module, dict, list[str]]:
-    """As `from_reference`, of what a checkpoint file holds; its config is in it (OpenLRM 1.0), beside it, or its name (LVSM).
+    """As `from_reference`, from a checkpoint file's content. Its config is in it (OpenLRM 1.0), beside it, or its name (LVSM).
 
     Args:
-      described: the model, where it is known; no config is read then.
+      described: the model, if it is known already; no config is read then.
 
     Returns:
-      The model, its parameters, and what was assumed of it, as `recognise` says it.
+      The model, its parameters, and what was assumed, as in `recognise`.
     """
     config = None
     while isinstance(content, dict) and not any(
@@ -175,7 +175,7 @@ def from_checkpoint(
         beside = path.parent / CONFIG_NAMES[name]
         config = _read_config(beside) if beside.exists() else None
         if name == "vit" and config is not None and "model_type" not in config:
-            config = None  # a reconstruction model's: torch hub's files have none
+            config = None  # it is a reconstruction model's: torch hub's files have none
     model, state, assumed = recognise(content, config)
     return model, family(name).from_torch(state, model), assumed
 
@@ -189,13 +189,13 @@ def _params_of(state, model):
 
 
 def name_config(path: Path) -> dict | None:
-    """The config of an LVSM checkpoint: the size of its images, which only the file's name tells, as `..._256`, `..._res512`."""
+    """The config of an LVSM checkpoint: its image size, which only the file name states, such as `..._256` or `..._res512`."""
     size = re.search(r"_(?:res(\d+)|(256|512))$", path.stem)
     return size and {"image_size": int(size[1] or size[2])}
 
 
 def check_state_dict(content: object) -> None:
-    """Raises InputError where what a file holds is not a dict of named tensors."""
+    """Raises InputError unless a file's content is a dict of named tensors."""
     if not isinstance(content, dict) or not content:
         raise InputError(
             f"it holds a {type(content).__name__} where a state dict was expected: save the model's state_dict()"
@@ -209,7 +209,7 @@ def check_state_dict(content: object) -> None:
 
 def _read_config(path):
     try:
-        # JSON is YAML but for numbers like 1e-12.
+        # YAML reads JSON, except for numbers like 1e-12.
         load = json.loads if path.suffix == ".json" else yaml.safe_load
         config = load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -218,13 +218,13 @@ def _read_config(path):
         ) from error
     if not isinstance(config, dict):
         raise InputError(
-            f"{path.name} beside it is not a table of settings: put the checkpoint's own there"
+            f"{path.name} beside it is not a mapping of settings: put the checkpoint's own there"
         )
     return config
 
 
 def _unwrapped(state):
-    """Without the prefixes that torch.compile and data-parallel wrappers put before names."""
+    """Removes the prefixes that torch.compile and data-parallel wrappers add to names."""
     return {
         re.sub(r"(^|\.)((_orig_mod|module)\.)+", r"\1", name): value
         for name, value in state.items()
@@ -232,7 +232,7 @@ def _unwrapped(state):
 
 
 def _own_tensors(state):
-    """The family of a state dict, and the tensors that are the model's own, without wrappers of the names."""
+    """The family of a state dict, and the tensors of the model itself, without prefixes of wrappers."""
     state = _unwrapped(state)
     module = _family_of(state)
     if module is encoders:
@@ -242,7 +242,7 @@ def _own_tensors(state):
 
 
 def _checked(state, model, title):
-    """A model's own tensors, float32, under the names of `entries`; InputError where they are not the model's."""
+    """A model's own tensors, float32, under the names of `entries`. Raises InputError if they are not the model's."""
     if isinstance(model, encoders.MODEL):
         state = encoders.transformers_names(state)
     try:
@@ -250,14 +250,14 @@ def _checked(state, model, title):
     except (TypeError, ValueError, ArithmeticError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(
-            f"no {title} has its sizes ({reason}): use an unchanged checkpoint with its own config"
+            f"no {title} has these sizes ({reason}): use an unchanged checkpoint with its own config"
         ) from error
     tensor_files.check_names({k: v.shape for k, v in state.items()}, wanted, title)
     return {k: np.asarray(v, np.float32) for k, v in state.items()}
 
 
 def _family_of(state):
-    """Judged by many names, so that one that is missing or renamed is reported as such."""
+    """The family, judged by many names, so that a single missing or renamed tensor is reported as such."""
 
     def some(*prefixes):
         return any(name.startswith(prefixes) for name in state)
@@ -278,7 +278,7 @@ def _family_of(state):
         return encoders
     if some("features.0.", "lin0."):
         raise InputError(
-            "of a loss's network, not of a model: give torchvision's VGG16 and LPIPS's heads, `lrm convert"
+            "its tensors are of a loss network, not of a model: convert torchvision's VGG16 with LPIPS's heads, `lrm convert"
             " vgg16-397923af.pth lpips_vgg16.safetensors --linear vgg.pth`"
         )
     raise InputError(
@@ -305,7 +305,7 @@ def _fields_from_shapes(module, state, title):
     encoder = fields if module is encoders else fields.get("encoder")
     if encoder and encoder["width"] % 64:
         logging.warning(
-            "an encoder of width %d, not of heads of 64: %d taken",
+            "the encoder's width %d is not a multiple of 64: %d heads are assumed",
             encoder["width"],
             encoder["num_heads"],
         )
@@ -313,7 +313,7 @@ def _fields_from_shapes(module, state, title):
 
 
 def _published_like(module, fields):
-    """All fields of a published model, of the same shapes if there is one; and those of them that hold for `fields` too."""
+    """All fields of a published model, of the same shapes if there is one; and those of them that also apply to `fields`."""
     defaults = {k: module.MODEL.__dataclass_fields__[k].default for k in _own_fields(module)}
     published = [
         {k: v for k, v in (defaults | variant).items() if k not in RUN_FIELDS}
@@ -326,12 +326,12 @@ def _published_like(module, fields):
     like = published[0]
     if _name(module) not in CONFIG_NAMES:
         return like, {}
-    # At other sizes, what the reference's config tells is a checkpoint's choice; the rest is the same for all.
+    # At other sizes, the reference's config may choose some fields for each checkpoint; the others are always the same.
     return like, {k: v for k, v in like.items() if k not in _choices(module)}
 
 
 def _choices(module):
-    """The fields that the reference's config tells, or the file's name."""
+    """The fields that the reference's config states, or the file's name."""
     if _name(module) not in CONFIG_NAMES:
         return {"image_size"}
     model = module.MODEL(**next(iter(module.VARIANTS.values())))
@@ -339,13 +339,13 @@ def _choices(module):
 
 
 def _own_fields(module):
-    """The names of the fields that make a model of a family what it is."""
+    """The names of the fields that define a model of a family."""
     skipped = ("parent", "name", *RUN_FIELDS)
     return [k for k in module.MODEL.__dataclass_fields__ if k not in skipped]
 
 
 def _fields_from_config(module, config, fields):
-    """What `config` tells beyond `fields`."""
+    """The fields that `config` states, checked against `fields`."""
     try:
         told = module.fields_from_config(config)
     except (KeyError, TypeError) as error:
@@ -363,11 +363,11 @@ def _fields_from_config(module, config, fields):
     for name, low in least.items():
         if told.get(name, low) < low:
             raise InputError(
-                f"its config gives {told[name]} for {name}, at least {low} are needed: put the checkpoint's own config beside it"
+                f"its config gives {told[name]} for {name}, at least {low} is needed: put the checkpoint's own config beside it"
             )
     if (heads := told.get("num_heads")) and fields["width"] % heads:
         raise InputError(
-            f"its config's {heads} heads do not divide its width {fields['width']}: put its own config there"
+            f"its config's {heads} heads do not divide its width {fields['width']}: put the checkpoint's own config beside it"
         )
     return told
 
@@ -376,7 +376,7 @@ def _fields_from_config(module, config, fields):
 
 
 def torch_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """The names and shapes of the reference's tensors for `model`. Nothing is allocated."""
+    """The names and shapes of the reference's tensors for `model`. Allocates nothing."""
     module, shapes = family(models.name_of(model)), param_shapes(model)
     if module is encoders:
         return torch_layout.torch_shapes(module.entries(model), {"encoder": shapes})
@@ -401,7 +401,7 @@ def param_shapes(model: nn.Module) -> dict:
 
 
 def _check_config(config, ours, at=""):
-    """Raises InputError where the checkpoint's config says other than its tensors do, or asks for what is not built."""
+    """Raises InputError if the checkpoint's config contradicts its tensors, or asks for something that is not supported."""
     for key, value in ours.items():
         theirs = config.get(key, value)
         if IGNORED_SETTINGS.fullmatch(key):
@@ -410,5 +410,6 @@ def _check_config(config, ours, at=""):
             _check_config(theirs, value, f"{at}{key}.")
         elif theirs != value and not (theirs in EXP and value in EXP):
             raise InputError(
-                f"its config says {at}{key}: {theirs}, but its tensors, or what is supported, {value}: put its own config there"
+                f"its config says {at}{key}: {theirs}, but its tensors or the supported value say {value}: "
+                "put the checkpoint's own config beside it"
             )

@@ -1,9 +1,10 @@
-"""Files of named tensors: safetensors, and what `torch.save` writes, read and written without PyTorch; MATLAB's, read.
+"""Files of named tensors: reads and writes safetensors and `torch.save` files without PyTorch, and reads MATLAB files.
 
 A `torch.save` file is a zip archive of uncompressed members: `data.pkl`, a pickle that names its tensors' storages, and
 one member of raw bytes for each storage (format: https://github.com/pytorch/pytorch/blob/v2.6.0/torch/serialization.py).
-Before PyTorch 1.6 it was a row of pickles and then the storages, as in the files of torchvision to this day. A pickle is a program, so this one is run by an unpickler that knows tensors, OrderedDict and plain containers, and refuses
-every other name: what `torch.load(weights_only=True)` does.
+Before PyTorch 1.6 it was several pickles, then the storages; torchvision's files still are. A pickle is a program. We run it
+with an unpickler that knows tensors, OrderedDict and plain containers, and refuses every other name, as
+`torch.load(weights_only=True)` does.
 """
 
 import io
@@ -39,9 +40,10 @@ STORAGES = {
     "ByteStorage": np.dtype("u1"),
     "BoolStorage": np.dtype("?"),
 }
-# How a torch file older than PyTorch 1.6 begins, after a pickle's protocol: the first bytes of the long 0x1950a86a20f9469cfc6c.
+# The start of a torch file from before PyTorch 1.6, after the pickle's protocol: the first bytes of the long
+# 0x1950a86a20f9469cfc6c.
 OLD_TORCH = b"\x8a\x0a\x6c\xfc\x9c\x46"
-# The names of the element types that safetensors files are written with.
+# The element types that we write to safetensors files, and their names there.
 DTYPES = {
     np.dtype(np.float32): "F32",
     np.dtype(np.float16): "F16",
@@ -50,16 +52,16 @@ DTYPES = {
 
 
 def read(path: str | os.PathLike) -> tuple[object, dict[str, str]]:
-    """Reads a file of tensors, recognised by its first bytes and not by its name.
+    """Reads a file of tensors, recognised by its first bytes, not by its name.
 
     Returns:
-      What the file holds, and its metadata (empty for a torch file). A safetensors file holds a dict of arrays, a torch
-      file whatever was saved: dicts, lists and plain values with NumPy arrays for the tensors. The arrays of a torch file
-      are read-only views of the mapped file, not copies (but for files older than PyTorch 1.6); its checksums are verified.
-      A MATLAB 5 file holds its variables: structs are dicts, cell arrays lists or arrays of objects.
+      The file's content, and its metadata (empty for torch and MATLAB files). For a safetensors file, a dict of arrays. For a
+      torch file whatever was saved: dicts, lists and plain values, with NumPy arrays for the tensors. Its arrays are read-only
+      views of the mapped file, not copies (except for files from before PyTorch 1.6), and its checksums are verified. For a
+      MATLAB 5 file its variables: structs become dicts, cell arrays become lists or arrays of objects.
 
     Raises:
-      InputError: no such file, not a file of tensors, truncated, damaged, or a pickle with other things than tensors.
+      InputError: the file is missing, not a file of tensors, truncated, damaged, or a pickle of other things than tensors.
     """
     path = Path(path)
     try:
@@ -88,10 +90,10 @@ def read(path: str | os.PathLike) -> tuple[object, dict[str, str]]:
 
 
 def write_safetensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
-    """Writes `path` whole or not at all, one tensor in memory at a time; OSError where the system refuses.
+    """Writes `path` whole or not at all, with one tensor in memory at a time. Raises OSError if the system refuses.
 
-    The format is that of https://github.com/huggingface/safetensors: the library's own writer leaves files that only their
-    owner can read.
+    The format is that of https://github.com/huggingface/safetensors. The library's own writer is not used, because only the owner
+    can read its files.
     """
     header, end = {"__metadata__": metadata}, 0
     for name, array in tensors.items():
@@ -110,9 +112,9 @@ def write_safetensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict
 
 
 def write_torch(path: Path, content: object) -> None:
-    """Writes dicts, lists, plain values and arrays so that `torch.load(path, weights_only=True)` reads them, arrays as tensors.
+    """Writes dicts, lists, plain values and arrays for `torch.load(path, weights_only=True)`, which reads the arrays as tensors.
 
-    `path` is written whole or not at all; OSError where the system refuses.
+    `path` is written whole or not at all. Raises OSError if the system refuses.
     """
     arrays: list[np.ndarray] = []
     program = b"\x80\x02" + _pickled(content, arrays) + b"."
@@ -121,7 +123,8 @@ def write_torch(path: Path, content: object) -> None:
         archive.writestr("archive/byteorder", "little")
         for i, array in enumerate(arrays):
             member = zipfile.ZipInfo(f"archive/data/{i}")
-            # A padding field before the data: storages start on 64 bytes, so that a reader that maps them gets aligned arrays.
+            # A padding field before the data aligns storages to 64 bytes, so that a reader that maps the file gets aligned
+            # arrays.
             start = archive.fp.tell() + 30 + len(member.filename) + 4
             member.extra = struct.pack("<HH", 0x4246, -start % 64) + bytes(-start % 64)
             archive.writestr(member, _bytes(array))
@@ -129,7 +132,7 @@ def write_torch(path: Path, content: object) -> None:
 
 
 def check_names(found: Mapping[str, tuple], wanted: Mapping[str, tuple], title: str) -> None:
-    """Raises InputError, with the first few and their number, where names or shapes differ."""
+    """Raises InputError if names or shapes differ; the message has the first few and their number."""
     missing = [name for name in wanted if name not in found]
     extra = [name for name in found if name not in wanted]
     misshaped = [
@@ -157,7 +160,7 @@ def _read_safetensors(path):
         ValueError,
         TypeError,
         AttributeError,
-    ) as error:  # the latter: a dtype NumPy lacks
+    ) as error:  # the last: a dtype that NumPy lacks
         raise InputError(
             f"{path}: damaged or truncated safetensors file ({error}): download it again"
         ) from error
@@ -175,7 +178,7 @@ def _read_torch(path):
             )
         if "byteorder" in members and bytes(_member(mapped, members["byteorder"])) != b"little":
             raise InputError(
-                f"{path}: written on a big-endian machine: save it anew on a little-endian one"
+                f"{path}: written on a big-endian machine: save it again on a little-endian one"
             )
 
         def storage(key, dtype, size):
@@ -193,7 +196,7 @@ def _read_torch(path):
 
 
 def _read_old_torch(path):
-    """Pickles of a magic number, a version, the machine, the content and the storages' keys; then each storage's size and bytes."""
+    """Reads five pickles (magic number, version, machine, content, the storages' keys), then each storage's size and bytes."""
     try:
         with open(path, "rb") as file:
             length, storages = os.fstat(file.fileno()).st_size, {}
@@ -203,7 +206,7 @@ def _read_old_torch(path):
                     raise ValueError(f"storage {key} is larger than the file")
                 storages[key] = np.empty(
                     size, dtype
-                )  # filled below: its bytes come after the tensors
+                )  # filled below: its bytes come after the pickles
                 return storages[key]
 
             _, _, machine, content, keys = (
@@ -211,7 +214,7 @@ def _read_old_torch(path):
             )
             if not machine["little_endian"]:
                 raise InputError(
-                    f"{path}: written on a big-endian machine: save it anew on a little-endian one"
+                    f"{path}: written on a big-endian machine: save it again on a little-endian one"
                 )
             if set(keys) != set(storages):
                 raise ValueError("its storages are not those of its tensors")
@@ -233,7 +236,7 @@ def _damaged_torch(path, error):
 
 
 def _read_matlab(path):
-    import scipy.io  # here: only one network's weights are such a file
+    import scipy.io  # here: only one network's weights come as MATLAB files
 
     try:
         content = scipy.io.loadmat(path, simplify_cells=True)
@@ -246,7 +249,7 @@ def _read_matlab(path):
 
 
 def _member(mapped, member):
-    """The bytes of an archive's member, without a copy."""
+    """The bytes of an archive member, without a copy."""
     if member.compress_type != zipfile.ZIP_STORED:
         raise ValueError(f"{member.filename} is compressed")
     name_length, extra_length = struct.unpack_from("<HH", mapped, member.header_offset + 26)
@@ -254,13 +257,13 @@ def _member(mapped, member):
     data = memoryview(mapped)[start : start + member.file_size]
     if len(data) != member.file_size:
         raise ValueError(f"{member.filename} is cut short")
-    if member.CRC and zlib.crc32(data) != member.CRC:  # 0: torch was told not to write them
+    if member.CRC and zlib.crc32(data) != member.CRC:  # 0: torch was told not to write checksums
         raise ValueError(f"the checksum of {member.filename} is wrong")
     return data
 
 
 class _Unpickler(pickle.Unpickler):
-    """Runs the next pickle of `file`, allowing tensors and plain containers only; `storage(key, dtype, size)` gives an array."""
+    """Runs the next pickle of `file`. Allows only tensors and plain containers; `storage(key, dtype, size)` returns an array."""
 
     def __init__(self, path, file, storage):
         super().__init__(file, encoding="utf-8")
@@ -268,7 +271,7 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module, name):
         if module == "torch" and name in STORAGES:
-            return name  # a string, and no object that a hostile pickle could call or change
+            return name  # a string, not an object that a hostile pickle could call or change
         allowed = {
             ("collections", "OrderedDict"): OrderedDict,
             ("torch", "Size"): tuple,
@@ -279,7 +282,7 @@ class _Unpickler(pickle.Unpickler):
         }
         if (module, name) not in allowed:
             raise InputError(
-                f"{self.path}: its pickle asks for {module}.{name}, which is no tensor and could run code: refused;"
+                f"{self.path}: its pickle asks for {module}.{name}, which is not a tensor and could run code, so it is refused:"
                 " save its state dict alone, or as .safetensors"
             )
         return allowed[module, name]
@@ -292,14 +295,14 @@ class _Unpickler(pickle.Unpickler):
             self.storages[key] = self.storage(key, STORAGES[storage], size)
         if (
             view and view[0] is not None
-        ):  # before PyTorch 0.4: a part of a storage under its own key
+        ):  # before PyTorch 0.4: a part of a storage with a key of its own
             _, start, size = view[0]
             return self.storages[key][start : start + size]
         return self.storages[key]
 
 
 class _Parameter:
-    """A parameter as PyTorch before 0.4 pickled it: the tensor is an argument or, earlier, the first of five in the state."""
+    """A parameter as PyTorch before 0.4 pickled it: the tensor is an argument or, still earlier, the first of five states."""
 
     def __init__(self, tensor=None, *_):
         self.tensor = tensor
@@ -319,14 +322,14 @@ def _without_parameters(value):
 
 
 def _strided(storage, offset, shape, strides):
-    """A tensor's view of its storage. Checked: NumPy's as_strided would read outside of it."""
+    """A tensor's view of its storage. Bounds are checked, because NumPy's as_strided would read outside the storage."""
     if len(shape) != len(strides) or offset < 0 or min((*shape, *strides), default=0) < 0:
-        raise ValueError("a tensor of impossible strides")
+        raise ValueError("a tensor has impossible strides")
     if math.prod(shape) == 0:
         return np.empty(shape, storage.dtype)
     last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
     if last >= storage.size:
-        raise ValueError("a tensor reaches outside of its storage")
+        raise ValueError("a tensor reaches outside its storage")
     byte_strides = [stride * storage.itemsize for stride in strides]
     return np.lib.stride_tricks.as_strided(storage[offset:], shape, byte_strides, writeable=False)
 
@@ -336,14 +339,14 @@ def _bytes(array):
 
 
 def _pickled(value, arrays):
-    """The pickle program, protocol 2, that pushes `value`; appends its arrays, in the order of their storages."""
+    """The pickle program, protocol 2, that pushes `value`. Appends its arrays to `arrays`, in the order of their storages."""
     if isinstance(value, dict):
         items = b"".join(_pickled(k, arrays) + _pickled(v, arrays) for k, v in value.items())
         return b"}(" + items + b"u"
     if isinstance(value, list | tuple):
         return b"](" + b"".join(_pickled(v, arrays) for v in value) + b"e"
     if not isinstance(value, np.ndarray):
-        return pickle.dumps(value, protocol=2)[2:-1]  # without its header and its stop
+        return pickle.dumps(value, protocol=2)[2:-1]  # without the header and the STOP opcode
 
     def plain(x):
         return pickle.dumps(x, protocol=2)[2:-1]

@@ -6,12 +6,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import trimesh
 from flax.traverse_util import flatten_dict, unflatten_dict
 from PIL import Image
 from test_synthesize import init, ring, write_transforms
 
 from lrm_jax import __main__, api
 from lrm_jax.commands import checks
+from lrm_jax.types import InputError
 from lrm_jax.weights import loading, model_file
 
 
@@ -105,7 +107,7 @@ def test_a_scaled_decoder_does_not_look_right(check, write, bundled, factor):
 def test_a_model_that_is_declared_as_another_variant_does_not_look_right(check, write):
     fields = dict(radius=0.87, source_distance=1.9, source_elevation=0.0, surface_level=25.0)
     code, verdict, wrong = check(write(**fields))
-    assert code == 1 and "size" in wrong and "another size" in verdict
+    assert code == 1 and "size" in wrong and "wrong size" in verdict
 
 
 def test_an_untrained_model_does_not_look_right(check, write, bundled):
@@ -132,7 +134,7 @@ def test_weights_for_posed_images_are_checked_with_a_folder_of_them(check, tmp_p
     module, params = init("lvsm", 16)
     params = jax.tree.map(np.abs, params)  # a norm's scale is positive
     model_file.save_model(tmp_path / "lvsm.safetensors", module, params, {})
-    text = "looks right, as far as the tensors tell"
+    text = "looks right, judging by the tensors alone"
     assert check("lvsm.safetensors") == (0, text, set())
     write_transforms("scene", ring())
     code, _, wrong = check("lvsm.safetensors", "scene", "--json", "check.json")
@@ -177,17 +179,44 @@ def test_a_framed_image_does_not_tell_where_the_object_was_nor_how_large():
     assert checks.framed(np.zeros((8, 8, 4), np.float32)) is None
 
 
-def test_one_image_that_is_hard_for_the_model_does_not_condemn_it():
+def test_one_image_that_is_difficult_does_not_fail_the_model():
     good = {"low": 0, "high": 100, "inside": 0.1, "walls": 0, "largest": 1, "outline": 0.95, "psnr": 25, "margin": 10,
             "colour": 0.05, "saturated": 0, "opacity": 1, "fog": 0, "agreement": 0.9, "size": 1}  # fmt: skip
     hard = good | {"outline": 0.3, "size": 0.5}
     found = checks.judged({"thin": hard, "a": good, "b": good}, 5.0, knows_camera=True)
     assert not [x for x in found if x.ok is False]
     assert [x.text for x in found if x.name == "image"] == [
-        "hard for this model (outline, size), where the bundled examples are not"
+        "difficult for this model (outline, size); the bundled examples are not"
     ]
     found = checks.judged({"thin": hard, "a": hard, "b": good}, 5.0, knows_camera=True)
     assert {x.name for x in found if x.ok is False} == {"outline", "size"}
+
+
+class Ball:
+    """A scene whose mesh is closed, open, or not there."""
+
+    def __init__(self, kind: str):
+        self.kind = kind
+
+    def mesh(self, resolution: int) -> trimesh.Trimesh:
+        if self.kind == "none":
+            raise InputError("the surface is empty")
+        ball = trimesh.creation.icosphere(1)
+        return ball if self.kind == "closed" else ball.submesh([range(40)], append=True)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "ok", "text"),
+    [
+        (["closed", "none"], True, "80 triangles, watertight"),
+        (["open", "none", "closed"], None, "40 triangles, not watertight"),
+        (["none", "closed"], None, "the surface is empty"),
+        (["open", "none"], False, "40 triangles, not watertight"),
+    ],
+)
+def test_an_open_mesh_fails_the_model_if_all_are_open(kinds, ok, text):
+    found = checks.mesh([Ball(kind) for kind in kinds], 32)
+    assert (found.ok, found.text) == (ok, text)
 
 
 def test_an_image_beside_a_copy_of_itself_is_judged_without_it():

@@ -1,4 +1,4 @@
-"""The command with a model that knows the answer, so that every change of world and unit on the way shows."""
+"""The command with a model that knows the answer, so that any wrong change of world or unit is noticed."""
 
 import argparse
 import functools
@@ -35,7 +35,7 @@ from lrm_jax.weights import loading, model_file
 
 
 class Oracle(nn.Module):
-    """Knows the balls; `world` takes the data's world to its own."""
+    """A model that knows the balls. `world` maps the world of the data to its own."""
 
     world: tuple = tuple(map(tuple, np.eye(4)))
     broken: bool = False
@@ -81,7 +81,7 @@ def seen_by_source() -> np.ndarray:
 
 @pytest.fixture
 def lrm(tmp_path, monkeypatch, capfd):
-    """Runs `lrm evaluate` in a fresh folder, with a model that is given: exit code, stdout, stderr."""
+    """Runs `lrm evaluate` in a fresh folder with the given model. Returns exit code, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(__main__, "_use_compilation_cache", lambda: None)
     for name, value in {"NUM_POINTS": 3000, "NUM_AZIMUTHS": 8, "ICP_STEPS": 5}.items():
@@ -115,10 +115,10 @@ def test_a_model_that_knows_the_answer_scores_as_such(lrm, monkeypatch, frame):
     assert code == 0
     summary = read_summary()
     mean = summary["mean"]
-    # 8 bits, and a pixel or two of an outline that float32 decides otherwise.
+    # 8-bit rounding, and one or two pixels of an outline that float32 decides differently.
     assert mean["psnr"] > 30 and mean["ssim"] > 0.98 and mean["iou"] > 0.98
     assert mean["lpips"] is None
-    # 3000 points on an area of about 4: the nearest is 0.02 away, twice that where the box is 2 instead of 1.3.
+    # 3000 points on an area of about 4: the nearest is 0.02 away, or twice that if the box is 2 instead of 1.3.
     assert summary["unaligned"]["mean"]["chamfer"] < 0.03
     assert mean["chamfer"] < 0.04 and mean["fscore@0.1"] > 0.995
     assert set(mean) == {"psnr", "ssim", "lpips", "iou", "chamfer", "fscore@0.1", "fscore@0.2", "fscore@0.5"}  # fmt: skip
@@ -138,24 +138,24 @@ def test_the_size_in_the_image_decides_the_scale():
     assert alignment.scale == "image"
     world = objects.motion_to_model(model, ball, camera(*SOURCE), assumed, alignment)
     scale = np.cbrt(np.linalg.det(world[:3, :3]))
-    # What fills 160 of 200 pixels at a distance of 2.8 fills 85 % of the assumed camera's image, at 1.9.
+    # An object that fills 160 of 200 pixels at a distance of 2.8 fills 85 % of the assumed camera's image, at 1.9.
     true = 160 / 200 * DISTANCE / camera(*SOURCE).fxfycxcy[0]
     wanted = 0.85 * assumed.fxfycxcy[0] ** -1 * np.linalg.norm(assumed.c2w[:3, 3])
-    assert scale * true == pytest.approx(wanted, rel=0.02)  # whole pixels
+    assert scale * true == pytest.approx(wanted, rel=0.02)  # rounded to whole pixels
     np.testing.assert_allclose(world[:3, :3] / scale, upright()[:3, :3], atol=1e-6)
     poses = objects.move_poses(world, camera(*SOURCE).c2w[None])
     np.testing.assert_allclose(np.linalg.det(poses[:, :3, :3]), 1, atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(poses[0, :3, 3]), scale * DISTANCE, rtol=1e-5)
 
 
-def test_a_model_of_images_worlds_is_evaluated_in_them(tmp_path):
+def test_a_model_trained_in_the_world_of_the_image_is_evaluated_in_it(tmp_path):
     write_object(tmp_path / "a")
     item = held_out.read(tmp_path / "a", 3, SIZE)
     model = models.build("triposr", "tiny")
     data = {"normalize": "image", "assumed_camera": [1.9, 40.0]}
     alignment = objects.alignment_of(model, {"config": {"data": data}}, None)
     posed = objects.posed_by_image(model, alignment, item)
-    # The crop shows what is near the origin as the assumed camera does.
+    # Near the origin, the crop shows the same as the assumed camera.
     box = np.array(elements.source_crop(item.source, 32, 0.85, "a")[1])
     cropped = cameras.crop_intrinsics(item.source_camera.fxfycxcy[None], box[None])
     pose = objects.move_poses(posed.to_model, item.source_camera.c2w[None])
@@ -220,7 +220,7 @@ def test_a_model_file_with_bad_objects_beside_good_ones(lrm, tmp_path):
         "no_points": "no surface metrics: points.npy is missing",
         "nan_pose": "pose/001.npy has values that are not finite",
         "no_image": "002.png is not an image",
-        "few": "3 views are too few for 1 as source and 3 as targets",
+        "few": "3 views are too few for 1 source and 3 target views",
         "clear": "transparent everywhere",
     }
     assert set(summary["skipped"]) == set(causes)
@@ -262,13 +262,13 @@ def test_the_baseline_can_come_from_training_objects(lrm):
     summary = read_summary()
     assert code == 0 and list(summary["objects"]) == val
     assert "2 training objects" in summary["protocol"]["baseline"]
-    # They are all the same object, from the same sides.
+    # All are the same object, from the same sides.
     assert summary["baseline"]["images"] == "mean image by view"
     assert summary["baseline"]["mean"]["iou"] == 1 and summary["baseline"]["mean"]["psnr"] > 90
     assert 0.05 < summary["baseline"]["mean"]["chamfer"] < 0.5
 
 
-def test_lpips_is_that_of_the_images_on_white(lrm, monkeypatch):
+def test_lpips_is_computed_on_images_on_white(lrm, monkeypatch):
     write_object(Path("data/a"), points=False)
     monkeypatch.setattr(lpips, "load", lambda path: {"path": jnp.float32(path == "w.safetensors")})
     monkeypatch.setattr(
@@ -319,14 +319,14 @@ def test_bad_arguments_are_one_line(lrm, argv, message):
 
 
 class Posed(nn.Module):
-    """Takes posed views, and draws the first of them wherever it is asked to: greyed where it stands elsewhere than the balls tell."""
+    """Takes posed views, and always renders the first one. It is grey if its camera does not match the balls."""
 
     world: tuple = tuple(map(tuple, upright()))
     image_size: int = SIZE
 
     @jax.numpy_rank_promotion("allow")
     def encode(self, source):
-        """Whether the given images are what the given cameras see of the balls."""
+        """Checks whether the given images show the balls as the given cameras see them."""
         world = np.array(self.world)
         balls = jnp.asarray(BALLS @ world[:3, :3].T + world[:3, 3], jnp.float32)
         rays = cameras.pixel_rays(source.cameras, *source.rgb.shape[2:4])
@@ -358,7 +358,7 @@ def test_a_family_of_posed_views_is_given_them_as_in_training(lrm, monkeypatch, 
     code, _, stderr = lrm("--data", "data")
     assert code == 0, stderr
     summary = read_summary()
-    # Without alpha; outlines are decided anew by other rays.
+    # There is no alpha, and other rays decide the outlines differently.
     assert summary["mean"]["psnr"] > 28 and summary["mean"]["iou"] is None
     assert summary["mean"]["chamfer"] is None and summary["skipped"] == {}
     assert summary["protocol"]["source"].startswith(f"{count} views")
@@ -378,7 +378,7 @@ class Grey(nn.Module):
 
 
 def write_scene(folder: Path, seed: int, num_frames: int = 5) -> np.ndarray:
-    """Noise, seen from a row of places; its images in [0, 1]."""
+    """Writes a scene of noise, seen from places in a row. Returns its images in [0, 1]."""
     (folder / "images").mkdir(parents=True)
     images = np.random.default_rng(seed).integers(0, 256, (num_frames, 32, 32, 3), np.uint8)
     frames = []
@@ -455,7 +455,7 @@ def test_an_object_that_cannot_be_placed_is_left_out(lrm, tmp_path):
     poses = sorted(Path("data/odd/pose").iterdir())
     for path in poses:
         pose = np.load(path)
-        pose[:, 1:3] *= -1  # looks away
+        pose[:, 1:3] *= -1  # the camera looks away
         np.save(path, pose)
     for path in (Path("data/odd/points.npy"), Path("data/good/points.npy")):
         np.savez(path.with_suffix(".npz"), a=np.ones(3))
@@ -478,7 +478,7 @@ def test_the_world_of_training_is_that_of_evaluation():
     assert objects.alignment_of(model, {}, None).normalize == "azimuth"
 
 
-def test_the_help_says_the_exit_codes(capsys):
+def test_the_help_lists_the_exit_codes(capsys):
     with pytest.raises(SystemExit) as stop:
         __main__.main(["evaluate", "--help"])
     printed = capsys.readouterr().out

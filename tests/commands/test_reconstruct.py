@@ -1,4 +1,4 @@
-"""From images to files with a tiny random model, and every way in which that can go wrong."""
+"""From images to files with a tiny random model, and all ways in which that can fail."""
 
 import errno
 import io
@@ -35,7 +35,7 @@ def quick(monkeypatch):
 
 @pytest.fixture
 def lrm(tmp_path, monkeypatch, capfd):
-    """Runs a command in a fresh folder: exit code, stdout, stderr."""
+    """Runs a command in a fresh folder. Returns exit code, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
 
     def run(*argv: str) -> tuple[int, str, str]:
@@ -62,7 +62,7 @@ def errors(stderr: str) -> list[str]:
     return [line for line in stderr.splitlines() if line.startswith("lrm: error: ")]
 
 
-def test_folders_of_results_lie_in_the_output_folder_whatever_images_are_called(tmp_path):
+def test_result_folders_are_in_the_output_folder_whatever_the_images_are_called(tmp_path):
     names = ["...png", "..png", "report.json.png", "a.png", os.fsdecode(b"caf\xe9.png")]
     paths = [tmp_path / name for name in names]
     for path in paths:
@@ -237,11 +237,11 @@ def test_a_bad_command_is_one_line_and_leaves_nothing(lrm, name):
     assert (code, stdout) == (2, "")
     (line,) = errors(stderr)
     assert message in line and ": " in line.removeprefix("lrm: error: ")
-    report = ["out"] if name == "missing image" else []  # of what failed
+    report = ["out"] if name == "missing image" else []  # the report lists the failure
     assert sorted(p.name for p in Path().iterdir()) == ["a.png", "empty", *report]
 
 
-def test_a_read_only_output_folder_is_told_before_the_work(lrm, monkeypatch):
+def test_a_read_only_output_folder_is_reported_before_the_work(lrm, monkeypatch):
     save("a.png", ball())
     Path("shut").mkdir()
     monkeypatch.setattr(
@@ -339,7 +339,7 @@ def test_the_bundled_examples_are_used_without_arguments(tmp_path, monkeypatch):
 
 def test_a_family_without_a_surface_is_an_error():
     model = api.Model(types.SimpleNamespace(), {}, {"path": "a.pt", "family": "lvsm"})
-    with pytest.raises(InputError, match=r"a\.pt: lvsm draws views.*weights of another family"):
+    with pytest.raises(InputError, match=r"a\.pt: lvsm renders views.*weights of another family"):
         model.check_takes_images()
 
 
@@ -356,7 +356,7 @@ def test_a_source_camera_straight_above_has_an_orbit():
 def test_a_field_that_is_not_finite_is_an_error(lrm, weights):
     save("a.png", ball())
     model, params, _ = loading.load_weights(weights)
-    for i in range(3):  # infinities of both signs meet
+    for i in range(3):  # infinities of both signs are adjacent
         params["decoder"][f"kernel_{i}"] *= 1e30
     model_file.save_model(Path("nan.safetensors"), model, params, {})
     code, _, stderr = lrm("reconstruct", "a.png", "--weights", "nan.safetensors", "--views", "1")

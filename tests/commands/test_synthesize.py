@@ -1,4 +1,4 @@
-"""From posed images to frames and a video with a tiny random LVSM, and every way in which that can go wrong."""
+"""From posed images to frames and a video with a tiny random LVSM, and all ways in which that can fail."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ def quick(monkeypatch):
 
 @pytest.fixture
 def lrm(tmp_path, monkeypatch, capfd):
-    """Runs `lrm synthesize --source scene` in a fresh folder: exit code, errors."""
+    """Runs `lrm synthesize --source scene` in a fresh folder. Returns the exit code and errors."""
     monkeypatch.chdir(tmp_path)
 
     def run(*argv: str) -> tuple[int, list[str]]:
@@ -45,7 +45,7 @@ def init(name: str, size: int):
     rays = cameras.pixel_rays(source.cameras, 8, 8)
     shapes = jax.eval_shape(model.init, jax.random.key(0), source, rays)["params"]
     rng = np.random.default_rng(0)
-    # Larger than at the start of training: the images depend on the rays.
+    # Larger than at the start of training, so that the images depend on the rays.
     params = jax.tree.map(lambda x: np.float32(rng.normal(scale=0.3, size=x.shape)), shapes)
     return model, params
 
@@ -75,7 +75,7 @@ def frames_of(out: str = "out") -> np.ndarray:
 
 
 @pytest.mark.filterwarnings("ignore:os.fork")  # imageio_ffmpeg's reader
-def test_frames_film_sheet_and_report_are_written(lrm, weights):
+def test_frames_video_sheet_and_report_are_written(lrm, weights):
     write_transforms("scene", ring())
     Path("out/frames").mkdir(parents=True)
     Path("out/frames/0007.png").write_bytes(b"of a longer run")
@@ -96,13 +96,13 @@ def test_frames_film_sheet_and_report_are_written(lrm, weights):
     assert summary["model"]["family"] == "lvsm" and "mean source camera" in summary["world"]
 
 
-def test_the_written_path_drawn_again_in_other_batches_is_the_same(lrm, weights):
+def test_rendering_the_written_path_in_other_batches_gives_the_same_frames(lrm, weights):
     write_transforms("scene", ring())
     common = ["--weights", weights, "--views", "3"]
     assert lrm(*common, "--path", "spiral", "--frames", "4", "--batch", "3") == (0, [])
     again = ["--path", "out/path.json", "--batch", "1", "--out", "again"]
     assert lrm(*common, *again) == (0, [])
-    # One level: the poses went through a file, the products were of another size.
+    # One level, because the poses went through a file, and the products had another size.
     np.testing.assert_allclose(frames_of("again").astype(int), frames_of(), atol=1)
 
 
@@ -126,7 +126,7 @@ def test_frames_are_what_the_model_draws_with_cameras_normalised_by_the_sources(
     source = jax.tree.map(lambda x: x[None], source)
     rays = cameras.pixel_rays(source.cameras, 16, 16)
     expected = model.apply({"params": params}, source, rays).rgb[0]
-    # The path of four frames through four views is the views. Half a level of rounding, and float32's rest.
+    # The path of four frames through four views is the views. The tolerance is half a level of rounding plus float32 error.
     np.testing.assert_allclose(frames_of() / 255, expected, atol=0.6 / 255)
 
 
@@ -145,19 +145,19 @@ def test_a_wrong_convention_is_one_line_that_names_the_right_one(lrm, written):
     code, errors = lrm("--weights", "unused")
     assert code == 2 and len(errors) == 1
     assert (
-        "scene: the optical axes" in errors[0] and "expected are poses in opengl-c2w" in errors[0]
+        "scene: the optical axes" in errors[0] and "poses in opengl-c2w were expected" in errors[0]
     )
     assert f"add --convention {written}, or --convention opengl-c2w" in errors[0]
 
 
-def test_a_stated_convention_is_taken():
+def test_a_stated_convention_is_used():
     c2w = ring()
     for written in conventions.MEANINGS:
         matrices = conventions.write(c2w, written)
         misread = conventions.read(matrices, "opengl-c2w")
         taken = captures.in_convention(misread, "opengl-c2w", written)
         np.testing.assert_allclose(taken, c2w, atol=1e-12)
-    # Though it is in doubt, which goes to the log.
+    # It is in doubt, but that only goes to the log.
     np.testing.assert_array_equal(captures.in_convention(c2w, "opengl-c2w", "opengl-c2w"), c2w)
 
 
@@ -178,7 +178,7 @@ def test_views_are_chosen(views, count, expected):
 
 
 def change(**fields):
-    """A transforms.json with other fields."""
+    """Changes fields of transforms.json."""
     return lambda: write_transforms("scene", ring(), **fields)
 
 
@@ -206,18 +206,26 @@ BAD = {
     "no cameras": (nothing, [], "neither transforms.json"),
     "an image is missing": (without_a_image, [], "2.png does not exist"),
     "not finite": (change_pose(lambda x: x * np.nan), [], "not finite"),
-    "left-handed": (change_pose(lambda x: x * [1, -1, 1, 1]), [], "no rotation and translation"),
-    "scaled": (change_pose(lambda x: x @ np.diag([2, 2, 2, 1])), [], "no rotation and translation"),
+    "left-handed": (change_pose(lambda x: x * [1, -1, 1, 1]), [], "not a rotation and translation"),
+    "scaled": (
+        change_pose(lambda x: x @ np.diag([2, 2, 2, 1])),
+        [],
+        "not a rotation and translation",
+    ),
     "transposed": (change_pose(lambda x: x.T), [], "transposed?"),
     "all equal": (change_pose(lambda x: np.eye(4)), ["--path", "spiral"], "stand at one place"),
-    "turned image": (change(w=18, h=24), [], "proportions"),
+    "turned image": (change(w=18, h=24), [], "not the aspect ratio of its camera"),
     "one view": (change(), ["--views", "1"], "only source view"),
     "too many views": (change(), ["--views", "5"], "choose 1 to 4"),
     "no such view": (change(), ["--views", "0,9"], "no view 9"),
     "a view twice": (change(), ["--views", "1,1"], "--views '1,1'"),
     "views in words": (change(), ["--views", "all"], "--views 'all'"),
-    "no such path": (change(), ["--path", "circle"], "none of orbit, spiral, interpolate"),
-    "a bad path": (change(), ["--path", "scene/images/0.png"], "is no transforms.json"),
+    "no such path": (
+        change(),
+        ["--path", "circle"],
+        "neither a file nor one of orbit, spiral, interpolate",
+    ),
+    "a bad path": (change(), ["--path", "scene/images/0.png"], "is not a transforms.json file"),
     "no frames": (change(), ["--frames", "0"], "--frames 0 is out of range"),
 }
 

@@ -1,4 +1,4 @@
-"""The flags of `lrm train`, and its help. Wrong ones are in tests/training/test_loop.py."""
+"""The flags of `lrm train`, and its help. tests/training/test_loop.py tests wrong flags."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ TINY = ["--config", f"{ROOT}/configs/nano.py:tiny"]
 
 @pytest.fixture
 def lrm(monkeypatch, capsys):
-    """Runs `lrm train`: exit code, stdout, stderr."""
+    """Runs `lrm train`. Returns exit code, stdout and stderr."""
     monkeypatch.setattr(__main__, "_use_compilation_cache", lambda: None)
 
     def run(*argv: str) -> tuple[int, str, str]:
@@ -65,7 +65,7 @@ def test_a_dry_run_that_does_not_fit_is_1(lrm, monkeypatch):
     assert lrm(*TINY, "--dry_run", "--config.train.steps=5")[0] == 0
 
 
-def test_what_the_flags_say():
+def test_flags_are_parsed():
     argv = ["--workdir", "runs/a", "--coordinator=a:1", "--num_processes=2", "--process_id=1"]
     config, workdir, cluster, dry_run = train.parse([*TINY, *argv, "--config.train.steps=9"])
     assert config.train.steps == 9 and workdir == Path("runs/a") and dry_run is False
@@ -78,7 +78,7 @@ def test_what_the_flags_say():
 
 @pytest.mark.parametrize("argv, code", [(["--help"], 0), (["--version"], 0), (["nonsense"], 2), ([], 2)])  # fmt: skip
 def test_jax_is_not_imported_before_a_command_runs(argv, code):
-    """It takes a second."""
+    """Importing JAX takes a second."""
     program = (
         f"import sys; from lrm_jax import __main__; code = __main__.main({argv}); "
         "print('jax' in sys.modules, 'numpy' in sys.modules, code)"
@@ -95,7 +95,7 @@ def test_jax_is_not_imported_before_a_command_runs(argv, code):
         (FileNotFoundError(2, "No such file", "a.npz"), "lrm: error: a.npz: No such file: check the path\n"),
     ],
 )  # fmt: skip
-def test_an_error_that_a_user_can_mend_is_one_line(lrm, monkeypatch, error, line):
+def test_an_error_that_a_user_can_fix_is_one_line(lrm, monkeypatch, error, line):
     def main(argv):
         raise error
 

@@ -1,4 +1,4 @@
-"""Small scenes of noise, written in each of the layouts that `lrm_jax.data.scene_files` reads."""
+"""Small scenes of noise, written in each layout that `lrm_jax.data.scene_files` reads."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ FOCAL, CENTRE = (40.0, 44.0), (25.0, 15.0)
 
 
 def trajectory(seed: int = 0, count: int = NUM_FRAMES) -> np.ndarray:
-    """[V 4 4] poses, OpenCV axes, of a camera that moves on, sways and turns a little."""
+    """[V 4 4] poses, OpenCV axes, of a camera that moves forward, sways and turns a little."""
     rng = np.random.default_rng(seed)
     poses = np.tile(np.eye(4), (count, 1, 1))
     start = np.linalg.qr(rng.normal(size=(3, 3)))[0]
@@ -28,7 +28,7 @@ def trajectory(seed: int = 0, count: int = NUM_FRAMES) -> np.ndarray:
 
 
 def image(seed: int, frame: int) -> Image.Image:
-    """Smooth, so that JPEG keeps it; the blue channel tells which frame it is."""
+    """A smooth image, so that JPEG preserves it. The blue channel tells the frame number."""
     x, y = np.meshgrid(np.linspace(0, 1, WIDTH), np.linspace(0, 1, HEIGHT))
     rgb = np.stack([80 + 100 * x, 80 + 100 * y, np.full_like(x, 10 * frame + 40 + seed)], -1)
     return Image.fromarray(rgb.astype(np.uint8))
@@ -40,7 +40,9 @@ def fractions() -> list[float]:
 
 def write_frames(folder: Path, seed: int, count: int) -> list[str]:
     folder.mkdir(parents=True)
-    names = [f"frame_{frame}.png" for frame in range(count)]  # not padded with zeros: 10 after 9
+    names = [
+        f"frame_{frame}.png" for frame in range(count)
+    ]  # not padded with zeros, but 10 must come after 9
     for frame, name in enumerate(names):
         image(seed, frame).save(folder / name)
     return names
@@ -60,7 +62,7 @@ def write_nerfstudio(root: Path, name: str, seed: int, count: int = NUM_FRAMES) 
 
 
 def write_lvsm(root: Path, name: str, seed: int, count: int = NUM_FRAMES) -> None:
-    """`root` is a stage. The paths are those of the machine where it was made."""
+    """Writes LVSM's layout. `root` is a stage. The paths are those of the machine that wrote them."""
     names = write_frames(root / "images" / name, seed, count)
     frames = [
         dict(
@@ -76,7 +78,7 @@ def write_lvsm(root: Path, name: str, seed: int, count: int = NUM_FRAMES) -> Non
 
 
 def write_chunk(root: Path, file: str, scene_seeds: dict[str, int], count=NUM_FRAMES) -> None:
-    """One chunk of pixelSplat's layout; adds it to the index."""
+    """Writes one chunk in pixelSplat's layout, and adds it to the index."""
     root.mkdir(parents=True, exist_ok=True)
     content = []
     for name, seed in scene_seeds.items():
@@ -111,7 +113,7 @@ def write_colmap(root: Path, name: str, seed: int, count: int = NUM_FRAMES) -> N
     for pose in trajectory(seed, count):
         w2c = np.linalg.inv(pose)
         r = w2c[:3, :3]
-        # The quaternion is the eigenvector of Bar-Itzhack's matrix to its largest eigenvalue.
+        # The quaternion is the eigenvector of Bar-Itzhack's matrix for its largest eigenvalue.
         k = np.zeros((4, 4))
         k[0] = [np.trace(r), r[2, 1] - r[1, 2], r[0, 2] - r[2, 0], r[1, 0] - r[0, 1]]
         k[:, 0] = k[0]

@@ -6,8 +6,8 @@ from lrm_jax.data import elements, folders, held_out
 from lrm_jax.types import InputError
 
 
-def test_the_name_draws_targets_from_all_parts_of_the_views(tmp_path):
-    """Views at even places are alike, as those of `render_objects` are: half of the targets are at odd ones, wherever the source is."""
+def test_the_name_chooses_targets_from_all_parts_of_the_views(tmp_path):
+    """Views with even numbers are alike, as in `render_objects`. Half of the targets have odd numbers, whichever view is the source."""
     odd, firsts = [], set()
     for i in range(24):
         folder = tmp_path / f"thing{i}"
@@ -25,7 +25,7 @@ def test_the_name_draws_targets_from_all_parts_of_the_views(tmp_path):
     assert 0.35 < np.mean(odd) < 0.65 and len(firsts) >= 3
 
 
-def test_the_name_draws_the_source(tmp_path):
+def test_the_name_chooses_the_source(tmp_path):
     names, seen = "abcdefgh", []
     for name in names:
         write_object(tmp_path / name, num_views=6, points=False, step=5.0)
@@ -38,7 +38,7 @@ def test_the_name_draws_the_source(tmp_path):
     assert len(np.unique(np.round(seen, 5), axis=0)) >= 3
 
 
-def test_objects_need_a_view_from_beside_and_square_images(tmp_path):
+def test_objects_need_a_view_from_the_side_and_square_images(tmp_path):
     write_object(tmp_path / "a")
     high = np.load(tmp_path / "a/pose/000.npy")
     for i in range(5):

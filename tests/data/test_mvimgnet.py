@@ -1,4 +1,4 @@
-"""COLMAP's files, and photographs of objects in a world that only their cameras and masks tell."""
+"""COLMAP's files, and photographs of objects whose world follows only from their cameras and masks."""
 
 import struct
 from pathlib import Path
@@ -23,9 +23,9 @@ def rotation_of(axis, angle: float) -> np.ndarray:
     return np.eye(3) + np.sin(angle) * k + (1 - np.cos(angle)) * k @ k
 
 
-# COLMAP's world: the object is elsewhere, turned, and of another size than in ours.
+# In COLMAP's world, the object has another place, orientation and size than in ours.
 TURN, CENTRE, UNIT = rotation_of([1, 2, -0.5], 2.0), np.array([3.0, -1, 7]), 0.3
-DOT = np.array([0.45, 0.3, 0.4])  # towards it from the ball's centre, in our axes
+DOT = np.array([0.45, 0.3, 0.4])  # direction from the ball's centre to the dot, in our axes
 
 
 def cameras() -> tuple[np.ndarray, np.ndarray]:
@@ -37,7 +37,7 @@ def cameras() -> tuple[np.ndarray, np.ndarray]:
         right = np.array([-np.sin(a), np.cos(a), 0])
         down = np.cross(-back, right)
         rotation = np.stack([right, down, -back]) @ TURN.T
-        # A little off the axis: the object is not in the middle of the images.
+        # A little off the axis, so that the object is not in the middle of the images.
         eye = CENTRE + UNIT * TURN @ (4 * back + 0.2 * right)
         rotations.append(rotation)
         translations.append(-rotation @ eye)
@@ -70,7 +70,7 @@ def write_sparse(folder: Path, model: int = 0, params=(FOCAL, WIDTH / 2, HEIGHT 
 
 
 def write_object(root: Path, uid: str) -> None:
-    """A grey ball with a red dot on a noisy background, and its masks. PNGs, so that the dot stays sharp."""
+    """Writes a grey ball with a red dot on a noisy background, and its masks. The images are PNGs, so that the dot stays sharp."""
     write_sparse(root / uid / "sparse" / "0")
     (root / uid / "images").mkdir()
     (root / "masks" / uid).mkdir(parents=True)
@@ -138,7 +138,7 @@ def test_lenses_are_pinholes_or_refused(tmp_path):
     ):
         write_sparse(tmp_path, model, params)
         assert colmap.read(tmp_path).fxfycxcy[0, 0] == 70 / WIDTH
-    # The corner is at r^2 = (30^2 + 50^2) / 70^2; its y moves by 50 k r^2 = 6.9 pixels.
+    # The corner is at r^2 = (30^2 + 50^2) / 70^2, so its y moves by 50 k r^2 = 6.9 pixels.
     write_sparse(tmp_path, 2, (70, *centre, 0.2))
     with pytest.raises(InputError, match="SIMPLE_RADIAL lens moves the corners by 7 pixels"):
         colmap.read(tmp_path)
@@ -157,9 +157,9 @@ def test_the_object_is_a_unit_ball_and_the_dot_is_where_its_cameras_see_it(root,
     c2w = views.cameras.c2w
     red = (views.rgb[..., 0] > 180) & (views.rgb[..., 1] < 60) & (views.alpha > 127)
     seen = red.any((1, 2))
-    assert seen.sum() >= 4  # it is on one side of the ball
+    assert seen.sum() >= 4  # it is only on one side of the ball
     uv = np.array([np.argwhere(view).mean(0)[::-1] + 0.5 for view in red[seen]]) / 48
-    # Where the rays to the dot meet.
+    # The point where the rays to the dot meet.
     dirs = np.concatenate([(uv - c[seen]) / f[seen], np.ones((seen.sum(), 1))], axis=1)
     dirs = np.einsum("vij,vj->vi", c2w[seen, :3, :3], dirs)
     dirs /= np.linalg.norm(dirs, axis=1, keepdims=True)
@@ -167,18 +167,18 @@ def test_the_object_is_a_unit_ball_and_the_dot_is_where_its_cameras_see_it(root,
     eyes = c2w[seen, :3, 3]
     dot = np.linalg.solve(across.sum(0), np.einsum("vij,vj->i", across, eyes))
     misses = np.linalg.norm(np.einsum("vij,vj->vi", across, dot - eyes), axis=1)
-    pixel = 4 / RADIUS / FOCAL  # of the photographs, at the object
+    pixel = 4 / RADIUS / FOCAL  # a pixel of the photographs, at the object
     assert misses.max() < pixel
-    # On the unit ball's surface; masks on whole pixels tell the radius to about one.
+    # The dot is on the surface of the unit ball. Masks on whole pixels give the radius to about one pixel.
     assert abs(np.linalg.norm(dot) - 1) < 1.5 * pixel
-    # The ball's outline is the unit sphere's: that much of every crop.
+    # The ball has the outline of the unit sphere, which covers this much of every crop.
     share = (views.alpha > 127).mean((1, 2))
     np.testing.assert_allclose(share, np.pi / 4 / mvimgnet.MARGIN**2, rtol=0.1)
     np.testing.assert_allclose(np.linalg.det(c2w[:, :3, :3]), 1, rtol=1e-5)
     np.testing.assert_allclose(views.cameras.fxfycxcy[:, 2:], 0.5)
     aim = np.einsum("vij,vi->vj", c2w[:, :3, :3], -c2w[:, :3, 3])  # the origin, in each camera
     np.testing.assert_allclose(aim[:, :2], 0, atol=2e-6)  # float32
-    if normalize != "source":  # up is up, to the tilt that an off-centre object brings
+    if normalize != "source":  # up is up, except for the tilt from an off-centre object
         np.testing.assert_allclose(c2w[:, 2, 0], 0, atol=2e-6)  # upright
         wanted = DOT[2] / np.linalg.norm(DOT)
         assert abs(dot[2] - wanted) < 1.5 * pixel

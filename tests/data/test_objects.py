@@ -1,4 +1,4 @@
-"""Samples of folders are right in geometry, exact on resuming, and survive broken objects."""
+"""Samples from folders have the right geometry, are exact after resuming, and survive broken objects."""
 
 import dataclasses
 import io
@@ -32,7 +32,7 @@ def make(root: Path, split: str = "train", **fields) -> Source:
 
 
 def stack(source: Source, count: int = 4, first: int = 0) -> Batch:
-    """The elements from `first` on, stacked, images as floats."""
+    """The elements from `first` on, stacked, with images as floats."""
     elements = [source.elements[first + i] for i in range(count)]
     batch = jax.tree.map(lambda *leaves: np.stack(leaves), *elements)
     return jax.tree.map(lambda x: x / np.float32(255) if x.dtype == np.uint8 else x, batch)
@@ -43,7 +43,7 @@ def assert_same(a, b) -> None:
 
 
 def seen_at(cameras: Cameras, point: np.ndarray) -> np.ndarray:
-    """(u, v) fractions [B V 2] of world points [B 3], by the OpenCV definition."""
+    """Projects world points [B 3] to (u, v) fractions [B V 2], by the OpenCV definition."""
     offset = point[:, None] - cameras.c2w[..., :3, 3]
     local = np.einsum("bvji,bvj->bvi", cameras.c2w[..., :3, :3], offset)
     f, c = cameras.fxfycxcy[..., :2], cameras.fxfycxcy[..., 2:]
@@ -59,7 +59,7 @@ def dot_in(views) -> np.ndarray:
 
 
 def dot_worlds(normalize: str | None) -> np.ndarray:
-    """Where the dot is [VIEWS 3] when view v is the source, from ops.cameras."""
+    """The place of the dot [VIEWS 3] if view v is the source, from ops.cameras."""
     poses = np.stack(
         [pose_at(360 * v / VIEWS + 11, 50 if v % 2 else 10 + 3 * v) for v in range(VIEWS)]
     )
@@ -107,7 +107,7 @@ def test_images_give_a_world_that_is_similar_to_that_of_the_poses(root, cache):
         np.testing.assert_allclose(there.target.cameras.c2w[i], wanted, atol=1e-5)
 
 
-def test_a_camera_that_looks_away_has_no_image_of_the_world():
+def test_a_camera_that_looks_away_gives_no_world():
     away = np.asarray(
         cameras_lib.look_at(jax.numpy.array([3.0, 0, 0]), jax.numpy.array([6.0, 0, 1]))
     )
@@ -136,11 +136,11 @@ def test_cameras_see_the_dot_where_the_images_show_it(root, mirror, ratio, norma
         for p in candidates
     ]
     best = np.argmin(errors, axis=0)
-    # Half a pixel of 32, as the dot is drawn on whole pixels.
+    # Half a pixel of 32, because the dot covers whole pixels.
     assert (np.min(errors, axis=0) < 0.5 / 32 + 1e-3).all()
     if mirror:
-        assert 0 < (best >= VIEWS).sum() < 12  # some of both
-    # The dot is where the source shows it too, crop or not; its pixels are half as many (16).
+        assert 0 < (best >= VIEWS).sum() < 12  # both occur
+    # The source shows the dot in the right place too, cropped or not. It has half as many pixels (16).
     source = np.abs(seen_at(batch.source.cameras, candidates[best]) - dot_in(batch.source))
     assert source.max() < 0.75 / 16
     # Right-handed cameras, mirrored or not.
@@ -149,15 +149,15 @@ def test_cameras_see_the_dot_where_the_images_show_it(root, mirror, ratio, norma
     )  # float32
 
 
-def test_on_the_fly_is_the_cache_to_the_bit(root):
-    """But for the cameras, whose float32 roundings come at another place."""
+def test_reading_on_the_fly_equals_the_cache_to_the_bit(root):
+    """Except for the cameras, whose float32 rounding happens at another place."""
     a, b = (make(root, mirror=True, cache=cache) for cache in (True, False))
     assert a.names == b.names
     for x, y in zip(jax.tree.leaves(stack(a, 7)), jax.tree.leaves(stack(b, 7)), strict=True):
         np.testing.assert_allclose(x, y, atol=2e-6)
 
 
-def test_source_normalisation_stands_where_lrm_wants_it(root):
+def test_source_normalisation_gives_lrms_source_camera(root):
     batch = stack(make(root, normalize="source", mirror=True), 12)
     wanted = [[1, 0, 0, 0], [0, 0, 1, -3], [0, -1, 0, 0], [0, 0, 0, 1]]
     np.testing.assert_allclose(
@@ -188,9 +188,9 @@ def test_source_is_at_azimuth_0_and_keeps_elevation_and_distance(root):
     np.testing.assert_allclose(eye[:, 1], 0, atol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(eye, axis=-1), 3, rtol=1e-5)
     elevation = np.degrees(np.arctan2(eye[:, 2], eye[:, 0]))
-    # Only those of even views are in the default band.
+    # Only even views are in the default band.
     assert all(np.abs(elevation[:, None] - [10, 16, 22, 28]).min(1) < 1e-3)
-    # The first target is the source, whole.
+    # The first target is the whole source view.
     np.testing.assert_array_equal(batch.target.cameras.c2w[:, 0], batch.source.cameras.c2w[:, 0])
     assert batch.target.rgb.shape == (16, 4, 32, 32, 3)
     assert batch.source.rgb.shape == (16, 1, 16, 16, 3)
@@ -201,14 +201,14 @@ def test_foreground_fills_the_ratio(root):
     for view in alpha:
         rows, columns = np.nonzero(view)
         extent = max(np.ptp(rows), np.ptp(columns)) + 1
-        assert abs(extent / 64 - 0.5) < 0.05  # a pixel of the file is 1.5 of these
+        assert abs(extent / 64 - 0.5) < 0.05  # one pixel of the file is 1.5 pixels here
 
 
 def test_downscaling_averages_area_with_premultiplied_alpha(root):
     whole, half = (stack(make(root, target_size=size)).target for size in (32, 16))
     premultiplied = whole.rgb * whole.alpha[..., None]
     mean = premultiplied.reshape(4, 4, 16, 2, 16, 2, 3).mean((3, 5))
-    # Two 8-bit roundings.
+    # The tolerance is two 8-bit roundings.
     np.testing.assert_allclose(half.rgb * half.alpha[..., None], mean, atol=1.5 / 255)
     np.testing.assert_allclose(
         half.alpha, whole.alpha.reshape(4, 4, 16, 2, 16, 2).mean((3, 5)), atol=1 / 255
@@ -227,7 +227,7 @@ def test_samples_are_a_function_of_seed_and_position(root):
     assert a.elements[8].source.rgb.max() > 0  # samples do not share memory with the store
 
 
-def test_an_epoch_shows_every_object_once_and_another_order_next(root):
+def test_an_epoch_shows_every_object_once_and_the_next_has_another_order(root):
     data = make(root)
     count = len(data.names)
     shade = [float(data.elements[i].source.rgb[..., 1].max()) for i in range(4 * count)]
@@ -235,7 +235,7 @@ def test_an_epoch_shows_every_object_once_and_another_order_next(root):
     assert len(set(epochs[0])) == count
     np.testing.assert_array_equal(np.sort(epochs), np.tile(np.sort(epochs[0]), (4, 1)))
     assert len({tuple(epoch) for epoch in epochs}) > 1
-    # "all" is in the order of the names, once.
+    # "all" has each object once, in the order of the names.
     everything = make(root, "all")
     assert len(everything.elements) == len(everything.names) == 6
     shade = [int(everything.elements[i].source.rgb[..., 1].max()) for i in range(6)]
@@ -275,7 +275,7 @@ def test_a_folder_that_cannot_be_written_is_kept_in_memory(root, monkeypatch, ca
     assert not list(root.glob(".cache*"))
 
 
-def test_what_is_in_memory_is_not_copied_to_many_processes(root, monkeypatch):
+def test_data_in_memory_is_not_copied_to_many_processes(root, monkeypatch):
     monkeypatch.setattr(store, "MAX_COPIED", 1000)
     there = store.get_store(root, folders.find(root), store.Settings(8, 8, None, None))
     pickle.dumps(there)  # each process opens the files
@@ -284,20 +284,20 @@ def test_what_is_in_memory_is_not_copied_to_many_processes(root, monkeypatch):
         pickle.dumps(kept)
 
 
-def test_a_folder_that_fits_neither_the_disk_nor_the_memory_is_told(tmp_path):
+def test_a_folder_that_fits_neither_on_disk_nor_in_memory_is_an_error(tmp_path):
     settings = store.Settings(512, 512, None, None)
     with pytest.raises(InputError, match="GB are more than the memory: .*config.data.name=records"):
         store._allocate(tmp_path / ".cache-x", 10**8, 10**8, settings)
     assert not list(tmp_path.iterdir())
 
 
-def test_what_a_killed_start_has_left_is_not_in_the_way(root, capsys):
+def test_leftovers_of_a_killed_start_do_no_harm(root, capsys):
     (root / f".cache-x.{os.getpid()}.unfinished").mkdir()
     assert store._allocate(root / ".cache-x", 1, 1, store.Settings(8, 8, None, None))[1].is_dir()
     assert capsys.readouterr().err == ""
 
 
-def test_what_a_killed_start_has_left_is_taken_away_with_the_next(root):
+def test_leftovers_of_a_killed_start_are_removed_by_the_next(root):
     stack(make(root))
     cache = next(root.glob(".cache-*"))
     cache.rename(f"{cache}.1234.unfinished")
@@ -307,7 +307,7 @@ def test_what_a_killed_start_has_left_is_taken_away_with_the_next(root):
 
 
 def test_a_thin_diagonal_object_is_where_its_crop_says():
-    """TripoSR's cropping loses the last row and column, and with them what would be the first pixel of the crop."""
+    """TripoSR's cropping loses the last row and column, and so the pixel that would be the first of the crop."""
     rgba = np.zeros((64, 64, 4), np.uint8)
     for i in range(30):
         rgba[10 + i, 45 - i] = 255
@@ -318,7 +318,7 @@ def test_a_thin_diagonal_object_is_where_its_crop_says():
     assert rgba[rows + top, columns + left, 3].all() and len(rows) == 28
     rgba[:] = 0
     rgba[3, 5] = rgba[4, 4] = 255
-    with pytest.raises(InputError, match="sword: the image's foreground is two pixels"):
+    with pytest.raises(InputError, match="sword: the image's foreground is too thin"):
         elements.recentered(rgba, 0.85, "sword")
 
 
@@ -333,12 +333,12 @@ def test_a_thin_diagonal_object_is_where_its_crop_says():
         (dict(mirorr=True), "config.data: .*mirorr"),
     ],
 )
-def test_a_field_out_of_its_range_is_told_at_the_start(root, field, message):
+def test_a_field_out_of_range_is_reported_at_the_start(root, field, message):
     with pytest.raises(InputError, match=message):
         make(root, **field)
 
 
-def test_variants_fall_on_one_side():
+def test_variants_are_in_the_same_split():
     for uids in (
         ["p-house_A_blue", "p-house_B_red", "p-house_yellow", "p-house"],
         ["p-banner_patternA_red", "p-banner_patternB_blue"],
@@ -350,7 +350,7 @@ def test_variants_fall_on_one_side():
     assert splits.group("p-bucket_water") != splits.group("p-bucket_empty")
     share = np.mean([splits.in_validation(f"p-{chr(97 + i % 26)}x{i}y") for i in range(4000)])
     assert 0.06 < share < 0.10
-    # The split must never change between versions.
+    # The split must never change from version to version.
     assert splits.in_validation("medieval-hexagon-pack-building_castle_blue")
     assert not splits.in_validation("medieval-hexagon-pack-building_windmill_blue")
 
@@ -402,7 +402,10 @@ def no_photo_like_view(folder):
         (lambda folder: (folder / "pose/004.npy").unlink(), "pose/004.npy is missing"),
         (lambda folder: (folder / "rgba/004.png").unlink(), "rgba/004.png is missing"),
         (lambda folder: [p.unlink() for p in folder.glob("rgba/*")], "no rgba/*.png"),
-        (no_photo_like_view, "0 views with an elevation in (5.0, 35.0) for 1 sources"),
+        (
+            no_photo_like_view,
+            "0 views with an elevation in (5.0, 35.0) are too few for num_source=1",
+        ),
     ],
 )
 def test_a_broken_object_is_skipped_with_its_name_and_cause(root, capsys, damage, cause):
@@ -414,9 +417,9 @@ def test_a_broken_object_is_skipped_with_its_name_and_cause(root, capsys, damage
     assert "skipped 1 of 6 objects" in error
     batch = stack(data, 16)
     assert np.isfinite(batch.target.cameras.c2w).all() and batch.target.alpha.max() == 1
-    # Without a cache it is met when it is read.
+    # Without a cache, the error comes when the object is read.
     lazy = make(root, cache=False)
-    if damage not in (truncated_image, odd_size):  # those may or may not be drawn
+    if damage not in (truncated_image, odd_size):  # these may or may not be chosen
         with pytest.raises(InputError, match=re.escape(f"pack-thingbbb: {cause}")):
             for position in range(len(lazy.names)):
                 lazy.elements[position]
@@ -427,7 +430,7 @@ def test_nothing_usable_is_an_input_error(root, tmp_path_factory):
         make(root / "nowhere")
     with pytest.raises(InputError, match="no object"):
         make(tmp_path_factory.mktemp("empty"))
-    with pytest.raises(InputError, match="8 views for 1 sources and 9 other targets"):
+    with pytest.raises(InputError, match="8 views are too few for num_source=1 and num_target=9"):
         make(root, num_target=9)
     with pytest.raises(InputError, match="must be train, val or all"):
         make(root, "test")

@@ -1,4 +1,4 @@
-"""Batches are the same for every process count, worker count and resume, and bad records are replaced and told."""
+"""Batches are the same for every number of processes and workers and after a resume. Bad records are replaced and reported."""
 
 import contextlib
 import functools
@@ -17,7 +17,7 @@ from lrm_jax.types import Batch, Cameras, InputError, Views
 
 
 def element(position: int, index: int, *, bad: tuple[int, ...] = ()) -> Batch:
-    """One scene that tells its position and its object; objects in `bad` cannot be read."""
+    """One scene that contains its position and its object. Objects in `bad` cannot be read."""
     if index in bad:
         raise InputError(f"object {index}: cut short")
     views = Views(
@@ -63,7 +63,7 @@ def test_a_batch_holds_the_next_positions_and_every_epoch_all_objects():
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_restored_batches_are_the_uninterrupted_ones(num_workers):
-    """Mid-epoch, with batches prefetched but not received, then on two processes."""
+    """In the middle of an epoch, with batches prefetched but not received, then on two processes."""
     straight = take(pipeline.open_batches(make(), 4), 8)
     first = pipeline.open_batches(make(), 4, num_workers=num_workers, prefetch=3)
     assert_same(take(first, 3), straight[:3])
@@ -107,35 +107,35 @@ def test_a_finite_source_ends_with_a_full_batch(prefetch):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_bad_record_is_replaced_by_the_next_and_told_once(capsys, num_workers):
+def test_a_bad_record_is_replaced_by_the_next_and_reported_once(capsys, num_workers):
     good = sum(map(objects, take(pipeline.open_batches(make(), 4), 7)), [])
     batches = pipeline.open_batches(make(bad=(2, 5)), 4, num_workers=num_workers)
     taken = sum(map(objects, take(batches, 7)), [])
     batches.close()
     for i in range(27):
         wanted = next(index for index in good[i:] + [0] if index not in (2, 5))
-        if not {2, 5} >= set(good[i:]):  # the next usable one is among those that were read
+        if not {2, 5} >= set(good[i:]):  # the next usable one was also read
             assert taken[i] == wanted
     assert batches.bad.keys() == {"object 2: cut short", "object 5: cut short"}
-    assert min(batches.bad.values()) >= 4  # once an epoch
+    assert min(batches.bad.values()) >= 4  # once per epoch
     error = capsys.readouterr().err
     assert error.count("object 2: cut short") == error.count("object 5: cut short") == 1
     assert "(2 so far)" in error
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_all_bad_is_an_input_error(num_workers):
+def test_only_bad_records_are_an_input_error(num_workers):
     batches = pipeline.open_batches(make(count=3, bad=(0, 1, 2)), 2, num_workers=num_workers)
     with pytest.raises(InputError, match=r"none of 6 records .*: object \d: cut short"):
         next(batches)
     batches.close()
-    # One usable object of two is found from every position.
+    # Of two objects, the usable one is found from every position.
     assert set(
         sum(map(objects, take(pipeline.open_batches(make(count=2, bad=(1,)), 2), 20)), [])
     ) == {0}
 
 
-def test_a_mixture_takes_turns_by_weight_and_each_source_goes_on_where_it_was():
+def test_a_mixture_alternates_by_weight_and_each_source_continues_where_it_was():
     def mixture():
         return pipeline.open_batches([(make(), 3), (make(seed=5), 1)], 2)
 
@@ -155,13 +155,13 @@ def test_the_schedule_spreads_sources_evenly():
     for weights in ([1], [3, 1], [2, 3, 5]):
         turns = pipeline._schedule(weights)
         assert [turns.count(i) for i in range(len(weights))] == weights
-        for which, weight in enumerate(weights):  # at any time within one of the exact share
+        for which, weight in enumerate(weights):  # always within one batch of the exact share
             counts = np.cumsum(np.array(turns) == which)
             share = weight / sum(weights) * np.arange(1, len(turns) + 1)
             assert np.abs(counts - share).max() < 1
 
 
-def test_what_does_not_divide_is_an_input_error():
+def test_sizes_that_do_not_divide_are_an_input_error():
     with pytest.raises(InputError, match="batch_size=6 does not divide over 4 processes"):
         pipeline.open_batches(make(), 6, process_count=4)
     for weights in ([0, 1], [1.5, 1]):
@@ -180,7 +180,7 @@ def test_rate_counts_samples():
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_workers_go_on_when_a_scheduler_or_a_terminal_signals_all_processes(number):
+def test_workers_continue_if_a_scheduler_or_a_terminal_signals_all_processes(number):
     batches = pipeline.open_batches(make(), 4, num_workers=1, prefetch=1)
     with contextlib.closing(batches):
         taken = take(batches, 2)

@@ -1,4 +1,4 @@
-"""Procedural objects: batches are right in geometry, a function of seed and index, and look like objects."""
+"""Batches of procedural objects have the right geometry, depend only on seed and index, and look like objects."""
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +57,7 @@ def test_every_view_shows_an_object_that_leaves_room_around_it(batch):
         assert (coverage > 0.02).all() and (coverage < 0.8).all()
         assert 0.15 < coverage.mean() < 0.6
     seen = batch.source.rgb[batch.source.alpha == 255]
-    assert seen.std(0).min() > 25  # of 255: not all of one colour
+    assert seen.std(0).min() > 25  # of 255, so not all one colour
 
 
 def test_an_object_depends_on_seed_split_and_index_only(batch):
@@ -85,7 +85,7 @@ def test_train_is_endless_and_val_has_names():
 
 def test_the_first_target_is_the_source_uncropped(batch):
     np.testing.assert_array_equal(batch.target.cameras.c2w[:, :1], batch.source.cameras.c2w)
-    # The same point is the same colour: the source at a target's pixels, where the object is plain and opaque.
+    # A point has the same colour in both views: the source at a target's pixels, if the object is plain and opaque there.
     source, target = batch.source, batch.target
     f, c = np.split(target.cameras.fxfycxcy[:, 0], 2, axis=-1)
     g, d = np.split(source.cameras.fxfycxcy[:, 0], 2, axis=-1)
@@ -106,13 +106,13 @@ def test_the_foreground_fills_its_share_of_the_source(batch):
     for alpha in batch.source.alpha[:, 0]:
         rows, columns = (np.flatnonzero(alpha.any(axis)) for axis in (1, 0))
         longer = max(np.ptp(rows), np.ptp(columns)) + 1
-        # One pixel of 48 on either side, and round shapes are measured by 24 points a circle.
+        # One of 48 pixels on either side. Round shapes are measured by 24 points per circle.
         assert abs(longer - 0.85 * 48) <= 2.5
         for ends in (rows, columns):
             assert abs(ends[0] + ends[-1] - 47) <= 3
 
 
-def test_cameras_stand_where_the_fields_say():
+def test_cameras_are_where_the_fields_put_them():
     @jax.jit
     @jax.vmap
     def draw(key):
@@ -128,7 +128,7 @@ def test_cameras_stand_where_the_fields_say():
     assert others.min() >= -30 - 1e-3 and others.max() <= 75 + 1e-3
     assert (others < 5).any() and (others > 35).any()
     within = ((others >= 5) & (others <= 35)).mean()
-    assert 0.5 < within < 0.8  # half of them, and 30 / 105 of the other half
+    assert 0.5 < within < 0.8  # half of the views, and 30 / 105 of the other half
     azimuth = np.arctan2(eye[..., 1], eye[..., 0])
     assert azimuth.min() < -2.5 and azimuth.max() > 2.5
     focal = 0.5 / np.tan(np.radians(20))
@@ -164,12 +164,12 @@ def test_normalizing_moves_the_world_and_nothing_else():
     np.testing.assert_allclose(turn[2], [0, 0, 1, 0], atol=1e-6)
 
 
-def test_images_give_the_world_that_they_give_objects_of_files():
+def test_images_give_the_same_world_as_for_objects_from_files():
     assumed = (3.0, 40.0)
     made = make(normalize="image", assumed_camera=assumed), make(normalize=None)
 
     def cameras_of(finish):
-        """Source and target, without the images, which XLA then leaves out."""
+        """Cameras of source and target. XLA then leaves out the images."""
 
         def both(elements):
             batch = finish(elements)
@@ -200,7 +200,7 @@ def test_views_of_a_scene_are_those_of_the_batch(batch):
     np.testing.assert_allclose(turned, cameras.c2w, atol=1e-5)
     views = procedural.scene_views(4, original, 24, split="train", seed=3)
     difference = np.abs(np.asarray(views.rgb, int) - batch.target.rgb[4])
-    # Another compilation may round a ray at an edge to the other side.
+    # Another program may round a ray at an edge to the other side.
     assert (difference > 2).mean() < 0.005
     assert views.alpha.shape == (3, 24, 24)
 
@@ -209,7 +209,7 @@ def test_objects_fill_the_unit_sphere(scenes):
     outline = np.asarray(scenes.outline).reshape(200, -1, 3)
     np.testing.assert_allclose(np.linalg.norm(outline, axis=-1).max(1), 1, atol=1e-5)
     np.testing.assert_allclose(outline.max(1) + outline.min(1), 0, atol=1e-5)
-    # Nothing of the matter is outside, but for what 24 points a circle miss.
+    # No matter is outside, except for what 24 points per circle miss.
     rng = np.random.default_rng(0)
     shell = rng.normal(size=(4000, 3))
     shell *= 1.02 / np.linalg.norm(shell, axis=1, keepdims=True)
@@ -251,8 +251,8 @@ def test_finish_is_abstractly_evaluable():
     assert shapes.source.rgb.shape == (5, 1, 48, 48, 3)
 
 
-def test_light_falls_as_on_rendered_objects():
-    # A white box, seen from the sun's side: 0.5 + 0.15 up + 0.5 cos of the sun, then sRGB.
+def test_the_light_is_that_of_rendered_objects():
+    # A white box from the side of the sun: 0.5 + 0.15 up + 0.5 cos(sun angle), then sRGB.
     identity = jnp.asarray(2 * np.eye(3, 4, dtype=np.float32)[None])
     sides, absent = (jnp.asarray([[0.0, 1, half, 0, 1, 0]]) for half in (1, -1))
     square = raytrace.Solids(identity, sides, jnp.asarray([[0.0, 0, 1, 0]]))
@@ -296,6 +296,6 @@ def test_blueprints_are_sound():
     assert (tables["range"][..., 0] <= tables["range"][..., 1]).all()
     assert (tables["base"] <= np.arange(blueprints.MAX_PARTS)).all()
     first_copies = tables["copies"][:, 0]
-    assert (first_copies < 4).all()  # the first part has no base whose copies it could take
+    assert (first_copies < 4).all()  # the first part has no base to copy
     relief = tables["range"][:, :, 11]
     assert (relief[:, 1:] == 0).all() and (relief[:, 0] > 0).any()

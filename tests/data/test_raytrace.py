@@ -1,4 +1,4 @@
-"""Rays meet solids where closed forms and a slow march along them say."""
+"""Rays hit solids at the points given by closed forms and by a slow march along the rays."""
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ KINDS = {
 
 
 def solids(*parts) -> raytrace.Solids:
-    """Parts (kind or None, centre, half sizes)."""
+    """Solids from parts (kind or None, centre, half sizes)."""
     affine, sides, quadrics = [], [], []
     for kind, centre, half in parts:
         side, quadric = KINDS[kind] if kind else (ABSENT, NO_QUADRIC)
@@ -85,12 +85,12 @@ def test_a_sphere_has_the_silhouette_depth_and_normals_of_the_closed_form():
     b = dirs @ (eye - centre)
     square = b * b - a * ((eye - centre) @ (eye - centre) - radius**2)
     hit = np.asarray(hits.inverse_depth) > 0
-    clear = np.abs(square) > 1e-4  # on the silhouette itself rounding decides
+    clear = np.abs(square) > 1e-4  # rounding decides on the silhouette itself
     np.testing.assert_array_equal(hit[clear], square[clear] > 0)
     assert hit.mean() > 0.1
     surely = hit & clear
     depth = (-b - np.sqrt(np.maximum(square, 0))) / a
-    # float32: a square root of a difference, 1e-7 of whose terms is lost.
+    # float32: the square root of a difference whose terms lose 1e-7.
     np.testing.assert_allclose(1 / hits.inverse_depth[surely], depth[surely], atol=2e-5)
     xyz = points(c2w, x, y, hits)
     found = normals(scene, hits, jnp.asarray(xyz, jnp.float32))
@@ -114,7 +114,7 @@ def test_relief_is_that_of_a_march_through_the_matter():
         [("cylinder", (0, 0, 0), (0.8, 0.8, 0.3)), ("cone", (0, 0, 0.3), (0.2, 0.2, 0.3))],
         relief=waves,
     )
-    # Twelve steps may miss a hill that a grazing ray just touches.
+    # Twelve steps may miss a hill that a grazing ray only touches.
     assert_as_marched(scene, camera(25, 20), share=0.95)
 
 
@@ -130,7 +130,7 @@ def assert_as_marched(scene, c2w, share: float = 0.99, steps: int = 1200):
     found = np.asarray(hits.inverse_depth)
     found = np.where(found > 0, 1 / np.maximum(found, 1e-9), 0)
     assert (found > 0).mean() > 0.05
-    # The march sees nothing thinner than its step of 0.002, along edges.
+    # Along edges, the march misses everything thinner than its step of 0.002.
     assert (np.abs(found - marched) < 0.003).mean() >= share
 
 
@@ -151,7 +151,7 @@ def test_normals_are_those_of_the_depths_neighbours(kind):
     hit = (np.asarray(first.inverse_depth) > 0) & near
     assert hit.mean() > 0.1
     agree = np.abs((found * cross).sum(-1))[hit] > 0.98  # float32 depths over 1e-3, round faces
-    assert agree.mean() > 0.9  # the rest have an edge between the three
+    assert agree.mean() > 0.9  # the others have an edge between the three points
     towards = ((np.asarray(c2w)[:3, 3] - moved[0]) * found).sum(-1)
     assert (towards[hit] > -1e-3).all()
 
@@ -163,7 +163,7 @@ def test_rays_pass_through_a_hole_and_see_its_walls():
     hits = first_hits(scene, c2w, x, jnp.zeros(3))
     np.testing.assert_array_equal(hits.inverse_depth > 0, [False, True, True])
     np.testing.assert_array_equal(hits.hole[1:], [-1, 0])
-    # The third enters at x = 0.1625 and meets the wall x = 0.2 at y = 3 - 0.2 / 0.065.
+    # The third ray enters at x = 0.1625 and hits the wall x = 0.2 at y = 3 - 0.2 / 0.065.
     np.testing.assert_allclose(1 / hits.inverse_depth[2], 0.2 / 0.065, rtol=1e-5)
     xyz = jnp.asarray(points(c2w, x, jnp.zeros(3), hits), jnp.float32)
     found = normals(scene, hits, xyz)
@@ -171,7 +171,7 @@ def test_rays_pass_through_a_hole_and_see_its_walls():
     np.testing.assert_allclose(found[2], [-1, 0, 0], atol=1e-6)
 
 
-def test_a_hole_spares_what_it_does_not_cut():
+def test_a_hole_changes_only_the_parts_that_it_cuts():
     parts = [("box", (0, 0, 0), (0.5, 0.1, 0.5)), ("sphere", (0, 0.5, 0), (0.3, 0.3, 0.3))]
     hole = [("box", (0, 0, 0), (0.2, 2, 0.2))]
     zero = jnp.zeros(1)
@@ -209,7 +209,7 @@ def test_outlines_are_on_the_surface_and_reach_its_extremes(kind):
     value = np.maximum(value, local[:, 2] - 1)
     np.testing.assert_allclose(value, 0, atol=1e-5)
     extent = {"hexagon": [np.sqrt(3) / 2, 1, 1], "sphere": [1, 1, 1]}.get(kind, [1, 1, 1])
-    if kind != "die":  # whose edges are cut away
+    if kind != "die":  # the edges of a die are cut away
         np.testing.assert_allclose(np.abs(local).max(0), extent, atol=1e-5)
 
 
@@ -219,7 +219,7 @@ def test_absent_solids_and_holes_change_nothing():
     c2w, (x, y) = camera(30, 20), grid(16)
     few = first_hits(geometry(parts), c2w, x, y)
     many = first_hits(geometry([*parts, absent, absent], [absent, absent]), c2w, x, y)
-    # The numbers of more solids need more of the last bits.
+    # The numbers of more solids take more of the last bits.
     np.testing.assert_allclose(few.inverse_depth, many.inverse_depth, rtol=1e-6)
     np.testing.assert_array_equal(few.solid, many.solid)
     np.testing.assert_array_equal(many.hole, -1)

@@ -1,4 +1,4 @@
-"""A built data set gives the samples of the folder, without TensorFlow, and survives damage."""
+"""A built data set gives the same samples as its folder, without TensorFlow, and survives damage."""
 
 import subprocess
 import sys
@@ -20,7 +20,7 @@ import build_dataset  # noqa: E402
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Six objects, one of them broken, one in val; one image is not an RGBA PNG."""
+    """A folder with six objects: one is broken, one is in val, and one image is not an RGBA PNG."""
     folder = tmp_path_factory.mktemp("records") / "folder"
     for i in range(6):
         write_object(folder / f"pack-thing{chr(97 + i) * 3}", shade=30 + 30 * i)
@@ -32,7 +32,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def built(folder) -> Path:
-    """Built and read by a fresh interpreter, which never imports TensorFlow."""
+    """The data set, built and read by a fresh interpreter that never imports TensorFlow."""
     out = folder.parent / "out"
     program = f"""
 import sys
@@ -45,7 +45,7 @@ assert "tensorflow" not in sys.modules
 sys.exit(code)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 1, done.stderr  # built, one left out
+    assert done.returncode == 1, done.stderr  # built, with one object left out
     assert "left out pack-thingbbb: pose/003.npy is missing" in done.stderr
     assert "5 objects, 1 left out" in done.stderr and not done.stdout
     return out
@@ -58,7 +58,7 @@ def test_samples_are_those_of_the_folder(folder, built):
         b = objects.make(folder, **fields)
         assert a.names == b.names and len(a.elements) == len(b.elements)
         for position in range(min(len(a.elements), 6)):
-            # Poses were rounded to float32 before or after the axes were turned.
+            # Poses are rounded to float32 either before or after the axes are flipped.
             jax.tree.map(
                 lambda x, y: np.testing.assert_allclose(x, y, atol=2e-6),
                 a.elements[position],
@@ -120,7 +120,7 @@ def test_a_nan_pose_and_a_damaged_shard_are_input_errors(built, tmp_path, monkey
         source.elements[1]
 
 
-def test_bits_that_flip_on_disk_are_met_as_input_errors(built, tmp_path):
+def test_flipped_bits_on_disk_are_input_errors(built, tmp_path):
     import shutil
 
     shutil.copytree(built, tmp_path / "copy")
@@ -151,7 +151,7 @@ def test_commands_end_with_a_line_and_2(folder, built, tmp_path, capsys):
 
 
 def test_a_full_disk_leaves_nothing(folder, tmp_path, monkeypatch, capsys):
-    def full(*args):  # as the disk itself, through tfds
+    def full(*args):  # like a full disk under tfds
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(records, "_try_read", full)

@@ -1,4 +1,4 @@
-"""Scenes in every layout come out as the same images and cameras; LVSM's views, crops and poses are what it says they are."""
+"""Scenes give the same images and cameras in every layout. Views, crops and poses follow LVSM's definitions."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ def make(root: Path, split: str = "all", **fields):
 
 
 def frame_of(rgb: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Which frames the images [V H W 3] are."""
+    """The frame numbers of the images [V H W 3]."""
     return np.round((rgb[..., 2].mean((1, 2)) - 40 - seed) / 10).astype(int)
 
 
@@ -50,7 +50,7 @@ def test_every_layout_gives_the_cameras_and_images_that_were_written(tmp_path, l
         frames = place.read()
         shown = [captures.read_image(frames, view) for view in range(NUM_FRAMES)]
         assert list(frame_of(np.stack(shown), seed)) == list(range(NUM_FRAMES))
-        # float32 in pixelSplat's files, at coordinates of 10.
+        # pixelSplat's files have float32, with coordinates near 10.
         np.testing.assert_allclose(frames.c2w, trajectory(seed), atol=1e-5)
         np.testing.assert_allclose(
             frames.fxfycxcy, np.tile(fractions(), (NUM_FRAMES, 1)), atol=1e-6
@@ -74,8 +74,8 @@ def test_lvsm_intrinsics_may_be_fractions_and_paths_relative(tmp_path):
     assert frame_of(captures.read_image(frames, 1)[None]) == [1]
 
 
-def test_fields_of_view_alone_are_enough_and_what_is_transparent_is_white(tmp_path):
-    """As in Blender's scenes of NeRF, one of which is the root itself."""
+def test_a_field_of_view_is_enough_and_transparent_pixels_are_white(tmp_path):
+    """As in NeRF's Blender scenes. Here the root itself is a scene."""
     rgba = np.zeros((HEIGHT, WIDTH, 4), np.uint8)
     rgba[:, : WIDTH // 2] = [200, 7, 30, 255]
     (tmp_path / "train").mkdir()
@@ -122,7 +122,7 @@ def test_the_views_of_a_window_are_lvsms():
         gaps.append(last - first)
         share[targets] += 1 / 300
     assert 25 <= min(gaps) < 35 and 182 < max(gaps) <= 192  # uniform: 300 draws of 168 values
-    # Six of eight, the sources included: 3/4 each, whose deviation is 0.025.
+    # Six of eight, including the sources: 3/4 each, with a standard deviation of 0.025.
     np.testing.assert_allclose(share, 0.75, atol=0.1)
 
 
@@ -131,21 +131,23 @@ def test_a_window_is_cut_to_the_video_and_a_short_video_is_refused():
     for count in (8, 20):
         frames, _ = scenes.draw(count, recipe, np.random.default_rng(0))
         assert list(frames[:2]) == [0, count - 1]
-    with pytest.raises(InputError, match="7 frames for 8"):
+    with pytest.raises(InputError, match="7 frames, but 8 are needed"):
         scenes.draw(7, recipe, np.random.default_rng(0))
-    one = scenes.Recipe(1, 2, 16, None, min_gap=1, max_gap=3)  # too near for five different frames
+    one = scenes.Recipe(
+        1, 2, 16, None, min_gap=1, max_gap=3
+    )  # too close together for five different frames
     frames, targets = scenes.draw(5, one, np.random.default_rng(0))
     assert sorted(frames) == [0, 1, 2, 3, 4] and frames[0] == 0 and len(targets) == 3
 
 
-def test_a_sample_is_of_the_frames_that_its_cameras_stand_at(tmp_path):
+def test_the_images_and_cameras_of_a_sample_are_of_the_same_frames(tmp_path):
     write_nerfstudio(tmp_path, "attic", 0)
     source = make(tmp_path, normalize=None)
     batch = source.elements[0]
     assert batch.source.rgb.shape == (2, 16, 16, 3) and batch.target.rgb.shape == (4, 16, 16, 3)
     assert batch.source.rgb.dtype == np.uint8 and batch.source.alpha is None
     for views in (batch.source, batch.target):
-        # LANCZOS overshoots only at edges, of which there are none in blue.
+        # LANCZOS overshoots only at edges, and blue has none.
         np.testing.assert_allclose(views.cameras.c2w, trajectory()[frame_of(views.rgb)], atol=1e-6)
     first, last = frame_of(batch.source.rgb)
     assert 6 <= last - first <= 9
@@ -153,16 +155,16 @@ def test_a_sample_is_of_the_frames_that_its_cameras_stand_at(tmp_path):
 
 @pytest.mark.parametrize("size", [(48, 32), (50, 32), (32, 48), (640, 360), (20, 20)])
 def test_cropped_cameras_see_what_the_crop_shows(size):
-    """A ramp in x and y is resized and cropped to the ramp that the box says, whatever the width was rounded to."""
+    """A ramp in x and y is resized and cropped to the ramp of the box, however the width was rounded."""
     width, height = size
     x, y = np.meshgrid((np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height)
     rgb = np.stack([255 * x, 255 * y, 0 * x], -1).round().astype(np.uint8)
     cropped, (top, left, box_height, box_width) = captures.crop(rgb, 16)
     assert cropped.shape == (16, 16, 3)
     assert round(16 / min(box_height, box_width)) % captures.WIDTH_STEP == 0
-    assert max(box_height, box_width) == 1  # the shorter side is whole
+    assert max(box_height, box_width) == 1  # the shorter side is not cropped
     along = (np.arange(16) + 0.5) / 16
-    # Within the middle: LANCZOS's kernel is cut off at the image's edges. 2 levels: rounding, twice.
+    # Only the middle, because LANCZOS's kernel is cut off at the edges of the image. 2 levels are two roundings.
     inner = slice(4, 12)
     wanted_x = np.broadcast_to(255 * (left + box_width * along)[None, :], (16, 16))
     wanted_y = np.broadcast_to(255 * (top + box_height * along)[:, None], (16, 16))
@@ -171,7 +173,7 @@ def test_cropped_cameras_see_what_the_crop_shows(size):
 
 
 def test_intrinsics_are_scaled_and_shifted_with_the_crop(tmp_path):
-    """By hand in pixels: 48 x 32 becomes 24 x 16, of which four columns are cut off on each side."""
+    """Computed by hand in pixels: 48 x 32 becomes 24 x 16, and four columns are cut off on each side."""
     write_nerfstudio(tmp_path, "attic", 0)
     fxfycxcy = make(tmp_path).elements[0].target.cameras.fxfycxcy * 16
     wanted = [FOCAL[0] / 2, FOCAL[1] / 2, CENTRE[0] / 2 - 4, CENTRE[1] / 2]
@@ -191,7 +193,7 @@ def test_the_mean_pose_is_the_identity_and_the_largest_coordinate_has_a_margin(n
     np.testing.assert_allclose(forward / np.linalg.norm(forward), [0, 0, 1], atol=1e-12)
     down = by[:, :3, 1].mean(0)
     assert abs(down[0]) < 1e-12 and down[1] > 0
-    # A motion and one length: the views stand to each other as before.
+    # This is a rigid motion and a scale, so the views keep their relative places.
     np.testing.assert_allclose(motion[:3, :3] @ motion[:3, :3].T, np.eye(3), atol=1e-12)
     assert np.linalg.det(motion[:3, :3]) > 0
     relative = np.linalg.inv(c2w[0]) @ c2w[3]
@@ -201,7 +203,7 @@ def test_the_mean_pose_is_the_identity_and_the_largest_coordinate_has_a_margin(n
 
 @pytest.mark.parametrize("normalize", ["all_views", "source_views"])
 def test_the_world_does_not_matter(normalize):
-    """Of any rigidly moved and scaled copy of a scene the normalised poses are the same."""
+    """The normalised poses are the same for any rigidly moved and scaled copy of a scene."""
     c2w, world = trajectory()[[0, 9, 4]], trajectory(5)[3]
     copy = world @ c2w
     copy[:, :3, 3] *= 7.5
@@ -214,7 +216,7 @@ def test_the_world_does_not_matter(normalize):
     np.testing.assert_allclose(*normalized, atol=1e-12)
 
 
-def test_only_normalised_by_the_sources_a_view_does_not_depend_on_what_else_is_asked_for(tmp_path):
+def test_only_if_normalised_by_the_sources_a_view_does_not_depend_on_the_other_targets(tmp_path):
     write_nerfstudio(tmp_path, "attic", 0)
     frames = captures.read_folder(tmp_path / "attic")
     for normalize, same in (("source_views", True), ("all_views", False)):
@@ -225,7 +227,7 @@ def test_only_normalised_by_the_sources_a_view_does_not_depend_on_what_else_is_a
             (few.target.cameras.c2w, many.target.cameras.c2w[:1]),
         ]
         assert all(np.array_equal(a, b) == same for a, b in pairs)
-    # What is looked at counts, not what is asked for of it: in training all eight frames of a window.
+    # All views that are read count, not only those that are requested: in training, all eight frames of a window.
     one = scenes.assemble(frames, [1, 9, 4, 13, 12], 2, [2], 16, "all_views")
     np.testing.assert_array_equal(one.target.cameras.c2w, many.target.cameras.c2w[:1])
 
@@ -242,7 +244,7 @@ def test_poses_without_a_direction_or_a_length_are_refused():
     assert scale == 1 and np.array_equal(motion, np.eye(4))
 
 
-def test_training_reads_chunk_after_chunk_and_every_scene_once_an_epoch(tmp_path):
+def test_training_reads_chunk_after_chunk_and_every_scene_once_per_epoch(tmp_path):
     for chunk in range(4):
         write_chunk(tmp_path, f"{chunk}.torch", {f"{chunk}{c}q": 0 for c in "abc"}, count=1)
     places = scene_files.find(tmp_path, "all")
@@ -282,7 +284,7 @@ def test_scenes_that_cannot_be_used_are_named_and_replaced(tmp_path, capsys):
     source = make(tmp_path)
     with pytest.raises(InputError, match=r"attic: .*frame_\d+.png does not exist"):
         source.elements[0]
-    with pytest.raises(InputError, match="barn: the pose of frame 10 is no rotation"):
+    with pytest.raises(InputError, match="barn: the pose of frame 10 is not a rotation"):
         source.elements[1]
     _, batch = next(pipeline.open_batches(source, 3, prefetch=0))
     np.testing.assert_array_equal(batch.source.rgb[0], batch.source.rgb[2])
@@ -307,7 +309,9 @@ def test_bad_cameras_are_one_line(tmp_path):
             captures.read_folder(tmp_path / "attic")
     path.write_text(json.dumps(good | dict(w=HEIGHT, h=WIDTH, cx=10, cy=10)))
     frames = captures.read_folder(tmp_path / "attic")
-    with pytest.raises(InputError, match="frame_0.png is 48x32, which has not the proportions"):
+    with pytest.raises(
+        InputError, match="frame_0.png is 48x32, not the aspect ratio of its camera"
+    ):
         captures.read_image(frames, 0)
     path.write_text("[")
     with pytest.raises(InputError, match="transforms.json cannot be read"):
@@ -321,7 +325,7 @@ def test_bad_chunks_and_frames_of_re10k_are_one_line(tmp_path):
     index = tmp_path / "a" / "index.json"
     index.write_text(json.dumps({"x": "0.torch", "y": "0.torch", "z": "1.torch"}))
     source = make(tmp_path / "a")
-    with pytest.raises(InputError, match="x: 2 frames for 6"):
+    with pytest.raises(InputError, match="x: 2 frames, but 6 are needed"):
         source.elements[0]
     with pytest.raises(InputError, match="y: 0.torch lacks it"):
         source.elements[1]
@@ -343,7 +347,7 @@ def test_bad_chunks_and_frames_of_re10k_are_one_line(tmp_path):
 
 
 def test_a_real_torch_file_is_read_without_torch(tmp_path):
-    """As pixelSplat writes them; where torch is installed."""
+    """A file as pixelSplat writes it. Needs torch to write it."""
     torch = pytest.importorskip("torch")
     write_chunk(tmp_path, "0.torch", {"x": 0}, count=2)
     content, _ = tensor_files.read(tmp_path / "0.torch")
@@ -384,7 +388,7 @@ def test_evaluation_views_are_those_of_the_index_and_none_is_dropped(tmp_path, c
         scenes.evaluation_views(tmp_path, index, 16)
     for text in ("{", "[]", '{"a": {"context": [0.5], "target": [1]}}', '{"a": {"context": [0]}}'):
         index.write_text(text)
-        with pytest.raises(InputError, match="is no index of pixelSplat's"):
+        with pytest.raises(InputError, match="is not an index of pixelSplat"):
             scenes.evaluation_views(tmp_path, index, 16)
 
 
@@ -395,7 +399,7 @@ def test_fields_out_of_range_and_empty_folders_are_refused(tmp_path):
         make(tmp_path / "nowhere")
     write_nerfstudio(tmp_path, "attic", 0, count=1)
     for fields, cause in (
-        (dict(source_size=8), "one size"),
+        (dict(source_size=8), "must be equal"),
         (dict(normalize="azimuth"), "must be all_views"),
         (dict(normalize="source_views", num_source=1), "takes two sources"),
         (dict(min_gap=10), "min_gap=10"),

@@ -1,4 +1,4 @@
-"""Image preparation against TripoSR's and OpenLRM's, and files of every kind."""
+"""Image preparation, compared with TripoSR's and OpenLRM's, and image files of every kind."""
 
 import io
 import logging
@@ -40,21 +40,21 @@ def test_composite_is_triposrs_to_the_bit(golden):
 def test_antialiased_bilinear_is_torchs(golden, size):
     grey = golden["out.triposr_grey_u8"].astype(np.float32) / 255
     ours = resize.resize_bilinear(grey, size)
-    np.testing.assert_allclose(ours, golden[f"out.triposr_{size}"], atol=1e-5)  # the issue's bound
+    np.testing.assert_allclose(ours, golden[f"out.triposr_{size}"], atol=1e-5)
 
 
 def test_antialiased_bilinear_of_a_batch_is_torchs(goldens):
     golden = load_file(goldens / "triposr_tiny.safetensors")
     batch = np.stack([golden["in.image0"], golden["in.image1"]])
     ours = resize.resize_bilinear(batch, 80)
-    np.testing.assert_allclose(ours, golden["out.preprocessed"], atol=1e-5)  # the issue's bound
+    np.testing.assert_allclose(ours, golden["out.preprocessed"], atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [28, 98])
 def test_bicubic_is_openlrms(golden, size):
     white = cutout.blend(golden["in.rgba"], 1.0)
     ours = resize.resize_bicubic(white, size)
-    np.testing.assert_allclose(ours, golden[f"out.openlrm_{size}"], atol=1e-5)  # the issue's bound
+    np.testing.assert_allclose(ours, golden[f"out.openlrm_{size}"], atol=1e-5)
     assert ours.max() <= 1 and ours.min() >= 0
 
 

@@ -1,4 +1,4 @@
-"""Files written whole, and images and videos that open."""
+"""Files are written completely or not at all, and images and videos can be opened."""
 
 import errno
 import io
@@ -57,7 +57,7 @@ def test_progress_is_silent_when_quick(capsys):
 
 
 def plane_seen_from_above(size: int = 9):
-    """Depth of the plane z = 0.2 x from a camera at z = 3 with parallel rays down: rows go to -y, columns to +x."""
+    """Depth of the plane z = 0.2 x from a camera at z = 3 with parallel rays down. Rows go along -y, columns along +x."""
     x, y = np.meshgrid(np.linspace(-1, 1, size), np.linspace(1, -1, size))
     origins = np.stack([x, y, np.full_like(x, 3.0)], -1)[None]
     dirs = np.broadcast_to(np.array([0.0, 0.0, -1.0]), origins.shape)
@@ -72,7 +72,7 @@ def test_normals_of_a_plane_point_at_the_camera():
     np.testing.assert_allclose(images, expected, atol=0.51)  # rounding to 8 bits
 
 
-def test_unseen_pixels_are_white_and_their_depth_is_not_looked_at():
+def test_unseen_pixels_are_white_and_their_depth_is_ignored():
     depth, origins, dirs = plane_seen_from_above()
     alpha = np.ones_like(depth)
     alpha[:, :4], depth[:, :4] = 0.0, np.nan
@@ -101,7 +101,7 @@ def test_contact_sheet_holds_every_image():
     for value, count in [(10, 3 * 32 * 40), (90, 3 * 32 * 40), (200, 16 * 32)]:
         assert (sheet == value).all(-1).sum() == pytest.approx(
             count, abs=20
-        )  # a label may have the grey
+        )  # a label may have this grey
 
 
 @pytest.mark.parametrize("size", [(32, 48), (33, 47)])
@@ -112,10 +112,10 @@ def test_turntable_plays_with_even_sides(tmp_path, size):
     reader = imageio_ffmpeg.read_frames(str(tmp_path / "t.mp4"))
     assert next(reader)["size"] == (48, 32 if size[0] == 32 else 34)
     means = [np.frombuffer(frame, np.uint8).mean() for frame in reader]
-    assert len(means) == 6 and max(means[:3]) < 30 and min(means[3:]) > 225  # lossy
+    assert len(means) == 6 and max(means[:3]) < 30 and min(means[3:]) > 225  # the video is lossy
 
 
-def test_a_film_that_ffmpeg_cannot_write_is_an_error(monkeypatch, tmp_path):
+def test_a_video_that_ffmpeg_cannot_write_is_an_error(monkeypatch, tmp_path):
     failing = tmp_path / "ffmpeg"
     failing.write_text("#!/bin/sh\necho No space left on device >&2\nexit 1\n")
     failing.chmod(0o755)

@@ -1,4 +1,4 @@
-"""Surfaces of known fields: where they are, that they are closed, what they cost, and what the files hold."""
+"""Surfaces of known fields: their place, closedness and cost, and the contents of the mesh files."""
 
 import io
 import json
@@ -21,7 +21,7 @@ def sphere(xyz):
 
 
 def blob(xyz):
-    """Two joined spheres, off centre: no symmetry hides a swapped axis."""
+    """Two joined spheres, off centre, so that no symmetry hides swapped axes."""
     a = jnp.linalg.norm(xyz - jnp.array([[0.3, 0.1, -0.2]]), axis=-1)
     b = jnp.linalg.norm(xyz - jnp.array([[-0.2, 0.2, 0.3]]), axis=-1)
     return jnp.exp(-jnp.square(a / 0.3)) + jnp.exp(-jnp.square(b / 0.25)) - 0.4
@@ -49,7 +49,7 @@ def thin(shape, thickness):
 
 
 def counted(field):
-    """The field jitted, and the list of the shapes it was called with."""
+    """Returns the jitted field, and the list of the shapes that it was called with."""
     calls, jitted = [], jax.jit(field)
 
     def call(xyz):
@@ -65,7 +65,7 @@ def signed_volume(vertices, faces):
 
 
 def cells(vertices, faces, resolution):
-    """The lattice cells that hold the faces, as sorted numbers."""
+    """The grid cells that hold the faces, as sorted numbers."""
     middle = vertices[faces].astype(np.float64).mean(1)
     index = np.floor((middle / RADIUS + 1) / 2 * (resolution - 1)).astype(np.int64)
     return np.unique(np.ravel_multi_index(tuple(index.T), (resolution,) * 3))
@@ -76,15 +76,15 @@ def test_sphere_is_closed_with_its_area_and_volume_and_winds_outward(resolution)
     vertices, faces = lattice.extract(jax.jit(sphere), resolution, RADIUS, 0.0)
     shape = trimesh.Trimesh(vertices, faces, process=False)
     assert shape.is_watertight and shape.is_winding_consistent and shape.euler_number == 2
-    # Chords lie inside the sphere by cell^2 / (8 r): a relative 4e-3 of the volume at 48 points.
+    # Chords lie up to cell^2 / (8 r) inside the sphere, which is 4e-3 of the volume at 48 points.
     np.testing.assert_allclose(signed_volume(vertices, faces), 4 / 3 * np.pi * 0.5**3, rtol=4e-3)
     np.testing.assert_allclose(shape.area, 4 * np.pi * 0.5**2, rtol=4e-3)
-    # Linear interpolation of a distance: off by cell^2 / (8 r), a hundredth of the coarser cell.
+    # Linear interpolation of a distance is off by cell^2 / (8 r), a hundredth of the coarser cell.
     np.testing.assert_allclose(np.linalg.norm(vertices, axis=-1), 0.5, atol=4e-4)
 
 
-def test_lattice_ends_on_both_sides_of_the_cube():
-    # A plane x = c crosses edges at exactly c wherever the lattice lies; the sheet ends at the lattice's ends.
+def test_the_grid_ends_on_both_sides_of_the_cube():
+    # A plane x = c crosses edges exactly at c, wherever the grid points are. The sheet ends at the ends of the grid.
     vertices, _ = lattice.extract(jax.jit(lambda xyz: 0.123 - xyz[:, 0]), 33, RADIUS, 0.0)
     np.testing.assert_allclose(vertices[:, 0], 0.123, atol=1e-6)  # float32
     np.testing.assert_allclose(vertices[:, 1:].min(0), -RADIUS, rtol=1e-6)  # float32
@@ -112,9 +112,9 @@ def test_thin_structures_are_recovered(shape, profile):
     distance = thin(shape, 1.7 * cell)
     field, level = {
         "distance": (distance, 0.0),
-        # A tenfold change in a third of a cell, flat outside: a trained density.
+        # Like a trained density: it changes tenfold within a third of a cell, and is flat outside.
         "density": (lambda xyz: 25 * jnp.exp(jnp.clip(8 * distance(xyz) / cell, -12, 8)), 25.0),
-        # Tells nothing of what is near.
+        # Contains no information about the distance to the surface.
         "step": (lambda xyz: jnp.where(distance(xyz) > 0, 1.0, 0.0), 0.5),
     }[profile]
     field, calls = counted(field)
@@ -124,12 +124,12 @@ def test_thin_structures_are_recovered(shape, profile):
     part = cells(*sparse, resolution)
     assert np.isin(part, whole).all()
     assert len(part) >= 0.999 * len(whole)
-    # The surface passes through a tenth of all cells, far more than that of an object.
+    # The surface passes through a tenth of all cells, far more than the surface of an object.
     assert len(calls) * 2**13 < 0.6 * resolution**3
 
 
-def test_a_surface_is_followed_where_the_coarse_lattice_sees_nothing():
-    # A needle along x, half a cell thick, between the lines of coarse points, tied to a ball that they see.
+def test_a_surface_is_followed_where_the_coarse_grid_sees_nothing():
+    # A needle along x, half a cell thick, between the lines of coarse points. It is attached to a ball that they see.
     resolution = 129
     cell = 2 * RADIUS / (resolution - 1)
 
@@ -143,7 +143,7 @@ def test_a_surface_is_followed_where_the_coarse_lattice_sees_nothing():
     assert vertices[:, 0].max() > 0.6 - cell
 
 
-def test_evaluations_are_a_small_part_and_all_of_one_shape():
+def test_evaluations_are_few_and_all_have_one_shape():
     field, calls = counted(sphere)
     lattice.extract(field, 256, RADIUS, 0.0)
     assert set(calls) == {(2**15, 3)}
@@ -172,7 +172,7 @@ def test_slabs_of_the_dense_grid_merge_to_the_bit(monkeypatch, resolution):
 
 @pytest.mark.parametrize("resolution", [20, 65])  # dense, coarse to fine
 def test_any_signs_give_a_closed_surface_without_degenerate_faces(resolution):
-    # Noise has every pattern of signs in a cell, and values at the level exactly.
+    # Noise has every pattern of signs in a cell, and some values exactly at the level.
     values = np.random.default_rng(0).integers(-2, 3, (resolution,) * 3).astype(np.float32)
     for axis in range(3):
         np.moveaxis(values, axis, 0)[[0, *range(19, resolution)]] = -1
@@ -206,7 +206,7 @@ def test_an_overflowing_density_is_inside():
     assert np.isfinite(vertices).all() and signed_volume(vertices, faces) > 0
 
 
-def test_progress_sees_every_call():
+def test_progress_reports_every_call():
     seen = []
 
     def progress(iterable, total, label):
@@ -228,7 +228,7 @@ def painted():
     return surface.paint(vertices, faces, jax.jit(color))
 
 
-def test_normals_are_the_field_s_downhill(painted):
+def test_normals_point_down_the_field(painted):
     gradient = jax.jit(jax.grad(lambda xyz: blob(xyz).sum()))(painted.vertices)
     downhill = -gradient / np.linalg.norm(gradient, axis=-1, keepdims=True)
     np.testing.assert_allclose(np.linalg.norm(painted.normals, axis=-1), 1, rtol=1e-6)  # float32
@@ -257,13 +257,13 @@ def test_glb_reloads_y_up_with_normals_and_linear_colours(painted):
     np.testing.assert_array_equal(shape.faces, painted.faces)
     np.testing.assert_array_equal(shape.vertex_normals, y_up(painted.normals).astype(np.float64))
     assert shape.volume > 0
-    # Where a file has a material, trimesh keeps its vertex colours as they are: linear floats.
+    # If a file has a material, trimesh keeps its vertex colours unchanged, as linear floats.
     reloaded = to_srgb(shape.visual.vertex_attributes["color"])
     np.testing.assert_allclose(reloaded, painted.colors / 255, atol=1e-5)  # float32
 
 
 def glb_arrays(data):
-    """The JSON tree and the float attributes of a .glb, read by the specification."""
+    """The JSON tree and the float attributes of a .glb, read according to the specification."""
     length = int.from_bytes(data[12:16], "little")
     tree = json.loads(data[20 : 20 + length])
     body = data[28 + length :]
@@ -279,7 +279,7 @@ def glb_arrays(data):
 
 def test_glb_colours_are_linear_and_exact(painted):
     tree, arrays = glb_arrays(formats.to_glb(painted))
-    # Bytes survive the way to linear floats and back.
+    # Bytes survive the conversion to linear floats and back.
     np.testing.assert_array_equal(np.rint(to_srgb(arrays["COLOR_0"]) * 255), painted.colors)
     (material,) = tree["materials"]
     assert material["doubleSided"]
@@ -293,7 +293,7 @@ def test_obj_reloads_y_up_with_srgb_colours(painted):
     files = formats.to_obj(painted, "thing")
     assert list(files) == ["thing.obj"]
     shape = trimesh.load(io.BytesIO(files["thing.obj"]), file_type="obj", process=False)
-    # Six decimals are written.
+    # The file has six decimals.
     np.testing.assert_allclose(shape.vertices, y_up(painted.vertices), atol=1e-6)
     np.testing.assert_array_equal(shape.faces, painted.faces)
     np.testing.assert_allclose(shape.visual.vertex_colors[:, :3], painted.colors, atol=1)  # bytes

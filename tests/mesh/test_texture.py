@@ -1,4 +1,4 @@
-"""Baked textures: they reproduce a known colour field, and survive the way through files."""
+"""Baked textures reproduce a known colour field, and survive being written to files and read back."""
 
 import io
 
@@ -54,7 +54,7 @@ def points_on(faces, *attributes, count=20_000):
 def test_texture_reproduces_the_colour_field_everywhere(baked):
     xyz, uv = points_on(baked.faces, baked.vertices, baked.uv)
     error = np.abs(looked_up(baked.texture, uv) - color(xyz))
-    # Bytes round by 0.5 / 255; at the rims of charts, filtering reads texels that repeat the rim: a texel's change, 0.02.
+    # Bytes round by 0.5 / 255. At the borders of charts, filtering reads texels that repeat the border: one texel's change is 0.02.
     assert error.mean() < 0.5 / 255 and error.max() < 0.025
 
 
@@ -78,7 +78,7 @@ def test_decimation_bounds_the_faces_and_keeps_the_surface():
     assert shape.volume == pytest.approx(4 / 3 * np.pi * 0.6**3 / (1.3 * 0.8), rel=0.02)
 
 
-def test_a_texture_coarser_than_the_faces_still_has_their_colours():
+def test_a_texture_coarser_than_the_faces_still_shows_their_colours():
     vertices, faces = lattice.extract(jax.jit(field), 24, 0.87, 0.0)
     painted = surface.paint(vertices, faces, jax.jit(color), chunk=2**12)
     baked = texture.bake_texture(painted, jax.jit(color), 32, chunk=2**12)
@@ -112,7 +112,7 @@ def test_textured_obj_reloads_with_its_image(baked, tmp_path):
     assert len(shape.vertices) == len(baked.vertices) and len(shape.faces) == len(baked.faces)
     image = np.asarray(shape.visual.material.image.convert("RGB"))
     np.testing.assert_array_equal(image, baked.texture)
-    # .obj has the origin of uv at the bottom; six decimals are written.
+    # .obj has the origin of uv at the bottom. The file has six decimals.
     np.testing.assert_allclose(shape.visual.uv, baked.uv * [[1, -1]] + [[0, 1]], atol=1e-6)
 
 
@@ -131,5 +131,5 @@ def test_png_of_obj_is_the_texture(baked):
 def test_a_crash_of_xatlas_is_an_error_with_a_remedy(monkeypatch, program, cause):
     monkeypatch.setattr(texture, "UNWRAP", program)
     triangle = np.eye(3, dtype=np.float32)
-    with pytest.raises(InputError, match=f"{cause}.*leave the texture out"):
+    with pytest.raises(InputError, match=f"{cause}.*use vertex colours instead"):
         texture._unwrap(triangle, np.array([[0, 1, 2]], np.int32), 16)

@@ -1,4 +1,4 @@
-"""The page that shows a mesh: what is in it, without a browser."""
+"""The contents of the viewer page, tested without a browser."""
 
 import base64
 import html.parser
@@ -15,7 +15,7 @@ GLB = b"glTF" + bytes(range(256)) + b"</script>"
 
 
 class Page(html.parser.HTMLParser):
-    """What a browser reads: the elements with their attributes and text."""
+    """Parses a page like a browser: the elements with their attributes and text."""
 
     def __init__(self, page: bytes):
         super().__init__()
@@ -58,14 +58,14 @@ def test_opens_in_front_of_the_object_at_the_distance_asked_for():
     "name",
     ["<a & $GLB>", "</title><script>alert(1)</script>", "\"'`${1}\\", "&amp; ü 木  $NAME $NONE"],
 )
-def test_any_name_is_shown_as_it_is(name):
+def test_any_name_is_shown_unchanged(name):
     plain = Page(viewer.viewer_html(GLB, "plain", 3, 40.0))
     page = Page(viewer.viewer_html(GLB, name, 3, 40.0))
     tags = [element["tag"] for element in page.elements]
     assert tags == [element["tag"] for element in plain.elements]
     assert page.of("title")[0]["text"] == page.of("b")[0]["text"] == name
     assert page.of("canvas")[0]["aria-label"] == f"3D model: {name}"
-    # The program takes the name from the title, so that it need not be quoted for JavaScript.
+    # The program reads the name from the title, so the name need not be quoted for JavaScript.
     assert page.of("script")[0] == plain.of("script")[0]
 
 
@@ -74,7 +74,7 @@ def test_a_file_name_that_is_not_utf8_makes_a_page():
     assert b"<title>caf?</title>" in viewer.viewer_html(GLB, name, 3, 40.0)
 
 
-def test_the_page_asks_for_nothing_from_outside():
+def test_the_page_loads_nothing_from_outside():
     page = Page(viewer.viewer_html(GLB, "a", 3, 40.0))
     (policy,) = [e["content"] for e in page.of("meta") if "http-equiv" in e]
     rules = dict(rule.split(maxsplit=1) for rule in policy.split(";"))
@@ -99,7 +99,7 @@ def test_the_program_finds_the_elements_that_it_asks_for():
     assert len(ids) == len(set(ids)) and asked <= set(ids)
     (canvas,) = page.of("canvas")
     assert canvas["tabindex"] == "0" and canvas["aria-describedby"] in ids
-    # What the shader declares is what the program sets.
+    # The program sets everything that the shader declares.
     (names,) = re.findall(r"const names = (\[.*\]);", program)
     declared = re.findall(r"uniform \w+ ([^;]*);", program)
     declared = {name for line in declared for name in line.split(", ")} - {"image"}
@@ -125,7 +125,7 @@ def test_the_program_reads_what_our_glb_has(textured):
     (mesh,) = tree["meshes"]
     (primitive,) = mesh["primitives"]
     assert set(primitive["attributes"]) <= set(json.loads(read))
-    # gl.FLOAT without gaps and gl.UNSIGNED_INT, each the only thing in its view
+    # gl.FLOAT without gaps and gl.UNSIGNED_INT, each alone in its buffer view
     kinds = [tree["accessors"][i]["componentType"] for i in primitive["attributes"].values()]
     assert set(kinds) == {5126} and tree["accessors"][primitive["indices"]]["componentType"] == 5125
     assert not any("byteOffset" in accessor for accessor in tree["accessors"])

@@ -1,4 +1,4 @@
-"""LPIPS and LVSM's perceptual loss against their references, and their files. The goldens' weights are given by formula."""
+"""LPIPS and LVSM's perceptual loss, compared with their references, and their files. A formula gives the weights of the goldens."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ VGG19_CONVS = (2, 2, 4, 4, 4)
 
 
 def convolutions(num_convs):
-    """Kernels [out in 3 3] and biases by our layers' names, as tests/goldens/README.md and the goldens' metadata say."""
+    """Kernels [out in 3 3] and biases by our names of layers, from the formula in the metadata of the goldens."""
     layers, width_in = {}, 3
     names = [(b, k) for b, count in enumerate(num_convs) for k in range(count)]
     for i, (block, number) in enumerate(names):
@@ -33,7 +33,7 @@ def convolutions(num_convs):
 
 @pytest.fixture(scope="module")
 def vgg16():
-    """torchvision's state dict, with a classifier as empty as NumPy can."""
+    """torchvision's state dict, with a classifier that takes almost no memory."""
     indices = [0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28]
     state = {}
     for index, (kernel, bias) in zip(indices, convolutions((2, 2, 3, 3, 3)).values(), strict=True):
@@ -57,7 +57,7 @@ def lpips_params(vgg16, linear):
 
 @pytest.fixture(scope="module")
 def vgg19():
-    """A MatConvNet model, as scipy reads it, whose later layers are cut to nothing."""
+    """A MatConvNet model as scipy reads it, with empty later layers."""
     layers = []
     for name, (kernel, bias) in convolutions(VGG19_CONVS).items():
         weights = [kernel.transpose(2, 3, 1, 0), bias]
@@ -77,7 +77,7 @@ def perceptual_params(vgg19):
 
 @pytest.fixture(scope="module")
 def jitted():
-    """Compiled once for all tests of this file: the gradient of the sum by x, and the values."""
+    """The gradient of the sum with respect to x, and the values. Compiled once for all tests of this file."""
 
     def of(distance):
         def total(params, x, y):
@@ -99,7 +99,7 @@ def test_lpips_and_its_gradient_are_the_references(goldens, lpips_params, jitted
     grad, values = jitted[lpips](lpips_params, x, y)
     np.testing.assert_allclose(
         values, golden["out.lpips"], rtol=tolerance(1e-4)
-    )  # the goldens' own
+    )  # stated with the goldens
     assert_same_gradient(grad, golden["grad.x"])
 
 
@@ -109,7 +109,7 @@ def test_perceptual_loss_and_its_gradient_are_lvsms(goldens, perceptual_params, 
     grad, values = jitted[perceptual](perceptual_params, x, y)
     assert values.shape == (2,)
     np.testing.assert_allclose(values.mean(), golden["out.loss"][0], rtol=tolerance(1e-4))
-    assert_same_gradient(grad / 2, golden["grad.pred"])  # the reference takes the mean of two
+    assert_same_gradient(grad / 2, golden["grad.pred"])  # the reference takes the mean over two
 
 
 def assert_same_gradient(grad, expected):
@@ -118,13 +118,13 @@ def assert_same_gradient(grad, expected):
 
 
 @pytest.mark.parametrize("module", [lpips, perceptual], ids=["lpips", "perceptual"])
-def test_equal_images_are_at_no_distance_with_a_finite_gradient(
+def test_equal_images_have_distance_0_and_a_finite_gradient(
     module, jitted, lpips_params, perceptual_params
 ):
     params = lpips_params if module is lpips else perceptual_params
     flat = jnp.broadcast_to(jnp.array([0.0, 1.0])[:, None, None, None], (2, 64, 64, 3))
     grad, values = jitted[module](params, flat, flat)
-    # Not quite 0: the side that is differentiated may be compiled, and so rounded, otherwise.
+    # Not exactly 0, because the differentiated side may be compiled differently, and so rounded differently.
     np.testing.assert_allclose(values, 0, atol=1e-6)
     assert np.isfinite(grad).all()
 
@@ -132,7 +132,7 @@ def test_equal_images_are_at_no_distance_with_a_finite_gradient(
 def test_lpips_gradient_is_finite_where_all_features_are_zero(jitted, lpips_params):
     params = {k: v for k, v in lpips_params.items() if not k.startswith("conv")}
     for name, layer in lpips_params.items():
-        if name.startswith("conv"):  # negative biases: no ReLU passes anything of a black image
+        if name.startswith("conv"):  # with negative biases, every ReLU gives 0 for a black image
             params[name] = layer | {"bias": jnp.full_like(layer["bias"], -100.0)}
     x, y = jnp.zeros((2, 64, 64, 3)), jnp.ones((2, 64, 64, 3))
     grad, values = jitted[lpips](params, x, y)
@@ -140,7 +140,7 @@ def test_lpips_gradient_is_finite_where_all_features_are_zero(jitted, lpips_para
 
 
 def test_leading_axes_are_kept_and_bfloat16_is_widened(lpips_params, perceptual_params):
-    """Shapes alone: nothing is computed."""
+    """Tests only shapes. Nothing is computed."""
     x = jax.ShapeDtypeStruct((2, 3, 16, 20, 3), jnp.bfloat16)
     for module, params in ((lpips, lpips_params), (perceptual, perceptual_params)):
         out = jax.eval_shape(module.distance, params, x, x)
@@ -155,7 +155,7 @@ def test_leading_axes_are_kept_and_bfloat16_is_widened(lpips_params, perceptual_
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory, vgg16, linear, vgg19):
-    """The public files: two of torch, and one of MATLAB with a struct in each cell."""
+    """The public files: two from torch, and one from MATLAB with a struct in each cell."""
     folder = tmp_path_factory.mktemp("public")
     tensor_files.write_torch(folder / "vgg16.pth", vgg16)
     tensor_files.write_torch(folder / "vgg.pth", linear)
@@ -164,7 +164,7 @@ def files(tmp_path_factory, vgg16, linear, vgg19):
 
 
 def cells(layers):
-    """MATLAB's cell array of structs, where `weights` is one of arrays and a bias is a row."""
+    """MATLAB's cell array of structs. `weights` is a cell array of arrays, and a bias is a row."""
     array = np.empty((1, len(layers)), object)
     for i, layer in enumerate(layers):
         array[0, i] = dict(layer)
@@ -229,7 +229,7 @@ def test_files_that_do_not_belong_together_are_one_line(
     assert not list(tmp_path.iterdir())
 
 
-def test_another_matlab_file_is_no_vgg19(vgg19):
+def test_another_matlab_file_is_not_a_vgg19(vgg19):
     with pytest.raises(InputError, match="not a MatConvNet model of VGG19.*'layers'"):
         perceptual.from_matconvnet({"x": np.ones(3)})
     old = [{"name": "conv1_1", "type": "conv", "filters": np.ones((3, 3, 3, 64))}]
@@ -245,7 +245,7 @@ def test_a_number_that_is_not_finite_is_not_converted(tmp_path):
         vgg.save(tmp_path / "x", {"conv1_1": {"bias": np.array([np.nan])}}, lpips.NETWORK)
 
 
-def test_a_networks_file_that_is_absent_or_another_names_the_command(tmp_path):
+def test_a_missing_or_wrong_network_file_is_an_error_that_names_the_command(tmp_path):
     remedy = "lrm convert vgg16-397923af.pth lpips_vgg16.safetensors --linear vgg.pth"
     other = tmp_path / "model.safetensors"
     tensor_files.write_safetensors(

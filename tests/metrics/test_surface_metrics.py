@@ -1,4 +1,4 @@
-"""Chamfer distance, F-score and alignment against closed forms and a slow oracle."""
+"""Chamfer distance, F-score and alignment, compared with closed forms and a slow oracle."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def lamp(count: int, rng) -> np.ndarray:
     return surface_metrics.sample_surface(shape.vertices, shape.faces, count, rng)
 
 
-def test_planes_are_apart_by_their_distance(rng):
+def test_the_chamfer_distance_of_planes_is_their_distance(rng):
     plane = np.concatenate([rng.uniform(-1, 1, (500, 2)), np.zeros((500, 1))], -1)
     scores = surface_metrics.scores(plane + [0, 0, 0.15], plane)
     assert scores["chamfer"] == pytest.approx(0.15, abs=1e-12)
@@ -41,7 +41,7 @@ def test_scores_equal_those_of_all_pairs(rng):
     assert scores["fscore@0.5"] == pytest.approx(wanted, abs=1e-12)
 
 
-def test_a_half_has_full_precision_and_half_the_recall(rng):
+def test_half_of_a_shape_has_full_precision_and_half_the_recall(rng):
     truth = np.repeat([[0, 0, 0], [5, 0, 0]], 50, 0) + rng.uniform(0, 0.01, (100, 3))
     scores = surface_metrics.scores(truth[:50], truth)
     assert scores["fscore@0.1"] == pytest.approx(2 / 3)
@@ -54,13 +54,13 @@ def test_a_sphere_is_itself(rng):
         surface_metrics.sample_surface(ball.vertices, ball.faces, 5000, rng) for _ in range(2)
     )
     scores = surface_metrics.aligned_scores(3 * first + 7, second)
-    # The nearest of 5000 points on 4 pi is on average 0.5 / sqrt(5000 / 4 pi) = 0.025 away.
+    # With 5000 points on an area of 4 pi, the nearest is on average 0.5 / sqrt(5000 / 4 pi) = 0.025 away.
     assert scores["chamfer"] == pytest.approx(0.025, abs=0.002)
     assert scores["fscore@0.1"] == 1
 
 
 @pytest.mark.parametrize("azimuth, tilt", [(37, 0), (100, 12), (222, -25), (0, 0)])
-def test_a_turned_scaled_and_moved_shape_is_aligned_back(rng, azimuth, tilt):
+def test_a_rotated_scaled_and_moved_shape_is_aligned_back(rng, azimuth, tilt):
     truth, points = lamp(4000, rng), lamp(4000, rng)
     turn = Rotation.from_euler("zx", [azimuth, tilt], degrees=True).as_matrix()
     scores = surface_metrics.aligned_scores(0.6 * points @ turn.T + [0.2, 0, 0.1], truth)
@@ -90,13 +90,13 @@ def test_points_are_uniform_in_area(rng):
     faces = np.array([[0, 1, 2], [3, 4, 5]])
     points = surface_metrics.sample_surface(vertices.astype(np.float32), faces, 4000, rng)
     upper = points[:, 2] == 1
-    # Four deviations of a share of 3/4 among 4000.
+    # Four standard deviations for a share of 3/4 of 4000 points.
     assert upper.mean() == pytest.approx(0.75, abs=0.028)
     assert (points[:, :2] >= 0).all() and (points[~upper][:, :2].sum(-1) <= 1).all()
     np.testing.assert_allclose(points[~upper].mean(0), [1 / 3, 1 / 3, 0], atol=0.03)
 
 
-def test_what_has_no_extent_is_an_error(rng):
+def test_a_shape_without_extent_is_an_error(rng):
     good = rng.normal(size=(50, 3))
     with pytest.raises(InputError, match="not finite"):
         surface_metrics.aligned_scores(np.where(good > 2, np.nan, good + 3), good)

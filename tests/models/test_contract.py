@@ -1,4 +1,4 @@
-"""What every family promises (lrm_jax/models/__init__.py), for every family and variant."""
+"""The contract of a family (lrm_jax/models/__init__.py), tested for every family and variant."""
 
 import functools
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lrm_jax import models
-from lrm_jax.kernels import attention_cuda
+from lrm_jax.kernels import attention, attention_cuda
 from lrm_jax.ops import cameras
 from lrm_jax.parallel import sharding
 from lrm_jax.training import optim
@@ -30,7 +30,7 @@ def image(size=40):
 
 
 def source_of(model, num_scenes):
-    """Images as `prepare` wants them, or two posed views of each scene."""
+    """Images for `prepare`, or two posed views per scene."""
     if hasattr(model, "prepare"):
         return model.prepare([image(), image(32)][:num_scenes])
     rgb = jax.random.uniform(
@@ -40,7 +40,7 @@ def source_of(model, num_scenes):
 
 
 def rays_of(num_scenes, num_views, height, width):
-    """Sides are multiples of the tiny families' patches."""
+    """Rays of views. Their sides are multiples of the tiny families' patches."""
     return spread(
         cameras.pixel_rays(cameras.orbit(num_views, 2.0, 15.0, 40.0), height, width), num_scenes
     )
@@ -58,7 +58,7 @@ def tiny(name):
     return model, jax.jit(model.init)(jax.random.key(0), source, rays)["params"], source, rays
 
 
-JITTED = {}  # by model and method: each compiled once for all tests of this file
+JITTED = {}  # by model and method, so that each is compiled once for all tests of this file
 
 
 def apply(model, params, *args, method):
@@ -81,7 +81,7 @@ def test_every_variant_has_the_contract_s_shapes(name, variant):
         lambda p, s, r: apply(model, p, s, r, method="render"), params, scene, rays
     )
     assert rendering.rgb.shape == (1, 2, 8, 16, 3) and rendering.rgb.dtype == jnp.float32
-    # A family that draws its own background has no surface either.
+    # A family that renders its own background has no surface either.
     assert (rendering.alpha is None) == (not hasattr(model, "query"))
     if rendering.alpha is None:
         return
@@ -114,7 +114,7 @@ def test_rendering_split_by_views_scenes_or_chunks_equals_rendering_all(name):
     chunked = apply(model.clone(ray_chunk=7), params, scene, rays, method="render")
     for field in ("rgb", "alpha", "depth") if whole.alpha is not None else ("rgb",):
         expected = getattr(whole, field)
-        # Same operations on each ray; products of other shapes may sum in another order.
+        # Each ray has the same operations, but products of other shapes may sum in another order.
         np.testing.assert_allclose(
             np.concatenate([getattr(r, field) for r in by_view], axis=1), expected, atol=1e-5
         )
@@ -136,7 +136,7 @@ def test_rendering_is_deterministic_without_a_key_and_random_with_one_where_it_s
     assert (np.abs(one.rgb - two.rgb).max() > 1e-6) == hasattr(model, "query")
     np.testing.assert_allclose(
         one.rgb, first.rgb, atol=0.3
-    )  # jitter moves samples within their interval only
+    )  # jitter moves samples only within their intervals
 
 
 @pytest.mark.parametrize("name", models.FAMILIES)
@@ -147,7 +147,7 @@ def test_bfloat16_is_finite_and_near_float32(name):
     assert half.rgb.dtype == jnp.float32
     np.testing.assert_allclose(
         half.rgb, full.rgb, atol=0.05
-    )  # 8 bits of mantissa through a tiny network
+    )  # the error of 8-bit mantissas through a tiny network
 
 
 @pytest.mark.parametrize("name", models.FAMILIES)
@@ -169,7 +169,7 @@ def test_gradients_reach_every_parameter_and_are_finite(name):
 )
 @pytest.mark.parametrize("name", models.FAMILIES)
 def test_the_model_and_its_gradient_lower_for(name, platform, dtype, monkeypatch):
-    """As they are traced for that platform. cuDNN's attention cannot be lowered without a GPU: only that it would be called."""
+    """Traces and lowers for the platform. cuDNN's attention cannot be lowered without a GPU, so there only its call is tested."""
     model, params, source, rays = tiny(name)
     model = model.clone(dtype=dtype)
     calls = []
@@ -194,6 +194,27 @@ def test_the_model_and_its_gradient_lower_for(name, platform, dtype, monkeypatch
     assert bool(calls) == (dtype == "bfloat16" and platform == "gpu")
 
 
+@pytest.mark.parametrize(("name", "variant"), VARIANTS)
+def test_every_attention_of_a_16_bit_model_on_a_gpu_is_cudnn_s(name, variant, monkeypatch):
+    """Also in the encoders, whose lengths are odd."""
+    calls = []
+
+    def cudnn(q_BLNK, k_BMNK, *_):
+        calls.append((q_BLNK.shape[1], k_BMNK.shape[1]))
+        return q_BLNK
+
+    def products(*_):
+        raise AssertionError("not cuDNN's")
+
+    monkeypatch.setattr(attention_cuda, "attention_by_cudnn", cudnn)
+    monkeypatch.setattr(attention, "_attention_by_products", products)
+    model = models.build(name, variant, dtype="bfloat16")
+    source, rays = source_of(model, 1), jax.eval_shape(lambda: rays_of(1, 1, 8, 16))
+    with jax.sharding.use_abstract_mesh(sharding.abstract_device_mesh((1, 1, 1), "gpu")):
+        jax.eval_shape(model.init, jax.random.key(0), source, rays)
+    assert len(calls) >= 2
+
+
 @pytest.mark.parametrize("name", models.FAMILIES)
 def test_a_scene_does_not_depend_on_the_rest_of_the_batch(name):
     model, params, source, _ = tiny(name)
@@ -202,7 +223,7 @@ def test_a_scene_does_not_depend_on_the_rest_of_the_batch(name):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a[1:], b, atol=1e-5), both, alone)
 
 
-def test_unknown_names_are_told_with_the_known_ones():
+def test_errors_about_unknown_names_list_the_known_ones():
     with pytest.raises(ValueError, match="no model family 'nerf'; there are lrm, triposr"):
         models.build("nerf", "tiny")
     with pytest.raises(ValueError, match="triposr has no variant 'huge'; it has triposr"):
@@ -213,7 +234,7 @@ def test_unknown_names_are_told_with_the_known_ones():
 
 @pytest.mark.parametrize(("name", "variant"), VARIANTS)
 def test_shardings_and_weight_decay_of_every_variant_are_what_they_were(name, variant, same_text):
-    """On 2 x 4 x 2 devices; a parameter a line."""
+    """On 2 x 4 x 2 devices, with one parameter per line."""
     device_mesh = sharding.abstract_device_mesh((2, 4, 2), "cpu")
     params = references.param_shapes(models.build(name, variant))
     decayed = dict(optim.named(optim.decay_mask(params)))

@@ -1,7 +1,8 @@
-"""The families against tensors of the PyTorch references (tests/goldens/README.md): `from_torch` and the forward pass together.
+"""The families, compared with tensors of the PyTorch references (tests/goldens/README.md): `from_torch` and the forward pass together.
 
-Tolerances are the goldens' own: 1e-4 relative for features and planes, 5e-4 for pixels, 1e-3 relative for gradients (float32
-sums in another order; an independent float64 port agrees to 1e-5). On a GPU they are larger: tests/tolerances.py.
+Tolerances are those stated with the goldens: 1e-4 relative for features and planes, 5e-4 for pixels, 1e-3 relative for gradients. The
+differences come from float32 sums in another order; an independent float64 port agrees to 1e-5. On a GPU they are larger, see
+tests/tolerances.py.
 """
 
 import functools
@@ -38,7 +39,7 @@ def read(folder, name):
 
 
 def encoder_overrides(meta):
-    """The ViT's heads: shapes do not tell them, and the tiny ones are not 64 wide."""
+    """The number of heads of the ViT, which shapes do not give. The heads of the tiny models are not 64 wide."""
     if isinstance(meta["vit"], str):
         return {"num_heads": int(re.search(r"heads (\d+)", meta["vit"])[1])}
     return {
@@ -58,7 +59,7 @@ def openlrm(folder, name):
 
 
 def cameras_of_16(vector):
-    """OpenLRM's 16 numbers: rows of an OpenGL c2w, then fractional intrinsics."""
+    """Cameras from OpenLRM's 16 numbers: rows of an OpenGL c2w, then fractional intrinsics."""
     pose = vector[..., :12].reshape(*vector.shape[:-1], 3, 4)
     bottom = np.broadcast_to(np.array([0, 0, 0, 1], np.float32), (*pose.shape[:-2], 1, 4))
     c2w = cameras.opengl_to_opencv(jnp.asarray(np.concatenate([pose, bottom], axis=-2)))
@@ -73,8 +74,8 @@ def openlrm_source(golden):
 
 
 def openlrm_rays(golden, size):
-    """The rays of the golden's views: whole ones, or crops placed by row and column of an image of `resolutions` pixels."""
-    vector = golden["in"]["render_cameras"]  # 25: a 4x4 pose, then 3x3 intrinsics
+    """The rays of the golden's views: whole views, or crops placed by row and column in an image of `resolutions` pixels."""
+    vector = golden["in"]["render_cameras"]  # 25 numbers: a 4x4 pose, then 3x3 intrinsics
     pose, matrix = (
         vector[..., :16].reshape(*vector.shape[:2], 4, 4),
         vector[..., 16:].reshape(*vector.shape[:2], 3, 3),
@@ -95,7 +96,7 @@ def openlrm_rays(golden, size):
 
 
 def apply(model, params, *arguments, method=None):
-    """Compiled as a whole: a GPU takes longest to compile 160 operations one by one."""
+    """Runs a method, compiled as a whole, because compiling 160 operations one by one is slowest on a GPU."""
     return jax.jit(functools.partial(model.apply, method=method))({"params": params}, *arguments)
 
 
@@ -136,7 +137,7 @@ def test_openlrm_pixels(goldens, name):
     )
     weight = golden["out"]["weight"][:, :, 0]
     np.testing.assert_allclose(rendering.alpha, weight, atol=tolerance(5e-4))
-    seen = weight > 0.01  # elsewhere the reference clamps depth to batch-wide limits
+    seen = weight > 0.01  # elsewhere the reference clamps depth to limits of the whole batch
     assert seen.any()
     np.testing.assert_allclose(
         rendering.depth[seen], golden["out"]["depth"][:, :, 0][seen], atol=tolerance(5e-4)
@@ -219,7 +220,7 @@ def test_openlrm_state_round_trips_to_the_bit(goldens, name):
     check_identical(lrm.to_torch(params, model), golden["state"])
 
 
-def test_triposr_state_round_trips_to_the_bit_but_for_the_pooler(goldens):
+def test_triposr_state_round_trips_to_the_bit_except_for_the_pooler(goldens):
     golden, model, params = tripo(goldens)
     state = triposr.to_torch(params, model)
     for name in triposr.pooler_shapes(model):

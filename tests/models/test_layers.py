@@ -1,4 +1,4 @@
-"""Attention: the kernels of all platforms equal the plain one."""
+"""Attention: the kernels of all platforms equal plain attention."""
 
 import math
 from functools import partial
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lrm_jax.kernels import attention as kernels_attention
-from lrm_jax.kernels import attention_cpu, attention_plain, attention_tpu, tokens
+from lrm_jax.kernels import attention_cpu, attention_cuda, attention_plain, attention_tpu, tokens
 from lrm_jax.models import lvsm, triposr
 from lrm_jax.models.parts import layers
 from lrm_jax.parallel import batch_axes, sharding
@@ -17,7 +17,7 @@ from lrm_jax.training import flops
 
 
 def in_parts(kernel):
-    """As `attention` calls it."""
+    """Calls attention in parts, as `attention` does."""
 
     def attention(q, k, v, num_keys_B):
         return batch_axes.split_batch_and_heads(
@@ -61,6 +61,35 @@ def test_attention_by_head_or_in_chunks_equals_jax_s(lengths, attention):
         np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("lengths", [(64, 128), (5, 67), (130, 64), (65, 3)])
+@pytest.mark.parametrize("num_keys", [None, [1, 3]])
+def test_attention_by_cudnn_pads_lengths_without_a_trace(lengths, num_keys, monkeypatch):
+    """JAX's own attention in place of cuDNN's: the padding is what is tested."""
+    by_jax = jax.nn.dot_product_attention
+    seen = []
+
+    def of_blocks(q, k, v, implementation, **lengths):
+        assert implementation == "cudnn"
+        seen.extend(x.shape[1] for x in (q, k, v))
+        return by_jax(q, k, v, **lengths)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", of_blocks)
+    q, k, v = (random(i, 2, n, 3, 8) for i, n in enumerate((lengths[0], *lengths[1:] * 2)))
+    num_keys = None if num_keys is None else jnp.int32(num_keys)
+
+    def outputs(attention):
+        def total(q, k, v):
+            out = attention(q, k, v)
+            return jnp.sum(jnp.sin(out)), out
+
+        return jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+
+    found = outputs(partial(attention_cuda.attention_by_cudnn, num_keys_B=num_keys))
+    wanted = outputs(partial(by_jax, key_value_seq_lengths=num_keys))
+    assert seen and all(length % 64 == 0 for length in seen)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, wanted)
+
+
 @pytest.mark.parametrize(
     "module",
     [
@@ -84,7 +113,7 @@ def test_tokens_in_parts_equal_all_at_once(module, monkeypatch):
     whole = outputs()
     monkeypatch.setattr(tokens, "TOKENS", 4)
     text = str(jax.make_jaxpr(module.apply)(whole[0], *inputs))
-    assert "length=3" in text  # the parts
+    assert "length=3" in text  # the number of parts
     parts = outputs()
     for actual, wanted in zip(*map(jax.tree.leaves, (parts, whole)), strict=True):
         np.testing.assert_allclose(actual, wanted, rtol=1e-5, atol=1e-5)
@@ -115,8 +144,8 @@ def test_the_kernel_for_tpus_equals_jax_s_where_it_pads_and_where_keys_are_paddi
             np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-4)
 
 
-def test_the_kernel_is_that_of_the_devices_of_the_mesh_and_runs_on_each_ones_part():
-    """A pod's program is traced on a machine without one (tools/aot.py)."""
+def test_the_kernel_fits_the_devices_of_the_mesh_and_runs_on_the_part_of_each():
+    """A program for a pod is traced on a machine without one (tools/aot.py)."""
     pod = sharding.abstract_device_mesh((4, 2, 2), "tpu", "TPU v4")
     x = jax.ShapeDtypeStruct((16, 256, 4, 64), jnp.bfloat16)
     with jax.sharding.use_abstract_mesh(pod):
@@ -127,7 +156,7 @@ def test_the_kernel_is_that_of_the_devices_of_the_mesh_and_runs_on_each_ones_par
 
 @pytest.mark.parametrize("num_keys", [6, 70])
 def test_attention_by_head_of_large_scores_equals_jax_s(num_keys):
-    """Their bound is above that from which the largest score is taken off."""
+    """The scores have a bound above the limit from which the largest score is subtracted."""
     q, k, v = (
         30 * random(0, 1, 4, 1, 8),
         random(1, 1, num_keys, 1, 8),
@@ -147,7 +176,7 @@ def test_attention_by_head_of_large_scores_equals_jax_s(num_keys):
 
 
 @pytest.mark.parametrize("scale", [1, 30])
-def test_attention_by_head_leaves_keys_out_that_are_padding(scale):
+def test_attention_by_head_ignores_padding_keys(scale):
     q, k, v = scale * random(0, 3, 4, 2, 8), random(1, 3, 70, 2, 8), random(2, 3, 70, 2, 8)
     num_keys = jnp.array([1, 40, 67])
     found = jax.jit(kernels_attention.attention)(q, k, v, num_keys)
@@ -160,21 +189,21 @@ def test_attention_by_head_leaves_keys_out_that_are_padding(scale):
 
 
 def test_attention_by_head_of_float16_does_not_overflow():
-    """Of scores below 60 nothing is subtracted, and exp of 40 is beyond float16."""
+    """Nothing is subtracted from scores below 60, and exp(40) overflows float16."""
     q, v = random(2, 1, 70, 1, 8), random(4, 1, 70, 1, 8)
     q = q * (40 * 8**0.5) ** 0.5 / jnp.linalg.norm(q, axis=-1, keepdims=True)
     half = [x.astype(jnp.float16) for x in (q, q, v)]
     found = attention_cpu.attention_by_head(*half, num_keys_B=None)
     wanted = jax.nn.dot_product_attention(*(x.astype(jnp.float32) for x in half))
     assert found.dtype == jnp.float16
-    # A score of 40 is rounded to 1/64.
+    # A score near 40 is rounded to 1/64.
     np.testing.assert_allclose(found.astype(jnp.float32), wanted, atol=0.05)
 
 
 def test_exp_of_attention_is_exp_and_so_is_its_gradient():
     x = np.linspace(-87, 88, 100_001, dtype=np.float32)
     exact = np.exp(x.astype(np.float64))
-    rounding = 1.3 * 2.0**-24 * np.abs(x) + 3e-7  # of x log2(e), and of the series
+    rounding = 1.3 * 2.0**-24 * np.abs(x) + 3e-7  # from x log2(e), and from the series
     for values in (attention_cpu._exp(x), jax.vmap(jax.grad(attention_cpu._exp))(x)):
         assert (np.abs(np.float64(values) / exact - 1) < rounding).all()
     assert attention_cpu._exp(jnp.float32(0)) == 1
@@ -185,7 +214,7 @@ def test_exp_of_attention_is_exp_and_so_is_its_gradient():
 
 @pytest.mark.parametrize("sizes", [None, (4, 1, 1), (2, 1, 2)])
 def test_operations_of_a_kernel_are_counted_as_often_as_it_runs(sizes):
-    """Two products of L x M x K for each head of each sequence, on whatever devices."""
+    """Two products of L x M x K for each head of each sequence, on any devices."""
     B, L, M, N, K = 4, 256, 1024, 2, 8
     q, k, v = random(0, B, L, N, K), random(1, B, M, N, K), random(2, B, M, N, K)
     attention = partial(in_parts(attention_tpu.attention_by_splash), num_keys_B=None)

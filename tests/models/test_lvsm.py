@@ -1,4 +1,4 @@
-"""LVSM against tensors of the PyTorch reference (tests/goldens/README.md), and the facts that follow from its having no positions."""
+"""LVSM, compared with tensors of the PyTorch reference (tests/goldens/README.md), and properties that follow from having no positions."""
 
 import functools
 import json
@@ -39,7 +39,7 @@ def read(folder, name):
 
 
 def views_of(inputs, which):
-    """Views of a golden; its intrinsics are in pixels."""
+    """Views of a golden, whose intrinsics are in pixels."""
     rgb = jnp.asarray(inputs["image"][:, which].transpose(0, 1, 3, 4, 2))
     fxfycxcy = jnp.asarray(inputs["fxfycxcy"][:, which] / rgb.shape[2])
     return Views(rgb=rgb, cameras=Cameras(jnp.asarray(inputs["c2w"][:, which]), fxfycxcy))
@@ -54,14 +54,14 @@ def test_pixels_equal_the_reference_s(goldens, name):
     _, inputs, out, model, params = read(goldens, name)
     source, target = (views_of(inputs, which) for which in (slice(2), slice(2, None)))
     rays = rays_of(source)
-    # Directions are sums of a few products; the reference computes them in another order.
+    # Directions are sums of a few products, which the reference computes in another order.
     np.testing.assert_allclose(
         rays.dirs.transpose(0, 1, 4, 2, 3), out["input_ray_d"], atol=tolerance(1e-6)
     )
     np.testing.assert_allclose(rays.origins.transpose(0, 1, 4, 2, 3), out["input_ray_o"])
     rendering = jax.jit(model.apply)({"params": params}, source, rays_of(target))
     assert rendering.alpha is None and rendering.depth is None
-    # float32 sums in another order; the issue asks for 1e-4.
+    # float32 sums in another order.
     np.testing.assert_allclose(
         rendering.rgb.transpose(0, 1, 4, 2, 3), out["render"], atol=tolerance(1e-5)
     )
@@ -80,15 +80,15 @@ def test_state_round_trips_to_the_bit(goldens, name):
 
 
 @pytest.mark.parametrize("name", GOLDENS)
-def test_a_training_checkpoint_is_recognised_its_loss_s_network_dropped_and_other_tensors_refused(
+def test_a_training_checkpoint_loads_without_its_loss_s_network_and_other_tensors_are_refused(
     goldens, name, tmp_path, caplog
 ):
     state, _, _, model, params = read(goldens, name)
     frozen = {"loss_computer.perceptual_loss_module.vgg.conv1_1.weight": np.ones((2, 3))}
     content = {"model": state | frozen, "optimizer": {"state": {0: {"step": 3}}}}
     found, found_params, assumed = references.from_checkpoint(content, tmp_path)
-    # Images of no size are told: that of the first published one.
-    assert found == model.clone(image_size=256) and "256 pixels are taken" in caplog.text
+    # Nothing gives the image size here, so it is that of the first published model.
+    assert found == model.clone(image_size=256) and "256 pixels are assumed" in caplog.text
     assert assumed == ["image size 256: LVSM's"]
     for name, size in [
         ("a_512.pt", 512),
@@ -97,7 +97,7 @@ def test_a_training_checkpoint_is_recognised_its_loss_s_network_dropped_and_othe
     ]:
         found, _, assumed = references.from_checkpoint(content, tmp_path / name)
         assert found.image_size == size
-        assert bool(assumed) == name.startswith("ckpt")  # told by no name
+        assert bool(assumed) == name.startswith("ckpt")  # the name does not give it
     with pytest.raises(InputError, match="not .*multiple|divide"):
         references.from_checkpoint(content, tmp_path / "model_res15.pt")
     jax.tree.map(np.testing.assert_array_equal, found_params, params)
@@ -147,7 +147,7 @@ def param_shapes(model):
 
 
 def scene_of(model, num_source, num_target, num_scenes=1):
-    """Source views of noise and target rays, from cameras that all differ."""
+    """Source views of noise, and target rays. All cameras differ."""
 
     def views(count, azimuth):
         ring = cameras.orbit(num_scenes * count, 2.5, 20.0, 40.0, azimuth_deg=azimuth)
@@ -161,7 +161,7 @@ def scene_of(model, num_source, num_target, num_scenes=1):
 
 
 def tiny(architecture, num_source=3, num_target=2, num_scenes=1):
-    """A model with random parameters as large as trained ones: at initial values, pixels hardly depend on anything."""
+    """A model with random parameters as large as trained ones. At initial values, pixels hardly depend on the inputs."""
     model = models.build("lvsm", "tiny", remat=False, **ARCHITECTURES[architecture])
     rng = np.random.default_rng(0)
 
@@ -175,7 +175,7 @@ def tiny(architecture, num_source=3, num_target=2, num_scenes=1):
 
 @functools.cache
 def drawing(model):
-    """One program for all that a test draws from arguments of the same shapes."""
+    """One compiled program for all renderings of a test with arguments of the same shapes."""
 
     def draw(params, source, rays, num_views=None):
         scene = model.apply({"params": params}, source, num_views, method="encode")
@@ -185,24 +185,24 @@ def drawing(model):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_order_of_source_views_has_no_influence_and_their_content_has(architecture):
+def test_the_order_of_source_views_has_no_influence_but_their_content_does(architecture):
     model, params, source, rays = tiny(architecture)
     first = drawing(model)(params, source, rays)
     assert first.shape == (1, 2, 16, 32, 3) and first.std() > 0.05
     turned = jax.tree.map(lambda x: x[:, jnp.array([2, 0, 1])], source)
     other = drawing(model)(params, turned, rays)
     np.testing.assert_allclose(other, first, atol=1e-5)  # sums in another order
-    # The same images from one another's places are another scene.
+    # If the images swap places, they are another scene.
     swapped = turned.replace(cameras=source.cameras)
     other = drawing(model)(params, swapped, rays)
     assert np.abs(other - first).max() > 1e-2
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_target_views_drawn_one_by_one_in_chunks_or_at_once_are_the_same(architecture):
+def test_target_views_rendered_one_by_one_in_chunks_or_at_once_are_the_same(architecture):
     model, params, source, rays = tiny(architecture, num_source=2, num_target=5, num_scenes=2)
     at_once = drawing(model)(params, source, rays)
-    # Two views of 16 x 32 rays at a time, which leave one over.
+    # Two views of 16 x 32 rays at a time, so that one is left over.
     chunked = drawing(model.clone(ray_chunk=1100))(params, source, rays)
     np.testing.assert_allclose(chunked, at_once, atol=1e-5)  # products of other shapes
     one = drawing(model)(params, source, jax.tree.map(lambda x: x[:, 3:4], rays))
@@ -213,7 +213,7 @@ def test_target_views_drawn_one_by_one_in_chunks_or_at_once_are_the_same(archite
 def test_a_padded_source_view_has_no_influence(architecture):
     model, params, source, rays = tiny(architecture, num_source=3, num_scenes=2)
     num_views = jnp.array([1, 3])
-    # Padding as it comes: zeros, whose rays are NaN.
+    # Real padding: zeros, whose rays are NaN.
     is_view = jnp.arange(3)[None] < num_views[:, None]
     padded = jax.tree.map(
         lambda x: jnp.where(is_view.reshape(*is_view.shape, *(1,) * (x.ndim - 2)), x, 0), source
@@ -223,7 +223,7 @@ def test_a_padded_source_view_has_no_influence(architecture):
         one_source, one_rays = jax.tree.map(lambda x, s=scene: x[s : s + 1], (source, rays))
         one_source = jax.tree.map(lambda x, n=count: x[:, :n], one_source)
         alone = drawing(model)(params, one_source, one_rays)
-        # Sums of another length.
+        # The sums have another length.
         np.testing.assert_allclose(together[scene : scene + 1], alone, atol=1e-5)
 
 
@@ -240,7 +240,7 @@ def test_padding_that_is_not_finite_gives_finite_gradients():
         assert np.isfinite(grad).all() and np.abs(grad).max() > 0, path
 
 
-def test_memory_of_a_film_does_not_grow_with_its_length():
+def test_memory_of_a_video_does_not_grow_with_its_length():
     model = models.build("lvsm", "tiny", ray_chunk=512)
 
     def temporary_bytes(num_target):
@@ -248,13 +248,13 @@ def test_memory_of_a_film_does_not_grow_with_its_length():
         params = {"params": param_shapes(model)}
         return jax.jit(model.apply).lower(params, *shapes).compile().memory_analysis().temp_size_in_bytes  # fmt: skip
 
-    # What grows is the rays and the images themselves, 36 bytes a ray.
+    # Only the rays and the images themselves grow, by 36 bytes per ray.
     assert temporary_bytes(9) - temporary_bytes(3) < 6 * 512 * 4 * 36
 
 
 @pytest.mark.parametrize("width", [128, 768])
 def test_initial_weights_are_scaled_by_width_and_by_the_depth_in_their_stack(width):
-    """At the reference's width, 768, the deviation is the reference's, 0.02; at 128 with that, training stayed on a plateau."""
+    """At the reference's width of 768, the deviation is the reference's 0.02. With 0.02 at width 128, training stayed on a plateau."""
     model = models.build("lvsm", "tiny", width=width, depth=4, num_latents=64, encoder_depth=3)
     deviation = 0.02 * np.sqrt(768 / width)
     params = jax.jit(model.init)(jax.random.key(0), *scene_of(model, 1, 1))["params"]
@@ -262,7 +262,7 @@ def test_initial_weights_are_scaled_by_width_and_by_the_depth_in_their_stack(wid
         expected = deviation / np.sqrt(2 * np.arange(1, depth + 1))
         for name in ("q", "k", "v", "out", "fc1", "fc2"):
             std = params[stack][name]["kernel"].std(axis=(1, 2))
-            # 16384 numbers or more: a deviation is known to 0.6%.
+            # With 16384 numbers or more, a deviation is known to 0.6%.
             np.testing.assert_allclose(std, expected, rtol=0.03)
     for kernel in ("source_tokenizer", "target_tokenizer", "head"):
         np.testing.assert_allclose(params[kernel]["kernel"].std(), deviation, rtol=0.05)
@@ -279,7 +279,7 @@ def test_views_that_do_not_divide_into_patches_are_refused():
         jax.eval_shape(drawing(model), params, low, rays)
 
 
-def test_another_size_of_image_and_number_of_views_fit_the_same_parameters():
+def test_other_image_sizes_and_numbers_of_views_fit_the_same_parameters():
     model, params, _, _ = tiny("decoder-only")
     source, rays = scene_of(model.clone(image_size=24), num_source=4, num_target=1)
     rgb = jax.eval_shape(drawing(model), params, source, rays)

@@ -1,4 +1,4 @@
-"""Planes: the fast forms equal the plain ones."""
+"""Planes: fast implementations equal the plain ones."""
 
 import contextlib
 import math
@@ -56,7 +56,7 @@ def test_upsample_is_torch_s_transposed_convolution():
         (3, 4),
         (7, 9),
         (2, 5),
-    ]:  # pixel (i, j) is token (i // 2, j // 2) through kernel (i % 2, j % 2)
+    ]:  # pixel (i, j) is token (i // 2, j // 2) times kernel (i % 2, j % 2)
         expected = (
             tokens[:, :, i // 2, j // 2] @ params["kernel"][:, i % 2, j % 2]
             + params["bias"][None, None]

@@ -1,4 +1,4 @@
-"""What TripoSR's own fields promise."""
+"""Tests of TripoSR's own fields."""
 
 import jax
 import numpy as np
@@ -10,11 +10,11 @@ from lrm_jax.types import Views
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_a_symmetric_model_sees_in_a_mirror_what_it_sees_beside_it(symmetric):
+def test_a_symmetric_model_gives_the_mirrored_scene_for_a_mirrored_image(symmetric):
     model = models.build("triposr", "tiny", symmetric=symmetric)
     image = jax.random.uniform(jax.random.key(0), (1, 32, 32, 3))
     source = Views(rgb=np.stack([image, image[:, :, ::-1]]), cameras=None)
-    # Views at azimuths of 0, 120 and 240 degrees: in the mirror the last two change places.
+    # The views have azimuths of 0, 120 and 240 degrees. A mirror swaps the last two.
     rays = cameras.pixel_rays(cameras.orbit(3, 1.9, 15.0, 40.0), 12, 12)
     rays = jax.tree.map(lambda x: np.stack([x, x]), rays)
     params = jax.jit(model.init)(jax.random.key(1), source, rays)

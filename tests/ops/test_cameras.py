@@ -1,4 +1,4 @@
-"""Cameras against each other and against OpenLRM's camera normalisation."""
+"""Camera functions are consistent with each other, and with OpenLRM's camera normalisation."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ def assert_rigid(c2w):
     np.testing.assert_allclose(rotation @ rotation.swapaxes(-1, -2), identity, atol=1e-6)
     np.testing.assert_allclose(
         np.linalg.det(rotation), 1.0, atol=1e-6
-    )  # right-handed: a y flip alone fails here
+    )  # right-handed: flipping only y fails here
 
 
 def test_opengl_round_trip_is_exact_and_flips_y_and_z():
@@ -57,14 +57,14 @@ def test_looking_along_up_is_well_defined(up, sign):
     assert_rigid(c2w)
 
 
-def test_looking_straight_down_reads_like_a_map():
+def test_a_view_straight_down_is_oriented_like_a_map():
     c2w = cam.look_at(jnp.array([0.0, 0.0, 2.0]), jnp.zeros(3))
     np.testing.assert_allclose(c2w[:3, 0], [1, 0, 0], atol=1e-6)
     np.testing.assert_allclose(c2w[:3, 1], [0, -1, 0], atol=1e-6)
 
 
 @pytest.mark.parametrize("elevation", [-90.0, -20.0, 0.0, 35.0, 90.0])
-def test_orbit_looks_at_the_origin_from_the_asked_distance(elevation):
+def test_orbit_looks_at_the_origin_from_the_given_distance(elevation):
     cameras = cam.orbit(5, 1.9, elevation, 40.0, azimuth_deg=-90.0)
     assert_rigid(cameras.c2w)
     uv, z = cam.project(cameras, jnp.zeros((5, 1, 3)))
@@ -145,14 +145,14 @@ def test_normalization_to_a_given_distance_keeps_relative_poses():
 
 
 def a_crop(azimuth, distance):
-    """The camera [4 4], [4] of a crop beside the middle, float64."""
+    """The camera [4 4], [4] of an off-centre crop, float64."""
     one = cam.orbit(1, distance, 33.0, 30.0, azimuth)
     one = cam.crop_cameras(one, jnp.array([[0.1, 0.3]]), jnp.array([[0.6, 0.6]]))
     return np.asarray(one.c2w[0], np.float64), np.asarray(one.fxfycxcy[0], np.float64)
 
 
 @pytest.mark.parametrize("elevation", [-30.0, 0.0, 50.0])
-def test_a_image_of_the_assumed_camera_leaves_the_world_as_it_is(elevation):
+def test_an_image_from_the_assumed_camera_does_not_change_the_world(elevation):
     one = cam.orbit(1, 3.0, elevation, 40.0)
     motion = cam.image_motion(one.c2w[0], one.fxfycxcy[0], 3.0, 40.0)
     np.testing.assert_allclose(motion, np.eye(4), atol=1e-6)
@@ -169,7 +169,7 @@ def test_after_the_motion_a_crop_looks_as_if_taken_by_the_assumed_camera(azimuth
     np.testing.assert_allclose(pose[1, 3], 0, atol=1e-6)  # at azimuth 0
     assert pose[0, 3] > 0
     there = Cameras(c2w=jnp.asarray(poses), fxfycxcy=jnp.asarray(fxfycxcy[None]))
-    # Near the origin and at right angles to the view, where perspective, which differs, has no part.
+    # Points near the origin, in a plane perpendicular to the view, because the two perspectives differ elsewhere.
     x, _, z = pose[:3, 3]
     across = 0.01 * np.array([[0, 0, 0], [0, 1, 0], [-z, 0, x] / np.hypot(x, z)])
     ours, _ = cam.project(there, jnp.asarray(across)[None])
@@ -178,7 +178,7 @@ def test_after_the_motion_a_crop_looks_as_if_taken_by_the_assumed_camera(azimuth
     )
     np.testing.assert_allclose(
         ours, wanted, atol=3e-4
-    )  # the crop's plane is turned by a few degrees
+    )  # the image plane of the crop is rotated by a few degrees
     np.testing.assert_allclose(ours[0, 0], 0.5, atol=1e-6)
 
 

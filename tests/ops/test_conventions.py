@@ -10,7 +10,7 @@ PAIRS = [(a, b) for a in conventions.MEANINGS for b in conventions.MEANINGS if a
 
 
 def hand_held(centre=(0.0, 0.0, 0.0), seed: int = 0) -> np.ndarray:
-    """Cameras around a scene, at different heights and distances, that do not quite look at its middle."""
+    """Cameras around a scene at different heights and distances, which look roughly at its middle."""
     rng = np.random.default_rng(seed)
     azimuth, height = np.linspace(0, 4, 12), rng.uniform(0.2, 1.2, 12)
     eye = np.stack([2 * np.cos(azimuth), 2 * np.sin(azimuth), height], axis=1)
@@ -43,7 +43,7 @@ def test_every_wrong_convention_is_noticed_and_the_right_one_named(written, read
     matrices = conventions.write(hand_held(centre), written)
     problem, other = conventions.doubt(conventions.read(matrices, read), read)
     assert other == written
-    assert f"expected are poses in {read}" in problem and f"read as {written}" in problem
+    assert f"poses in {read} were expected" in problem and f"read as {written}" in problem
 
 
 @pytest.mark.parametrize("convention", conventions.MEANINGS)
@@ -61,16 +61,16 @@ def test_a_walk_ahead_that_looks_a_little_around_is_not_doubted():
         assert conventions.doubt(c2w, convention) is None
 
 
-def test_one_camera_and_equal_cameras_tell_nothing():
+def test_one_camera_or_equal_cameras_are_not_doubted():
     for count in (1, 4):
         assert conventions.doubt(hand_held()[:1].repeat(count, 0), "opengl-c2w") is None
 
 
-def test_cameras_that_look_outwards_from_their_place_are_not_doubted_by_hand_but_are_from_a_circle():
+def test_cameras_that_look_outwards_are_doubted_on_a_circle_but_not_if_hand_held():
     rng = np.random.default_rng(0)
     c2w = hand_held() @ np.diag([1.0, -1, -1, 1])
     by_hand = c2w.copy()
     by_hand[:, :3, 3] = rng.normal(scale=0.3, size=(12, 3))
     assert conventions.doubt(by_hand, "opencv-c2w") is None
-    # The one that the module says cannot be told apart.
+    # The module's docstring says that this case cannot be told apart.
     assert conventions.doubt(c2w, "opencv-c2w")[1] == "opengl-c2w"

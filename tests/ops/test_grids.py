@@ -1,4 +1,4 @@
-"""Lookup in planes against closed forms and a slow loop."""
+"""Lookup in planes, compared with closed forms and a slow loop."""
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ def test_linear_fields_are_reproduced_between_cell_centres():
     np.testing.assert_allclose(grids.sample_plane(plane, xy)[:, 0], expected, atol=1e-5)
 
 
-def test_planes_are_looked_up_along_their_axes():
+def test_each_plane_is_looked_up_along_its_axes():
     height, width = 4, 6
     columns = jnp.broadcast_to(
         ((jnp.arange(width) + 0.5) / 3 - 1)[None, :, None], (height, width, 1)

@@ -22,7 +22,7 @@ def scikit_ssim(x, y):
 
 @pytest.fixture(scope="module")
 def pairs():
-    """[3 2 H W 3]: noise, a smooth ramp with an edge, a flat white ground with a little noise."""
+    """[3 2 H W 3]: noise, a smooth ramp with an edge, and a flat white background with a little noise."""
     generator = np.random.default_rng(0)
     shape = (24, 31, 3)
     noise = generator.random(shape)

@@ -1,4 +1,4 @@
-"""Camera paths against closed forms on cameras whose geometry is known."""
+"""Camera paths, compared with closed forms for cameras of known geometry."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ CENTRE = np.array([3.0, -1.0, 0.5])
 
 
 def ring(num_views: int = 8, elevation_deg: float = 30.0, arc: float = 1.0) -> np.ndarray:
-    """Cameras at distance 2 around CENTRE, over a part of a circle."""
+    """Cameras at distance 2 around CENTRE, on part of a circle."""
     around = cameras.orbit(round(num_views / arc), 2.0, elevation_deg, 40.0)
     c2w = np.array(around.c2w[:num_views], np.float64)
     c2w[:, :3, 3] += CENTRE
@@ -29,7 +29,7 @@ def assert_rigid(c2w):
 def test_the_axes_of_a_ring_meet_at_its_centre_ahead_of_all():
     c2w = ring()
     point, spread = paths.focus(c2w)
-    np.testing.assert_allclose(point, CENTRE, atol=1e-5)  # the poses are float32's
+    np.testing.assert_allclose(point, CENTRE, atol=1e-5)  # the poses are float32
     np.testing.assert_allclose(paths.angles_to(c2w, point), 0, atol=1e-3)
     # Mean squared sines: the axes' second moments are cos^2(30) / 2 twice, and sin^2(30).
     np.testing.assert_allclose(np.sin(np.radians(spread)) ** 2, 1 - 0.375, atol=1e-6)
@@ -41,7 +41,7 @@ def test_the_spread_of_two_axes_is_half_their_angle():
     np.testing.assert_allclose(paths.focus(c2w)[1], 9, atol=1e-3)
 
 
-def test_parallel_axes_meet_nowhere_and_their_focus_stays_with_the_cameras():
+def test_parallel_axes_do_not_meet_and_their_focus_stays_at_the_cameras():
     c2w = np.tile(np.eye(4), (3, 1, 1))
     c2w[:, 0, 3] = [100, 101, 102]
     point, spread = paths.focus(c2w)
@@ -57,22 +57,22 @@ def test_axes_that_meet_behind_the_cameras_are_no_meeting_point():
     assert paths.meeting_point(c2w) is None
 
 
-def test_a_camera_on_the_point_is_not_said_to_look_at_it():
+def test_a_camera_at_the_point_does_not_count_as_looking_at_it():
     c2w = ring()
     assert (paths.angles_to(c2w, c2w[3, :3, 3])[3]) == 90
 
 
 @pytest.mark.parametrize("arc", [1.0, 0.5, 0.2])
 def test_up_is_the_axis_of_the_ring_though_cameras_look_down(arc):
-    # The term that decides for near views leans by a few degrees.
+    # The term that decides for views that are close together is off by a few degrees.
     assert paths.up(ring(arc=arc))[2] > np.cos(np.radians(5))
 
 
-def test_an_orbit_runs_through_the_ring_that_the_cameras_stand_on():
+def test_an_orbit_follows_the_ring_of_the_cameras():
     c2w = ring(4, arc=0.5)
     turn = paths.orbit(c2w, 8)
     assert_rigid(turn)
-    # Of half a ring, the upward direction is found to a few degrees.
+    # For half a ring, the upward direction is accurate to a few degrees.
     np.testing.assert_allclose(turn[0], c2w[0], atol=0.15)
     np.testing.assert_allclose(paths.angles_to(turn, CENTRE), 0, atol=1e-2)
     np.testing.assert_allclose(np.linalg.norm(turn[:, :3, 3] - CENTRE, axis=1), 2, atol=1e-2)
@@ -96,7 +96,7 @@ def test_a_spiral_stays_as_near_as_the_cameras_and_looks_where_they_look():
     distance = np.linalg.norm(poses[:, :3, 3] - mean[:3, 3], axis=1)
     assert (distance > 0.5 * farthest).all() and (distance < 1.1 * farthest).all()
     assert (paths.angles_to(poses, CENTRE) < 1).all()
-    np.testing.assert_allclose(poses[:, :3, 3].mean(0), mean[:3, 3], atol=1e-9)  # closed turns
+    np.testing.assert_allclose(poses[:, :3, 3].mean(0), mean[:3, 3], atol=1e-9)  # whole turns
 
 
 def test_a_spiral_of_parallel_cameras_does_not_turn():
@@ -113,7 +113,7 @@ def test_interpolation_passes_through_all_views():
     poses = paths.interpolate(c2w, position)
     assert_rigid(poses)
     np.testing.assert_allclose(poses[::2], c2w, atol=1e-6)
-    # Half a step of 72 degrees: both rotation and place are near the ring's, a spline is no circle.
+    # Halfway through a step of 72 degrees, rotation and place are near the ring, but a spline is not a circle.
     np.testing.assert_allclose(np.linalg.norm(poses[3:6:2, :3, 3] - CENTRE, axis=1), 2, atol=0.1)
     halfway = ring(10)[3]
     np.testing.assert_allclose(poses[3, :3, 2], halfway[:3, 2], atol=0.1)

@@ -1,4 +1,4 @@
-"""Ray-box intersection and samples along rays, against closed forms."""
+"""Ray-box intersection and samples along rays, compared with closed forms."""
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +76,7 @@ def test_stratified_samples_have_one_in_each_interval_and_midpoints_without_a_ke
     )
     low = np.arange(1, 5)
     assert ((jittered >= low) & (jittered < low + 1)).all()
-    assert jittered.std(axis=0).min() > 0.2  # a uniform variable's is 0.29
+    assert jittered.std(axis=0).min() > 0.2  # 0.29 for a uniform variable
 
 
 def test_importance_samples_gather_where_the_weight_is():
@@ -84,11 +84,13 @@ def test_importance_samples_gather_where_the_weight_is():
     weights = jnp.where((t[:, :-1] > 0.6) & (t[:, :-1] < 0.7), 1.0, 0.0)
     fine = np.asarray(sampling.importance(t, weights, 128, None))[0]
     assert (np.diff(fine) >= 0).all()
-    assert ((fine > 0.55) & (fine < 0.75)).mean() > 0.85  # the rest is the floor of 0.01 on 64 bins
+    assert (
+        (fine > 0.55) & (fine < 0.75)
+    ).mean() > 0.85  # the rest comes from the floor of 0.01 in each of 64 bins
     drawn = np.asarray(sampling.importance(t, weights, 4096, jax.random.key(0)))[0]
     np.testing.assert_allclose(
         drawn.mean(), fine.mean(), atol=0.02
-    )  # 4096 draws: deviation 0.1 / 64
+    )  # standard deviation 0.1 / 64 for 4096 draws
 
 
 def test_importance_samples_of_flat_weights_are_uniform():

@@ -1,4 +1,4 @@
-"""Compositing against closed forms and a slow loop."""
+"""Compositing, compared with closed forms and a slow loop."""
 
 import jax
 import jax.numpy as jnp

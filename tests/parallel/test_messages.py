@@ -1,4 +1,4 @@
-"""What a long job says on stderr, on a terminal and in a log file."""
+"""What a long job prints on stderr, on a terminal and in a log file."""
 
 import io
 import sys
@@ -15,7 +15,7 @@ class Terminal(io.StringIO):
 
 
 class Clock:
-    """Stands still until it is moved."""
+    """A clock that moves only when it is told to."""
 
     now = 100.0
 
@@ -31,7 +31,7 @@ def clock(monkeypatch):
 
 
 def run(clock, items, seconds: float, total=None, label="views") -> list:
-    """A loop that takes so many seconds for each item."""
+    """Runs a loop that takes `seconds` for each item."""
     passed = []
     for item in messages.progress(items, total, label):
         clock.now += seconds
@@ -56,19 +56,19 @@ def test_a_log_file_has_no_carriage_returns(clock, capsys):
 
 
 @pytest.mark.parametrize("seconds, lines", [(0.1, 0), (0.6, 0), (0.7, 1)])
-def test_a_loop_of_less_than_two_seconds_says_nothing(clock, capsys, seconds, lines):
+def test_a_loop_of_less_than_two_seconds_prints_nothing(clock, capsys, seconds, lines):
     run(clock, range(3), seconds)
     assert len(capsys.readouterr().err.splitlines()) == lines
 
 
-def test_the_number_of_items_need_not_be_known(clock, capsys):
+def test_the_number_of_items_may_be_unknown(clock, capsys):
     assert run(clock, iter("ab"), 11.0, label="") == ["a", "b"]
     assert capsys.readouterr().err == "1 (11.0 s)\n2 (22.0 s)\n"
     run(clock, iter("ab"), 11.0, total=2)
     assert capsys.readouterr().err == "views: 1 of 2 (11.0 s)\nviews: 2 of 2 (22.0 s)\n"
 
 
-def test_a_terminal_gets_a_bar_that_goes(monkeypatch):
+def test_a_terminal_gets_a_bar_that_disappears(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
     monkeypatch.setattr(messages, "DELAY", 0.0)
     assert list(messages.progress(range(3), 3, "views")) == [0, 1, 2]
@@ -76,7 +76,7 @@ def test_a_terminal_gets_a_bar_that_goes(monkeypatch):
     assert "views" in printed and "\r" in printed and printed.split("\r")[-1].strip() == ""
 
 
-def test_what_is_said_of_the_first_time_is_said_once(clock, capsys):
+def test_the_note_about_the_first_time_is_printed_once(clock, capsys):
     stages = messages.Stages()
     for number in (1, 2):
         with stages("encode", f" image {number}", first=" (compiling)"):
@@ -91,7 +91,7 @@ def test_what_is_said_of_the_first_time_is_said_once(clock, capsys):
     ]
 
 
-def test_a_stage_that_fails_is_timed_and_was_the_first(clock, capsys):
+def test_a_failed_stage_is_timed_and_counts_as_the_first(clock, capsys):
     stages = messages.Stages()
     with pytest.raises(ValueError), stages("encode", first=" (compiling)"):
         clock.now += 3.0

@@ -1,4 +1,4 @@
-"""Two processes of four CPU devices each agree with one process of eight. Run as a program, this file is one of the two."""
+"""Two processes with four CPU devices each agree with one process with eight. Run as a program, this file is one of the two."""
 
 import os
 import socket
@@ -15,7 +15,12 @@ from lrm_jax.parallel import batch_axes, processes, sharding
 from lrm_jax.training import checkpoints, optim
 
 STEPS = 3
-PLACES = [(8, 1, 1), (2, 2, 2), (1, 2, 4), (1, 1, 8)]  # how many parts of a batch are read apart:
+PLACES = [
+    (8, 1, 1),
+    (2, 2, 2),
+    (1, 2, 4),
+    (1, 1, 8),
+]  # how many parts of a batch are read separately:
 SHARES = [2, 2, 2, 1]
 
 
@@ -26,7 +31,7 @@ def whole_batch(step):
 
 
 def batch_of(step, device_mesh):
-    """The same as a global array, of which this process reads its part."""
+    """The same batch as a global array. This process reads only its part."""
     index, count = batch_axes.process_slice(device_mesh)
     part = jax.tree.map(
         lambda x: np.split(np.float32(x), count)[index],
@@ -65,7 +70,7 @@ def make_step(optimizer):
 
 
 def start_run(device_mesh):
-    """(init, step, abstract state) of the run, its parameters split over `fsdp` and `tensor`."""
+    """(init, step, abstract state) of a run with parameters split over `fsdp` and `tensor`."""
     optimizer = optim.make_optimizer(
         optax.constant_schedule(0.01), b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.05, clip_norm=1.0
     )
@@ -85,7 +90,7 @@ def start_run(device_mesh):
 
 
 def train(state, step, device_mesh):
-    """The state after the run's steps, and the loss of each."""
+    """The state after the steps of the run, and the loss of each step."""
     losses = []
     for number in range(STEPS):
         state, loss = step(state, batch_of(number, device_mesh))
@@ -94,7 +99,7 @@ def train(state, step, device_mesh):
 
 
 def one_of_two(coordinator, process_id, workdir):
-    """What each process does: goes on from the checkpoint of one process, and saves another."""
+    """Runs in each process: continues from a checkpoint saved by one process, and saves another."""
     processes.start(coordinator, 2, process_id)
     assert (jax.process_count(), jax.local_device_count(), jax.device_count()) == (2, 4, 8)
     assert processes.any_process(process_id == 1) and not processes.any_process(False)
@@ -119,7 +124,7 @@ def one_of_two(coordinator, process_id, workdir):
     np.savez(Path(workdir) / f"{process_id}.npz", losses=losses, **params["fc1"])
 
 
-def test_two_processes_agree_with_one_and_each_goes_on_from_the_others_checkpoint(tmp_path):
+def test_two_processes_agree_with_one_and_each_continues_from_the_others_checkpoint(tmp_path):
     device_mesh = sharding.make_device_mesh(1, 4, 2)
     with jax.set_mesh(device_mesh):
         init, step, abstract_state = start_run(device_mesh)
@@ -156,7 +161,7 @@ def test_two_processes_agree_with_one_and_each_goes_on_from_the_others_checkpoin
             assert sorted(manager.all_steps()) == [0, STEPS]
             state, data_state = checkpoints.restore(manager, abstract_state)
     assert data_state == {"next": STEPS}
-    # The same device mesh, but sums over processes: float32 in another order.
+    # The device mesh is the same, but sums over processes are in another order, in float32.
     for got, want in zip(jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
     assert not np.array_equal(state["params"]["fc1"]["kernel"], initial_params()["fc1"]["kernel"])

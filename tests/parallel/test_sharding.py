@@ -26,7 +26,11 @@ from lrm_jax.types import InputError
         ("decoder/kernel_3", (16, 4), P("fsdp", "tensor")),
         ("plane_queries", (3, 4, 4, 32), P(None, None, None, "fsdp")),
         ("step", (), P()),
-        ("decoder/kernel_3", (15, 4), P(None, "tensor")),  # 2 does not divide 15: whole
+        (
+            "decoder/kernel_3",
+            (15, 4),
+            P(None, "tensor"),
+        ),  # 15 is not divisible by 2, so it is not split
     ],
 )
 def test_the_first_matching_rule_places_the_last_dimensions(path, shape, expected):
@@ -43,13 +47,11 @@ def test_nearly_all_bytes_of_the_full_model_are_split_over_fsdp_and_tensor():
         np.prod(s.shard_shape(x.shape))
         for x, s in zip(jax.tree.leaves(params), jax.tree.leaves(shardings), strict=True)
     )
-    assert (
-        split < whole / 7.5
-    )  # 8 devices; only norms, biases and embeddings are held by more than one
+    assert split < whole / 7.5  # 8 devices; only norms, biases and embeddings are on more than one
 
 
 @pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, 3, 1), (-1, -1, 1), (0, 8, 1), (16, 1, 1)])
-def test_sizes_that_do_not_arrange_the_devices_are_an_error(sizes):
+def test_sizes_that_do_not_fit_the_devices_are_an_error(sizes):
     with pytest.raises(InputError, match="8 devices"):
         sharding.make_device_mesh(*sizes)
 
@@ -130,7 +132,7 @@ SLURM = SBATCH | {"SLURM_STEP_NODELIST": "node[1-2]"}
         ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_ML_PLATFORM": "JAX"}, "GKE"),
         ({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ML_PLATFORM": "JAX"}, None),
         ({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, "GKE"),
-        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),  # a pod by itself
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),  # a single pod
         ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, "Kubernetes"),
         ({"TPU_ML_PLATFORM": "JAX"}, "Cloud TPU"),
     ],
@@ -141,7 +143,7 @@ def test_a_cluster_is_known_by_its_variables(environ, expected):
 
 @pytest.fixture
 def started(monkeypatch):
-    """What `jax.distributed.initialize` was called with, without calling it."""
+    """Records the arguments of `jax.distributed.initialize` without running it."""
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **kw: calls.append((args, kw)))
     for name in ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "TPU_WORKER_HOSTNAMES", "TPU_ML_PLATFORM"):
@@ -211,7 +213,7 @@ def test_a_port_in_use_and_a_cluster_that_does_not_answer_are_one_line(started, 
         processes.start()
 
 
-def test_of_a_single_process_all_arrays_go_to_the_host_and_its_flag_decides():
+def test_in_a_single_process_all_arrays_go_to_the_host_and_its_flag_decides():
     device_mesh = sharding.make_device_mesh(2, 2, 2)
     x = np.arange(24, dtype=np.float32).reshape(8, 3)
     whole = processes.to_host({"split": batch_axes.global_batch(x, device_mesh), "number": 3.0})
@@ -223,7 +225,7 @@ def test_of_a_single_process_all_arrays_go_to_the_host_and_its_flag_decides():
 
 
 def test_attention_stays_split_over_scenes_where_queries_come_from_split_parameters():
-    """Without its pin, 64 chips each did the attention of all scenes: 1.2 TB (tools/aot.py, configs/lrm.py)."""
+    """Without this constraint, each of 64 chips computed the attention of all scenes: 1.2 TB (tools/aot.py, configs/lrm.py)."""
     device_mesh = sharding.make_device_mesh(data=1, fsdp=8, tensor=1)
     B, L, N, K = 8, 16, 2, 8
 
@@ -238,7 +240,7 @@ def test_attention_stays_split_over_scenes_where_queries_come_from_split_paramet
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 1, 8)])
-def test_local_rows_are_the_first_of_what_is_here_each_once(sizes):
+def test_local_rows_are_the_first_rows_on_this_process_each_once(sizes):
     device_mesh = sharding.make_device_mesh(*sizes)
     x = np.arange(48).reshape(16, 3)
     split = {"x": batch_axes.global_batch(x, device_mesh)}
@@ -248,8 +250,8 @@ def test_local_rows_are_the_first_of_what_is_here_each_once(sizes):
         np.testing.assert_array_equal(rows, x[:count])
 
 
-def test_a_batch_is_split_once_also_where_calls_are_nested():
-    """The library splits views, and a family that splits scenes is called within."""
+def test_a_batch_is_split_once_even_if_calls_are_nested():
+    """The library splits views, and inside it calls a family that splits scenes."""
 
     def add(shared, batch):
         return shared + batch

@@ -1,4 +1,4 @@
-"""The command line of tools/aot.py, and of tools/bench_train.py."""
+"""The commands tools/aot.py and tools/bench_train.py."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def test_an_unknown_topology_is_named():
         chips.open_topology("v9:2x2")
 
 
-def test_gpus_are_a_number_or_hosts_times_gpus(capsys):
+def test_gpus_are_given_as_a_number_or_as_hosts_times_gpus(capsys):
     arguments = ["--topology", "h100:2x2x2", "--config", f"{ROOT}/configs/nano.py:tiny"]
     assert aot.main(arguments) == 2
     printed = capsys.readouterr().err
@@ -45,18 +45,18 @@ def test_aot_prints_memory_collectives_and_work_of_a_cpu(capsys):
     ):
         assert word in lines
     share = float(lines.split(" of the share")[0].split()[-1])
-    # What XLA could drop as unused makes it less than 1; work done twice would make it 2.
+    # It is below 1 because XLA drops unused work. If work were done twice, it would be 2.
     np.testing.assert_allclose(share, 1.0, atol=0.1)
 
 
 def test_a_program_that_this_jax_cannot_read_is_one_line(monkeypatch, capsys):
-    """As of v6e by libtpu 0.0.52 with jax 0.10.2."""
+    """Such as a program for v6e from libtpu 0.0.52, with jax 0.10.2."""
 
     def as_text(self):
         raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure\nmore")
 
     monkeypatch.setattr(jax.stages.Compiled, "as_text", as_text)
-    # Of a program that is compiled at once.
+    # Fails for a program that compiles quickly.
     small = jax.jit(jax.numpy.sin).trace(jax.ShapeDtypeStruct((8,), "float32"))
     monkeypatch.setattr(aot.setup, "trace_programs", lambda config, device_mesh: {"step": small})
     monkeypatch.setattr(aot, "needed_by_step", lambda config, device_mesh: 1.0)
@@ -78,7 +78,7 @@ def test_aot_compiles_for_tpus(topology, capsys):
 
 @pytest.mark.slow
 def test_aot_compiles_for_a_gpu_with_cudnns_attention_and_scatters_in_float32():
-    """In a process of its own, as what it tells the plugin is read when JAX starts."""
+    """Runs in a separate process, because the plugin's settings are read when JAX starts."""
     pytest.importorskip("jax_plugins.xla_cuda13")
     command = [sys.executable, "tools/aot.py", "--topology", "h100:1", "--config", "configs/openlrm.py:tiny"]  # fmt: skip
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -90,7 +90,7 @@ def test_aot_compiles_for_a_gpu_with_cudnns_attention_and_scatters_in_float32():
         (line,) = [line for line in text.splitlines() if kind in line]
         return int(line.split()[-2])
 
-    assert written(step, "cuDNN attention forward") >= 2  # again where it is rematerialised
+    assert written(step, "cuDNN attention forward") >= 2  # it is called again for rematerialisation
     assert written(step, "cuDNN attention backward") >= 1
     assert written(evaluation, "cuDNN attention forward") >= 1
     assert written(step, "scatter-add of f32") >= 1
@@ -100,7 +100,7 @@ def test_aot_compiles_for_a_gpu_with_cudnns_attention_and_scatters_in_float32():
 
 def test_bench_train_prints_the_rates_of_a_step(capsys, tmp_path):
     arguments = ["--steps", "1", "--json", str(tmp_path / "rates.json")]
-    config = f"{ROOT}/configs/lvsm_objects.py:tiny"  # which compiles faster than a renderer
+    config = f"{ROOT}/configs/lvsm_objects.py:tiny"  # compiles faster than a renderer
     arguments += ["--config", config, "--config.data.name=procedural"]
     assert bench_train.main(arguments) == 0
     printed = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""tools/average_weights.py: the mean of models."""
+"""tools/average_weights.py: the mean of several models."""
 
 import sys
 from pathlib import Path
@@ -41,7 +41,7 @@ def test_the_mean_of_two_is_a_model_file_that_names_both(tmp_path, monkeypatch, 
     )  # fmt: skip
 
 
-def test_a_place_that_cannot_be_written_is_said_in_one_line(tmp_path, capsys):
+def test_an_unwritable_path_is_one_line(tmp_path, capsys):
     saved(tmp_path / "0.safetensors", 0)
     (tmp_path / "file").touch()
     assert main([str(tmp_path / "file" / "soup.safetensors"), str(tmp_path / "0.safetensors")]) == 2
@@ -52,13 +52,17 @@ def test_a_place_that_cannot_be_written_is_said_in_one_line(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("fields", "options", "message"),
     [
-        (dict(depth=1), [], "is another model than"),
-        ({}, ["--variant", "nano"], "--variant nano: has other parameters than the triposr"),
+        (dict(depth=1), [], "in its fields: models to average must be the same"),
+        (
+            {},
+            ["--variant", "nano"],
+            "--variant nano: its parameters differ from those of the given triposr",
+        ),
         ({}, ["--variant", "huge"], "triposr has no variant 'huge'"),
         (None, [], "1.safetensors: cannot be read"),
     ],
 )
-def test_what_has_no_mean_is_said_in_one_line(tmp_path, capsys, fields, options, message):
+def test_models_without_a_mean_are_one_line(tmp_path, capsys, fields, options, message):
     paths = [str(tmp_path / f"{seed}.safetensors") for seed in range(2)]
     saved(paths[0], 0)
     if fields is not None:

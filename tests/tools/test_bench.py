@@ -1,4 +1,4 @@
-"""tools/bench.py runs; tests/tools/test_aot.py has its `train`."""
+"""tools/bench.py runs. Its `train` is tested in tests/tools/test_aot.py."""
 
 import json
 import subprocess

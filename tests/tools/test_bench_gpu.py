@@ -1,4 +1,4 @@
-"""tools/bench.py gpu: its steps at tiny sizes, its time limits with steps that fail, its table, and what it says without a GPU."""
+"""tools/bench.py gpu: its steps at tiny sizes, its time limits with failing steps, its table, and its message without a GPU."""
 
 import functools
 import json
@@ -22,7 +22,7 @@ import bench_gpu  # noqa: E402
 import bench_steps  # noqa: E402
 import measure  # noqa: E402
 
-# A program of steps as `bench_gpu.run_steps` runs it: one gives a number, one raises, one prints, one hangs, one takes its process down.
+# A program of steps for `bench_gpu.run_steps`: one gives a number, one raises, one prints, one hangs, one crashes its process.
 PROGRAM = """
 import os, sys, time
 sys.path.insert(0, {tools!r})
@@ -57,7 +57,7 @@ def step(work, limit=60.0, alone=False):
     return bench_gpu.Step(work, limit, None, alone)
 
 
-def test_a_step_that_fails_is_reported_and_the_rest_goes_on(program, tmp_path):
+def test_a_step_that_fails_is_reported_and_the_rest_continues(program, tmp_path):
     steps = [
         step("number"), step("raises"), step("prints"), step("hangs", limit=1.0), step("ends"), step("number alone", alone=True)
     ]  # fmt: skip
@@ -74,18 +74,18 @@ def test_a_step_that_fails_is_reported_and_the_rest_goes_on(program, tmp_path):
     assert rows[3]["failed"] == "took longer than 1 s"
     assert rows[4]["failed"] == "its process ended with code 7"
     assert all("jax" in row["machine"] for row in rows)
-    assert times[-1] - times[0] > 1.0  # the first came before the others were run
-    with pytest.raises(ProcessLookupError):  # the one that hung is gone
+    assert times[-1] - times[0] > 1.0  # the first row came before the others ran
+    with pytest.raises(ProcessLookupError):  # the process that hung is gone
         os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
-def test_when_the_time_is_over_the_running_step_is_stopped_and_the_rest_is_named(program):
+def test_when_the_time_is_over_the_running_step_is_stopped_and_the_rest_is_listed(program):
     rows = []
     steps = [step("hangs"), step("number"), step("number alone", alone=True)]
     bench_gpu.run_steps(steps, program, 1.0, rows.append)
     assert [row["work"] for row in rows] == [x.work for x in steps]
-    assert "the time of all works was over" in rows[0]["failed"]
-    assert [row["failed"] for row in rows[1:]] == ["not run: the 1 s of all works were over"] * 2
+    assert "the time for all works was over" in rows[0]["failed"]
+    assert [row["failed"] for row in rows[1:]] == ["not run: the 1 s for all works were over"] * 2
 
 
 def test_results_are_written_and_printed_as_they_come(monkeypatch, tmp_path, capsys):
@@ -127,7 +127,7 @@ def test_without_a_gpu_it_says_so_in_one_line(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_every_step_stands_beside_the_originals_figures_in_the_file_and_in_the_docs():
+def test_every_step_has_a_row_with_the_originals_in_the_file_and_in_the_docs():
     known = bench_gpu.read_originals()
     assert [x.work for x in bench_steps.STEPS] == list(known)
     page = (ROOT / "docs" / "benchmarks.md").read_text()
@@ -144,7 +144,7 @@ TINY = dict(family="triposr", variant="tiny", dtype="float32")
 
 @pytest.mark.parametrize("gradient", [False, True])
 def test_operations_of_the_pieces_are_those_of_their_products(gradient):
-    """Three times as many with the gradient; of attention, which computes its scores again, four times."""
+    """The gradient has three times as many, and for attention, which recomputes its scores, four times as many."""
     points = dict(num_points=256, width=16, gradient=gradient)
     times = 3 if gradient else 1
     mlp = 2 * 256 * (16 * 16 * 2 + 16 * 4) * times
@@ -184,8 +184,8 @@ def test_each_step_measures_a_tiny_model(run):
     json.dumps(row)
 
 
-def test_the_update_that_is_timed_is_made():
-    """Not skipped, as it would be with a gradient that is not finite."""
+def test_the_timed_update_is_not_skipped():
+    """It would be skipped if the gradient were not finite."""
     config, *_ = train.parse(
         ["--config", f"{ROOT}/configs/lvsm_scenes.py:tiny", "--workdir", "unused"]
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What tools/chips.py says that products, lookups and transfers cost."""
+"""The costs of products, lookups and transfers in tools/chips.py."""
 
 import sys
 from pathlib import Path
@@ -18,7 +18,7 @@ from chips import CHIPS  # noqa: E402
     ("chip", "sizes", "share"),
     [
         ("v4", (4096, 64, 64), 1 / 4),
-        ("v4", (64, 4096, 64), 1 / 4),  # the longer side is the rows'
+        ("v4", (64, 4096, 64), 1 / 4),  # the longer side is the rows
         ("v4", (4096, 64, 128), 1 / 2),
         ("v4", (1028, 768, 768), 1028 / 1032),
         ("v4", (4096, 768, 27), 27 / 128),
@@ -28,7 +28,7 @@ from chips import CHIPS  # noqa: E402
         ("a100", (100, 4, 64), 100 / 112 / 2),
     ],
 )
-def test_products_are_priced_by_whole_tiles(chip, sizes, share):
+def test_products_cost_whole_tiles(chip, sizes, share):
     work = 2 * 3 * np.prod(sizes)
     np.testing.assert_allclose(work / chips.tiled_flops({sizes: 3}, CHIPS[chip].tile), share)
 
@@ -40,7 +40,7 @@ ROWS = 2_097_152 * 3 * 4
     ("kind", "dtype", "seconds"),
     [("gather", "bf16", 1.1e-3), ("scatter-add", "f32", 12.4e-3), ("scatter-add", "bf16", 4.188)],
 )
-def test_an_h200_looks_up_as_it_was_measured(kind, dtype, seconds):
+def test_lookups_of_an_h200_take_the_measured_time(kind, dtype, seconds):
     width = 64 * (4 if dtype == "f32" else 2)
     lookups = {hlo.Lookup(kind, dtype, width, width): ROWS}
     np.testing.assert_allclose(chips.lookup_seconds(lookups, CHIPS["h200"]), seconds, rtol=0.02)
@@ -55,7 +55,7 @@ def test_a_gpu_moves_sectors_of_32_bytes():
     assert narrow == wide
 
 
-def test_a_group_with_one_device_in_each_host_goes_over_one_adapter():
+def test_a_group_with_one_device_per_host_uses_one_adapter():
     chip = CHIPS["a100"]
     assert chips.link_seconds({0: 300e9}, chip) == 1
     assert chips.link_seconds({1: 25e9}, chip) == 1
@@ -67,7 +67,7 @@ def test_a_group_with_one_device_in_each_host_goes_over_one_adapter():
 @pytest.mark.slow
 @pytest.mark.parametrize("topology", ["v4:2x2x1", "v5p:2x2x1", "v5e:2x2", "v6e:2x2"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_tpus_lookups_take_what_xla_estimates(topology, dtype):
+def test_lookups_of_a_tpu_take_the_time_that_xla_estimates(topology, dtype):
     pytest.importorskip("libtpu")
     place = jax.sharding.SingleDeviceSharding(chips.open_topology(topology)[0])
     planes, values, places = (
@@ -81,7 +81,7 @@ def test_a_tpus_lookups_take_what_xla_estimates(topology, dtype):
     ):
         compiled = jax.jit(function).trace(*arguments).lower().compile()
         costs = hlo.count(compiled.as_text())
-        # The rows that are given or taken besides are written or read once.
+        # The rows that go in or come out are also written or read once.
         rows = values.size * values.dtype.itemsize / chip.lookups["gather"]
         found = chips.lookup_seconds(costs.lookups, chip) + rows
         np.testing.assert_allclose(found, compiled.cost_analysis()["optimal_seconds"], rtol=0.05)

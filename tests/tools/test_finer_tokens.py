@@ -35,17 +35,19 @@ def coarse():
     )
 
 
-def test_a_small_patch_is_seen_as_the_large_one_that_repeats_its_pixels():
+def test_a_small_patch_equals_the_large_patch_that_repeats_its_pixels():
     rng = np.random.default_rng(0)
     kernel, patch = rng.normal(size=(16, 16, 3, 5)), rng.normal(size=(8, 8, 3))
     large = patch.repeat(2, 0).repeat(2, 1)
     small = np.einsum("yxc,yxcd->d", patch, smaller_patches(kernel, 8))
     np.testing.assert_allclose(small, np.einsum("yxc,yxcd->d", large, kernel))
-    with pytest.raises(InputError, match="patches of 6 pixels do not divide those of 16"):
+    with pytest.raises(
+        InputError, match="patches of 16 pixels cannot be divided into patches of 6"
+    ):
         smaller_patches(kernel, 6)
 
 
-def test_a_field_that_is_linear_in_its_place_stays_it():
+def test_a_field_that_is_linear_in_place_stays_linear():
     def field(grid):
         at = (np.arange(grid) + 0.5) / grid
         return np.stack(np.broadcast_arrays(at[:, None], 3 - 2 * at[None]), -1)
@@ -57,15 +59,15 @@ def test_a_field_that_is_linear_in_its_place_stays_it():
     np.testing.assert_allclose(finer[0, 1:].reshape(4, 4, 2), field(4), rtol=1e-6)
 
 
-def test_planes_of_equal_tokens_are_those_of_the_middle_of_each(coarse):
-    """A kernel that is linear in a cell's place: the finer planes are it too, about the centres of the smaller squares."""
+def test_planes_of_equal_tokens_show_the_middle_of_each(coarse):
+    """If a kernel is linear in the place of a cell, so are the finer planes, about the centres of the smaller squares."""
     model, params = coarse
     at = np.arange(2) - 0.5
     kernel = np.zeros_like(params["upsampler"]["kernel"])
     kernel[..., 0], kernel[..., 1] = at[None, :, None], at[None, None]
     params["upsampler"]["kernel"] = kernel
     finer = refine(params, model, triposr.MODEL(**FINE))["upsampler"]["kernel"]
-    # A token's square is 4 / 6 of what it was, in three cells.
+    # The square of a token is 4 / 6 of the old size, in three cells.
     wanted = np.array([-1, 0, 1]) * 2 * (4 / 6) / 3
     np.testing.assert_allclose(finer[3, :, 0, 0], wanted, atol=1e-6)
     np.testing.assert_allclose(finer[3, 0, :, 1], wanted, atol=1e-6)
@@ -79,8 +81,8 @@ def test_the_file_is_a_model_that_renders(coarse, tmp_path, monkeypatch, capsys)
     assert main([*argv, "tiny-fine"]) == 0
     fine, finer, info = loading.load_weights(str(tmp_path / "fine.safetensors"))
     assert info["variant"] == "tiny-fine" and info["training"] == {"steps": 3}
-    source = fine.prepare([np.full((32, 32, 4), 200, np.uint8)])
+    source = jax.tree.map(jnp.asarray, fine.prepare([np.full((32, 32, 4), 200, np.uint8)]))
     scene = fine.apply({"params": finer}, source, method="encode")
     assert scene["triplane"].shape == (1, 3, 18, 18, 8) and jnp.isfinite(scene["triplane"]).all()
     assert main([*argv, "nano"]) == 2
-    assert "only tokens can be made finer" in capsys.readouterr().err
+    assert "the two may differ only in their tokens" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What tools/hlo.py counts in compiled programs, against closed forms, and in lines of real ones."""
+"""The counts of tools/hlo.py for compiled programs, compared with closed forms, and for lines of real programs."""
 
 import sys
 from pathlib import Path
@@ -46,14 +46,14 @@ def test_convolutions_count_the_taps_that_meet_the_image():
         lambda x, w: jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")),
         shape(2, 6, 6, 4), shape(3, 3, 4, 8),
     )  # fmt: skip
-    taps = (3 * 6 - 2) ** 2  # of each row of 6 pixels, 4 have three taps and 2 have two
+    taps = (3 * 6 - 2) ** 2  # in each row of 6 pixels, 4 have three taps and 2 have two
     assert costs.flops == 2 * 2 * 8 * 4 * taps
 
 
 @pytest.mark.parametrize(
     ("line", "left", "right", "product", "times"),
     [
-        # As libtpu 0.0.42 writes them for a v4; T(...) is the tiling. [16 scenes, 16 heads] are batch axes, disguised as space.
+        # Lines that libtpu 0.0.42 writes for a v4. T(...) is the tiling. The batch axes [16 scenes, 16 heads] are spatial axes here.
         (
             "bf16[16,16,64,3072]{3,2,1,0:T(8,128)(2,1)} convolution(%a, %b), window={size=16x16 stride=15x15 lhs_dilate=16x16}, dim_labels=0f1b_01oi->01bf",
             "bf16[16,1024,16,64]{3,2,1,0}", "bf16[16,16,3072,1024]{3,2,1,0}", (64, 3072, 1024), 16 * 16,
@@ -88,7 +88,7 @@ def test_collectives_have_the_bytes_of_their_arrays():
     gather, reduce = gathered.collectives["all-gather"], gathered.collectives["all-reduce"]
     assert (gather.count, gather.payload, gather.sent) == (1, 32 * 16 * 4, 32 * 16 * 4 * 7 / 8)
     assert (reduce.count, reduce.payload, reduce.sent) == (1, 32 * 16 * 4, 32 * 16 * 4 * 2 * 7 / 8)
-    # Each of 8 devices has an eighth of the batch.
+    # Each of the 8 devices has an eighth of the batch.
     assert gathered.flops == 2 * (2 * 8 * 32 * 16)
 
 
@@ -106,13 +106,13 @@ def test_group_sizes_are_read_from_every_notation(written, size):
     assert len(hlo.group(written)) == size
 
 
-def test_stacked_layers_are_read_once_and_not_once_a_layer():
+def test_stacked_layers_are_read_once_and_not_once_per_layer():
     def layers(x, w):
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
 
     costs = count(layers, shape(8, 256), shape(16, 256, 256))
     weights = 16 * 256 * 256 * 4
-    # Copied out of the stack (read and written) and read by the product, in a program of at most a few more small arrays.
+    # A layer is copied out of the stack (read and written), then read by the product. The program has only few other, small arrays.
     assert weights <= costs.memory_bytes < 4 * weights
 
 
@@ -124,16 +124,16 @@ def test_arrays_that_stay_on_the_chip_are_told_apart():
     assert hlo_text.array_bytes(both, main_memory_only=True) == 256 + 1
 
 
-# -- lines of real programs, cut down
+# -- shortened lines of real programs
 
 
 def program(*lines, computations=""):
-    """A module whose entry has these lines."""
+    """A module with these lines in its entry computation."""
     body = "\n".join(f"  {line}" for line in lines)
     return f"HloModule m, is_scheduled=true\n\n{computations}\n\nENTRY %main (x: f32[]) -> f32[] {{\n{body}\n}}\n"
 
 
-def test_attributes_may_go_over_several_lines():
+def test_attributes_may_span_several_lines():
     text = program(
         '%a = f32[8]{0} parameter(0), frontend_attributes={kernel_metadata={\n"note":"{}"\n}}, metadata={op_name="kept"}',
         "ROOT %b = f32[8]{0} negate(%a)",
@@ -146,7 +146,7 @@ def test_attributes_may_go_over_several_lines():
 @pytest.mark.parametrize(
     ("shape", "sizes", "size"),
     [
-        ("f32[4096,64]{1,0:T(8,128)S(3)}", (1, 64), 8 * 128 * 4),  # a row of a TPU's tiles
+        ("f32[4096,64]{1,0:T(8,128)S(3)}", (1, 64), 8 * 128 * 4),  # a row of TPU tiles
         ("f32[4096,64]{0,1:T(8,128)}", (1, 64), 64 * 128 * 4),
         ("bf16[4096,256]{1,0:T(8,128)(2,1)}", (1, 256), 8 * 256 * 2),
         ("f32[32768,3]{0,1:T(4,128)}", (32768, 1), 4 * 32768 * 4),
@@ -167,7 +167,7 @@ def test_64_channels_take_as_much_of_a_tpus_memory_as_128():
     assert hlo.count(text).memory_bytes == 1000 * 128 * 4
 
 
-def test_what_fusions_within_fusions_compute_is_counted():
+def test_products_in_fusions_within_fusions_are_counted():
     computations = """%inner (a: f32[8,16]) -> f32[8,8] {
   %a = f32[8,16]{1,0} parameter(0)
   ROOT %d = f32[8,8]{1,0} dot(%a, %a), lhs_contracting_dims={1}, rhs_contracting_dims={1}
@@ -195,8 +195,8 @@ REDUCED = """%all-reduce-scatter (input: bf16[96,32]) -> bf16[32,32] {
 }"""
 
 
-def test_a_collective_in_a_fusion_is_seen_and_is_a_reduce_scatter_where_each_device_keeps_its_part():
-    """As libtpu 0.0.52 writes it for a v4."""
+def test_a_collective_in_a_fusion_is_found_and_is_a_reduce_scatter_if_each_device_keeps_its_part():
+    """In the text of libtpu 0.0.52 for a v4."""
     text = program(
         "%x = bf16[96,32]{1,0:T(8,128)(2,1)S(3)} parameter(0)",
         "ROOT %fusion.2 = bf16[32,32]{1,0:T(8,128)(2,1)S(3)} fusion(%x), kind=kCustom, calls=%all-reduce-scatter",
@@ -235,7 +235,7 @@ OTHER = "%product = bf16[32,32]{1,0} add(%w, %w)"
     [(PRODUCT, "", 0), ("", PRODUCT, 1), (OTHER, "", 1)],
     ids=["product between", "product after", "no product"],
 )
-def test_a_collective_is_hidden_where_a_product_runs_before_it_ends(kind, between, after, exposed):
+def test_a_collective_is_hidden_if_a_product_runs_before_it_ends(kind, between, after, exposed):
     start, done = PAIRS[kind]
     lines = ["%x = bf16[4,32]{1,0} parameter(0)", "%w = bf16[32,32]{1,0} parameter(1)"]
     lines += [start, between, done, after, "ROOT %out = (bf16[32,32]{1,0}) tuple(%done)"]
@@ -278,7 +278,7 @@ def test_a_collective_that_starts_and_ends_in_fusions_is_hidden_by_the_product_b
     assert (traffic.count, traffic.exposed_count) == (1, 1)
 
 
-def test_what_crosses_hosts_is_told_from_what_stays_within():
+def test_traffic_between_hosts_is_separate_from_traffic_within():
     def sent(groups):
         text = program(
             "%x = f32[100]{0} parameter(0)",
@@ -287,7 +287,7 @@ def test_what_crosses_hosts_is_told_from_what_stays_within():
         return dict(hlo.count(text, hosts=[0, 0, 0, 0, 1, 1, 1, 1]).links)
 
     assert sent("[2,4]<=[8]") == {0: 400 * 2 * 3 / 4}
-    assert sent("[4,2]<=[2,4]T(1,0)") == {1: 400 * 2 * 1 / 2}  # one of each host
+    assert sent("[4,2]<=[2,4]T(1,0)") == {1: 400 * 2 * 1 / 2}  # one device per host
     assert sent("{{0,1,2,3,4,5,6,7}}") == {4: 400 * 2 * 7 / 8}
     assert sent("mesh['a'=2,'b'=4] {'b'}") == {0: 400 * 2 * 3 / 4}
     assert sent("mesh['a'=2,'b'=4] {'a'}") == {1: 400 * 2 * 1 / 2}
@@ -315,7 +315,7 @@ LOOKED_UP = """%lookup (planes: f32[4096,64], places: s32[65536]) -> f32[65536,6
 
 
 def test_gathers_and_scatters_are_lookups_of_whole_tiles_and_not_memory_traffic():
-    """As libtpu 0.0.52 writes them for a v4; S(3) is on the chip."""
+    """In the text of libtpu 0.0.52 for a v4. S(3) is memory on the chip."""
     text = program(
         "%planes.2 = f32[4096,64]{1,0:T(8,128)} parameter(0)",
         "%places.2 = s32[65536]{0:T(1024)S(3)} parameter(1)",
@@ -337,12 +337,12 @@ def test_gathers_and_scatters_are_lookups_of_whole_tiles_and_not_memory_traffic(
     [
         (("", ""), "scatter-add", {"scatter-add of bf16": hlo.Calls(1, 1)}),
         (("to_apply", "unique_indices=true, to_apply"), "scatter", {}),
-        (("ROOT %c = bf16[] add(%a, %b)", ""), "scatter", {}),  # the value alone
+        (("ROOT %c = bf16[] add(%a, %b)", ""), "scatter", {}),  # only the value
     ],
     ids=["adding", "unique", "storing"],
 )
 def test_only_scatters_that_combine_are_counted_by_type(change, lookup, calls):
-    """As XLA writes the gradient of a lookup for a GPU: of 8 scenes, 64 x 64 cells of 16 channels."""
+    """XLA's text for the gradient of a lookup on a GPU, with 8 scenes and 64 x 64 cells of 16 channels."""
     b = "%b" if change[0] != "ROOT %c = bf16[] add(%a, %b)" else "ROOT %b"
     computations = f"""%region (a: bf16[], b: bf16[]) -> bf16[] {{
   %a = bf16[] parameter(0)
@@ -372,7 +372,7 @@ ATTENTION = """custom-call(%q, %k, %k), custom_call_target="__cudnn$fmhaSoftmax"
     ],
 )
 def test_cudnns_attention_is_counted_by_kind_with_its_products(call, kind, products):
-    """As XLA writes it for an H100: 8 sequences, 2 heads of 16, 48 queries and 96 keys."""
+    """XLA's text for an H100, with 8 sequences, 2 heads of 16, 48 queries and 96 keys."""
     text = program(
         "%q = bf16[8,48,2,16]{3,2,1,0} parameter(0)",
         "%k = bf16[8,96,2,16]{3,2,1,0} parameter(1)",
@@ -392,7 +392,7 @@ def test_cudnns_attention_is_counted_by_kind_with_its_products(call, kind, produ
     ],
 )
 def test_cudnns_convolutions_count_as_the_forward_one(name, operands, result):
-    """As XLA writes them for an H100: the labels are of the forward convolution."""
+    """XLA's text for an H100, where the labels are those of the forward convolution."""
     text = program(
         "%image = bf16[4,6,6,8]{3,2,1,0} parameter(0)",
         "%kernel = bf16[16,3,3,8]{3,2,1,0} parameter(1)",
@@ -422,7 +422,7 @@ KERNEL = """ROOT %mine.1 = bf16[1024,64]{1,0} custom-call(%x, %w), custom_call_t
         ("__gpu$xla.gpu.triton", '{grid_x = 8 : i32, name = "mine"}'),
     ],
 )
-def test_a_kernel_counts_as_traced_or_as_it_says_and_is_refused_otherwise(target, config):
+def test_a_kernel_counts_as_traced_or_by_its_estimate_and_is_refused_otherwise(target, config):
     def count(config, kernels):
         lines = (
             "%x = bf16[1024,64]{1,0} parameter(0)",
@@ -435,9 +435,9 @@ def test_a_kernel_counts_as_traced_or_as_it_says_and_is_refused_otherwise(target
     noted = '{"custom_call_config":{"body":"...","cost_estimate":{"flops":"1000","bytes_accessed":"64"}}}'
     assert count(noted, {}).flops == 1000
     once = (2 * 1024 * 64 + 64 * 64) * 2
-    assert count(noted, {}).memory_bytes == once  # it says less than its arrays have
+    assert count(noted, {}).memory_bytes == once  # its estimate is less than its arrays hold
     assert count(noted.replace('"64"', f'"{3 * once}"'), {}).memory_bytes == 3 * once
-    # Not both: what was traced is what runs.
+    # Only the traced products count, not the estimate as well.
     assert count(noted, {shapes: {(128, 64, 64): 8}}).flops == 2 * 1024 * 64 * 64
     assert count(config, {shapes: {(128, 64, 64): 8}}).products == {(128, 64, 64): 8}
     for kernels in ({}, {shapes: {}}, {((8, 64), *shapes[1:]): {(128, 64, 64): 8}}):

@@ -1,4 +1,4 @@
-"""Cycles gets the cameras, the world and the light of the built-in back end. With LRM_BLENDER, a Python that has bpy: both agree."""
+"""Cycles gets the cameras, the world and the light of embree. If LRM_BLENDER names a Python with bpy, the images of both agree."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ GOLDEN = Path(__file__).parents[1] / "goldens" / "blender_depth_normal.exr"
 
 
 def stand_in(folder: Path, *, ends: str = "") -> str:
-    """A program in the place of Blender's Python: keeps the job as job.json and writes images whose red is the view."""
+    """A program that replaces Blender's Python. It keeps the job as job.json, and writes images with the view's number as red."""
     program = folder / "blender_python"
     program.write_text(f"""#!{sys.executable}
 import json, shutil, sys
@@ -54,7 +54,7 @@ for view in range(len(job["c2w"])):
 
 
 def test_the_golden_has_the_depth_and_normal_of_a_board_seen_from_the_front():
-    """Written by Blender 4.5 from blender_script.py: `textured_board` in a box of side 1, camera at (0, -2, 0), f 0.75, 9 pixels."""
+    """Blender 4.5 wrote it with blender_script.py: `textured_board` in a box of side 1, camera at (0, -2, 0), f 0.75, 9 pixels."""
     channels = cycles.read_exr(GOLDEN.read_bytes())
     assert set(channels) >= {f"ViewLayer.{name}" for name in (*cycles.NORMAL, cycles.DEPTH)}
     depth = channels["ViewLayer.Depth.Z"]
@@ -62,7 +62,7 @@ def test_the_golden_has_the_depth_and_normal_of_a_board_seen_from_the_front():
     seen = np.abs(x / 0.75 * 2) < 0.5
     seen = seen[:, None] & seen
     assert 0 < seen.sum() < 81
-    # On the optical axis, not along the ray: the same everywhere. float32 in Cycles.
+    # Depth along the optical axis, not along the ray, is the same everywhere. Cycles computes it in float32.
     np.testing.assert_allclose(depth[seen], 2, rtol=1e-6)
     assert (depth[~seen] > cycles.NOTHING).all()
     for name, value in zip(cycles.NORMAL, (0, -1, 0), strict=True):
@@ -76,7 +76,7 @@ def test_an_exr_of_another_kind_is_refused():
         cycles.read_exr(tiled)
 
 
-def test_blender_is_told_the_cameras_the_world_and_the_light(tmp_path):
+def test_blender_gets_the_cameras_the_world_and_the_light(tmp_path):
     path = save(tmp_path / "thing.glb", lopsided_scene())
     blender = cycles.find_blender(stand_in(tmp_path), threads=3)
     settings = dataclasses.replace(SETTINGS, size=9)
@@ -90,7 +90,7 @@ def test_blender_is_told_the_cameras_the_world_and_the_light(tmp_path):
     light = job["light"]
     assert np.linalg.norm(light["direction"]) == pytest.approx(1, abs=1e-6)
     assert {"sun", "sky", "above"} < set(light)
-    # The normalisation moves the file's corners to where the other back end has them.
+    # The normalisation moves the corners of the file to the same places as in embree.
     vertices = lopsided_scene().to_mesh().vertices @ [[1, 0, 0], [0, 0, 1], [0, -1, 0]]
     low, high = (vertices - job["centre"]).min(0), (vertices - job["centre"]).max(0)
     np.testing.assert_allclose(low, -high, atol=1e-6)
@@ -103,7 +103,7 @@ def test_blender_is_told_the_cameras_the_world_and_the_light(tmp_path):
     assert set(np.unique(depth)) == {0, 20000}  # the golden's 2 world units
 
 
-def test_what_ends_blender_is_the_cause_of_the_failure(tmp_path):
+def test_the_failure_names_what_ended_blender(tmp_path):
     path = save(tmp_path / "thing.glb", lopsided_scene())
     ends = "print('Error: out of memory', file=sys.stderr); print('bye'); sys.exit(3)"
     blender = cycles.find_blender(stand_in(tmp_path, ends=ends), threads=1)
@@ -116,7 +116,7 @@ def test_what_ends_blender_is_the_cause_of_the_failure(tmp_path):
 @pytest.mark.parametrize(
     "blender", [[], ["--blender", "/nowhere/python"], ["--blender", sys.executable]]
 )
-def test_without_bpy_one_line_says_how_to_get_it(blender, tmp_path, capsys, monkeypatch):
+def test_without_bpy_one_line_says_how_to_install_it(blender, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cycles, "PROBE", "import no_such_module")
     path = save(tmp_path / "thing.glb", lopsided_scene())
     arguments = [str(path), str(tmp_path / "out"), "--backend", "cycles", *blender]
@@ -146,9 +146,9 @@ def assert_same_shape(ours: list, theirs: list) -> None:
     assert len(ours) == len(theirs)
     for a, b in zip(ours, theirs, strict=True):
         seen, also = a.depth > 0, b.depth > 0
-        # The same rays: only where one grazes an edge may the two differ.
+        # The rays are the same. The two may differ only where a ray grazes an edge.
         assert (seen & also).sum() / (seen | also).sum() > 0.995
-        # Cycles blurs by a filter of 1.5 pixels, which keeps the sum; 16 samples at each of some hundred edge pixels.
+        # Cycles blurs with a filter of 1.5 pixels, which keeps the sum. There are 16 samples in each of about a hundred edge pixels.
         np.testing.assert_allclose(b.rgba[..., 3].sum(), a.rgba[..., 3].sum(), rtol=0.02)
         difference = np.abs(a.depth - b.depth)[seen & also]
         assert np.median(difference) < 1e-5 and np.mean(difference > 1e-3) < 0.005
@@ -158,7 +158,7 @@ def assert_same_shape(ours: list, theirs: list) -> None:
 
 @needs_blender
 def test_both_back_ends_see_the_same_ball_in_the_same_light(tmp_path):
-    """A ball casts no shadow on itself, so the light is comparable: it checks the sun's direction, the sky, and sRGB."""
+    """A ball casts no shadow on itself, so the light is comparable. This checks the direction of the sun, the sky, and sRGB."""
     sphere = ball(4)
     sphere.visual = trimesh.visual.TextureVisuals(
         material=trimesh.visual.material.PBRMaterial(
@@ -172,7 +172,7 @@ def test_both_back_ends_see_the_same_ball_in_the_same_light(tmp_path):
     for a, b in zip(ours, theirs, strict=True):
         inside = (a.rgba[..., 3] == 255) & (b.rgba[..., 3] == 255)
         difference = (b.rgba[inside, 0] / 1.0) - a.rgba[inside, 0]
-        # The gloss of glTF's material adds a little, most near the silhouette; noise of 64 samples is about 2.
+        # The gloss of glTF's material adds a little, mostly near the silhouette. The noise of 64 samples is about 2.
         assert -4 < np.median(difference) < 10 and np.abs(difference).mean() < 12
 
 
@@ -207,6 +207,6 @@ def test_both_back_ends_see_the_same_colours(name, tmp_path):
         image.rgba[inside, :3] / image.rgba[inside, :3].max(-1, keepdims=True).clip(1)
         for image in (ours, theirs)
     ]
-    # Gloss makes colours paler by about a tenth; a wrong image, place or transfer function shows as more.
+    # Gloss makes colours paler by about a tenth. A wrong image, place or transfer function would make a larger difference.
     assert np.abs(hue[0] - hue[1]).mean() < 0.15
     assert (hue[0].argmax(-1) == hue[1].argmax(-1)).mean() > 0.9

@@ -1,4 +1,4 @@
-"""The images, depth and normals agree with the poses that are written beside them; bad files fail alone."""
+"""Images, depth and normals agree with the poses written beside them, and bad files fail alone."""
 
 import dataclasses
 import functools
@@ -21,12 +21,12 @@ from rendering.protocols import PROTOCOLS, Lighting, Settings, choose_cameras  #
 SETTINGS = Settings(
     views=6, size=64, distance=(2.6, 3.4), elevation=(-30.0, 75.0), fov=45.0, seed=0
 )
-# Upper left, upper right, lower left, lower right of the texture.
+# The upper left, upper right, lower left and lower right of the texture.
 CORNERS = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 0]]], np.uint8)
 
 
 def textured_board() -> trimesh.Trimesh:
-    """An upright square in glTF's frame (y up), whose front (+z) shows the texture as it is."""
+    """An upright square in glTF's frame (y up). Its front (+z) shows the texture unchanged."""
     board = trimesh.Trimesh(
         [[-1, -1, 0], [1, -1, 0], [1, 1, 0], [-1, 1, 0]], [[0, 1, 2], [0, 2, 3]], process=False
     )
@@ -39,7 +39,7 @@ def textured_board() -> trimesh.Trimesh:
 
 
 def lopsided_scene() -> trimesh.Scene:
-    """A textured board with a pole on top and a box at its side, placed by the scene graph."""
+    """A textured board with a pole on top and a box beside it, placed by the scene graph."""
     scene = trimesh.Scene()
     scene.add_geometry(textured_board())
     pole = trimesh.creation.box((0.2, 1.5, 0.2))
@@ -56,7 +56,7 @@ def save(path: Path, geometry) -> Path:
 
 
 def ball(subdivisions: int) -> trimesh.Trimesh:
-    """A sphere of radius 1 that has its normals."""
+    """A sphere of radius 1 with its normals."""
     sphere = trimesh.creation.icosphere(subdivisions)
     sphere.vertex_normals = sphere.vertices
     return sphere
@@ -77,13 +77,13 @@ def read(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def pixels_of(points: np.ndarray, pose: np.ndarray, intrinsics: np.ndarray) -> np.ndarray:
-    """(column, row) of world points by the layout's own definition: x right, y up, z backward."""
+    """(column, row) of world points, by the definition of the layout: x right, y up, z backward."""
     local = (points - pose[:, 3]) @ pose[:, :3]
     return intrinsics[1] + intrinsics[0] * local[:, :2] * [1, -1] / -local[:, 2:]
 
 
 def in_our_world(vertices: np.ndarray) -> np.ndarray:
-    """The documented frame, written out a second time: z up, box centred, farthest vertex at 1."""
+    """An independent version of the documented frame: z up, box centred, farthest vertex at 1."""
     points = np.stack([vertices[:, 0], -vertices[:, 2], vertices[:, 1]], axis=-1)
     points = points - (points.min(0) + points.max(0)) / 2
     return points / np.linalg.norm(points, axis=-1).max()
@@ -97,7 +97,7 @@ def test_projected_vertices_span_the_silhouette(tmp_path):
     for image, pose in zip(images, poses, strict=True):
         pixels = pixels_of(points, pose, intrinsics)
         rows, columns = np.nonzero(image[..., 3])
-        # A pixel is covered as soon as one of its 2x2 samples is, so the box is known to about a pixel.
+        # A pixel is covered if one of its 2x2 samples is, so the box is known to about a pixel.
         np.testing.assert_allclose(
             [columns.min(), rows.min()], pixels.min(0), atol=1.2, err_msg="upper left"
         )
@@ -111,12 +111,12 @@ def test_sphere_has_its_analytic_silhouette(tmp_path):
     rows, columns = np.indices((64, 64)) + 0.5
     for image, pose in zip(images, poses, strict=True):
         distance = np.linalg.norm(pose[:, 3])
-        # The tangent cone around the optical axis: sin(angle) = 1 / distance.
+        # The tangent cone around the optical axis has sin(angle) = 1 / distance.
         radius = intrinsics[0, 0] * np.tan(np.arcsin(1 / distance))
         from_axis = np.hypot(columns - intrinsics[1, 0], rows - intrinsics[1, 1])
         assert (image[from_axis < radius - 1, 3] == 255).all()
         assert (image[from_axis > radius + 1, 3] == 0).all()
-        # Antialiased: the summed coverage is the area far better than the pixels' count could be.
+        # With antialiasing, the sum of the coverage gives the area far better than a count of pixels.
         np.testing.assert_allclose(image[..., 3].sum() / 255, np.pi * radius**2, rtol=0.005)
 
 
@@ -136,7 +136,7 @@ def test_texture_and_world_are_the_right_way_round(tmp_path):
         brightness = colors.max(1, keepdims=True)
         np.testing.assert_allclose(colors / brightness, CORNERS.reshape(4, 3) / 255, atol=0.02)
         seen += 1
-    assert seen >= 4  # from the front and, as the board has no back of its own, from behind
+    assert seen >= 4  # from the front, and from behind, because the board has no back of its own
 
 
 def test_half_transparent_edges_keep_the_colour_of_the_surface(tmp_path):
@@ -146,7 +146,7 @@ def test_half_transparent_edges_keep_the_colour_of_the_surface(tmp_path):
     for image in images:
         inside, edge = image[..., 3] == 255, (image[..., 3] > 0) & (image[..., 3] < 255)
         assert edge.sum() > 5
-        # A plane under a light that depends on the normal alone has one colour; 1: rounding.
+        # A plane has one colour, because the light depends only on the normal. 1 is for rounding.
         expected = np.median(image[edge | inside, :3], axis=0)
         np.testing.assert_allclose(image[edge, :3], np.tile(expected, (edge.sum(), 1)), atol=1)
         assert (image[image[..., 3] == 0] == 0).all()
@@ -164,7 +164,7 @@ def test_a_cut_out_texture_lets_rays_through(tmp_path):
         triangles = surfaces.load_triangles(path)
         views = embree.render(triangles, choose_cameras(SETTINGS, "x"), Lighting(), SETTINGS)
         covered[mode] = np.array([view.rgba[..., 3].sum() / 255 for view in views])
-    # Half of the board is left; perspective makes the nearer half larger, the more so the more it is seen edge-on.
+    # Half of the board is left. Perspective makes the nearer half larger, especially if the board is seen nearly edge-on.
     ratio = covered["MASK"] / covered["OPAQUE"]
     assert ((0.2 < ratio) & (ratio < 0.8)).all()
 
@@ -179,7 +179,7 @@ def test_bilinear_lookup_is_exact_on_texels_and_repeats():
 
 
 def from_depth(image: np.ndarray, pose: np.ndarray, intrinsics: np.ndarray) -> np.ndarray:
-    """World points of a depth image, by the formats' own definitions."""
+    """World points from a depth image, by the definitions of the formats."""
     rows, columns = np.nonzero(image)
     z = image[rows, columns, None] * 1e-4
     right_down = (np.stack([columns, rows], -1) + 0.5 - intrinsics[1]) / intrinsics[0] * z
@@ -196,12 +196,12 @@ def test_depth_and_normals_are_those_of_a_sphere(tmp_path):
         )
         assert depth.dtype == np.uint16 and normal.shape == (64, 64, 3)
         assert (normal.any(-1) == (depth > 0)).all()
-        # The centre of a pixel decides; half of its samples or so are on the same side.
+        # The centre of the pixel decides. About half of its samples are on the same side.
         assert (depth[image[..., 3] == 255] > 0).all() and (depth[image[..., 3] == 0] == 0).all()
         points = from_depth(depth, pose, intrinsics)
-        # The facets lie up to 6e-4 inside the sphere, and depth grazes them near the silhouette; a step is 1e-4.
+        # The facets are up to 6e-4 inside the sphere, and near the silhouette rays graze them. A step is 1e-4.
         np.testing.assert_allclose(np.linalg.norm(points, axis=-1), 1, atol=1.5e-3)
-        # Interpolated between vertices whose normals are exact; 8 bits are 0.004 each.
+        # Interpolated between vertices with exact normals. An 8-bit step is 0.004.
         np.testing.assert_allclose(normal[depth > 0] / 127.5 - 1, points, atol=0.012)
 
 
@@ -219,12 +219,12 @@ def test_depth_goes_through_what_is_cut_out(tmp_path):
     settings = Settings(1, 64, (3.0, 3.0), fov=45.0, front_first=True, geometry=True, box=1.0)
     folder = rendered(tmp_path, scene, settings=settings)
     _, (pose,), intrinsics = read(folder)
-    np.testing.assert_allclose(pose[:, 3], [0, -3, 0], atol=1e-6)  # in front: float32
+    np.testing.assert_allclose(pose[:, 3], [0, -3, 0], atol=1e-6)  # in front; float32
     depth = np.asarray(Image.open(folder / "depth/000.png"))
     normal = np.asarray(Image.open(folder / "normal/000.png"))
     points = from_depth(depth, pose, intrinsics)
     left = points[:, 0] < -0.02
-    # The boards are a half apart once the longest side is 1; a step of depth is 1e-4.
+    # The boards are 0.5 apart after the longest side is scaled to 1. A step of depth is 1e-4.
     np.testing.assert_allclose(points[left, 1], 0.25, atol=1e-4)
     np.testing.assert_allclose(points[points[:, 0] > 0.02, 1], -0.25, atol=1e-4)
     assert 200 < left.sum() < len(points) - 200
@@ -237,7 +237,7 @@ def test_light_on_a_matt_surface_is_as_documented(tmp_path):
     light = Lighting(np.array([0.6, -0.8, 0], np.float32), sun=0.4, sky=0.2, above=0.1)
     settings = Settings(2, 32, elevation=(0.0, 0.0), front_first=True)
     front = next(embree.render(triangles, choose_cameras(settings, "x"), light, settings))
-    # White, and its front faces -y.
+    # The board is white, and its front faces -y.
     expected = 255 * (1.055 * (0.2 + 0.4 * 0.8) ** (1 / 2.4) - 0.055)
     np.testing.assert_allclose(front.rgba[16, 16, :3], expected, atol=0.6)  # rounding to 8 bits
 
@@ -246,7 +246,7 @@ def small(*arguments) -> list[str]:
     return [*map(str, arguments), "--views", "2", "--size", "16", "--workers", "1"]
 
 
-def test_a_sheet_seen_from_its_edge_is_seen_in_the_other_views(tmp_path):
+def test_a_flat_object_seen_edge_on_is_visible_in_the_other_views(tmp_path):
     sheet = trimesh.Trimesh(
         [[-1, 0, -1], [1, 0, -1], [1, 0, 1], [-1, 0, 1]], [[0, 1, 2], [0, 2, 3]], process=False
     )
@@ -309,7 +309,7 @@ def test_a_folder_from_before_points_were_written_gets_them_and_keeps_its_images
     }
     (out / "render.json").write_text(json.dumps(old))
     before = (out / "things-good/rgba/000.png").stat().st_mtime_ns
-    # As a process that was killed leaves it.
+    # The state that a killed process leaves.
     (out / ".things-good.unfinished/rgba").mkdir(parents=True)
     assert render_objects.main(small(source, out)) == 0
     np.testing.assert_array_equal(np.load(out / "things-good/points.npy"), points)
@@ -336,7 +336,7 @@ def crash_on_b(uid: str, out: Path) -> None:
     (out / f".{uid}.unfinished").rmdir()
 
 
-def test_a_file_that_kills_its_process_fails_alone(tmp_path):
+def test_a_file_that_crashes_its_process_fails_alone(tmp_path):
     crash = functools.partial(crash_on_b, out=tmp_path)
     results = dict(processes.run_in_processes(crash, {"a": (), "b": ()}, tmp_path, 2))
     assert {uid for uid, cause in results.items() if cause} == {"b"}
@@ -347,11 +347,11 @@ def touch(uid: str, out: Path) -> None:
     (out / uid).touch()
 
 
-def test_an_interrupted_run_begins_nothing_more(tmp_path):
+def test_an_interrupted_run_starts_no_more_objects(tmp_path):
     work = functools.partial(touch, out=tmp_path)
     results = processes.run_in_processes(work, dict.fromkeys("abcdef", ()), tmp_path, 1)
     assert next(results) == ("a", None)
-    results.close()  # as Ctrl-C leaves it
+    results.close()  # as after Ctrl-C
     assert {path.name for path in tmp_path.iterdir()} <= {"a", "b"}
 
 
@@ -362,7 +362,10 @@ def test_an_interrupted_run_begins_nothing_more(tmp_path):
         (["--distance", "0.5", "3"], "needs 1 < LO <= HI"),
         (["--elevation", "20", "10"], "-90 <= LO <= HI <= 90"),
         (["--fov", "180"], "between 0 and 170"),
-        (["--protocol", "lrm", "--elevation", "0", "9"], "--protocol lrm have heights"),
+        (
+            ["--protocol", "lrm", "--elevation", "0", "9"],
+            "--protocol lrm are set by height, not by elevation",
+        ),
         (["--protocol", "triposr", "--distance", "0.4", "2"], "needs 0.5 < LO <= HI"),
         (["--geometry", "--distance", "3", "9"], "with --geometry at most 5.55"),
         (["--samples", "8"], "only for --backend cycles"),

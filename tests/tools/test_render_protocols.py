@@ -1,4 +1,4 @@
-"""The cameras and lights of the protocols have the published numbers, and are functions of the seed and the uid."""
+"""The cameras and lights of the protocols have the published numbers, and depend only on the seed and the uid."""
 
 import dataclasses
 import sys
@@ -40,7 +40,7 @@ def test_lrm_and_openlrm_cameras_have_the_published_ranges(name, distance, fov):
     cameras = choose_cameras(dataclasses.replace(settings, views=2000), "a")
     eye = cameras.c2w[:, :3, 3]
     radius = np.linalg.norm(eye, axis=-1)
-    # 2000 uniform draws come within 1 % of both ends; 1e-5: float32.
+    # 2000 uniform draws come within 1 % of both ends. 1e-5 is for float32.
     np.testing.assert_allclose([radius.min(), radius.max()], distance, atol=0.01)
     np.testing.assert_allclose([eye[:, 2].min(), eye[:, 2].max()], [-0.75, 1.6], atol=0.03)
     np.testing.assert_allclose(
@@ -48,12 +48,12 @@ def test_lrm_and_openlrm_cameras_have_the_published_ranges(name, distance, fov):
     )
     # All look at the origin.
     np.testing.assert_allclose(cameras.c2w[:, :3, 2], -eye / radius[:, None], atol=1e-5)
-    # Uniform around, and in height: of each tenth of the range a tenth, 2000 * 0.1 +- 4 standard deviations of 13.4.
+    # Uniform in azimuth and in height: each tenth of the range has 2000 * 0.1 views, within 4 standard deviations of 13.4.
     around = np.histogram(np.arctan2(eye[1:, 1], eye[1:, 0]), 10, (-np.pi, np.pi))[0]
     assert (np.abs(around - 200) < 54).all()
 
 
-def test_openlrm_begins_in_front_and_the_others_do_not():
+def test_only_openlrm_starts_in_front():
     eye = eyes(PROTOCOLS["openlrm"])
     np.testing.assert_allclose(eye[0, [0, 2]], 0, atol=1e-7)
     assert -2.6 <= eye[0, 1] <= -1.9 and np.abs(eye[1, [0, 2]]).min() > 1e-3
@@ -62,7 +62,7 @@ def test_openlrm_begins_in_front_and_the_others_do_not():
 
 def test_openlrm_focal_length_is_its_lens():
     fxfycxcy = choose_cameras(PROTOCOLS["openlrm"], "a").fxfycxcy[0]
-    np.testing.assert_allclose(fxfycxcy, [0.75, 0.75, 0.5, 0.5], atol=1e-6)  # 24 mm of 32 mm
+    np.testing.assert_allclose(fxfycxcy, [0.75, 0.75, 0.5, 0.5], atol=1e-6)  # 24 mm / 32 mm
 
 
 def test_triposr_cameras_are_those_of_its_code():
@@ -78,7 +78,7 @@ def test_the_default_protocol_is_what_old_folders_were_rendered_with():
     assert (settings.lighting, settings.geometry, settings.file_normals) == ("fixed", False, False)
 
 
-def test_varied_light_is_one_of_the_object_within_its_ranges():
+def test_varied_light_depends_on_the_object_and_is_within_its_ranges():
     settings = PROTOCOLS["triposr"]
     lights = [choose_lighting(settings, f"object {i}") for i in range(200)]
     again = choose_lighting(settings, "object 0")
@@ -93,6 +93,6 @@ def test_varied_light_is_one_of_the_object_within_its_ranges():
     brightest = sun + sky + above * direction[:, 2]
     assert 0.75 <= brightest.min() < 0.8 and 1.05 < brightest.max() <= 1.1 + 1e-6
     assert 0.2 <= (sun / brightest).min() < 0.25 and 0.65 < (sun / brightest).max() <= 0.7 + 1e-6
-    assert (sky > 1.5 * above).all()  # the sky of Cycles is nowhere darker than black
+    assert (sky > 1.5 * above).all()  # the sky of Cycles is nowhere negative
     fixed = [choose_lighting(Settings(), uid) for uid in "ab"]
     assert fixed[0].sun == fixed[1].sun == 0.5 and (fixed[0].direction == fixed[1].direction).all()

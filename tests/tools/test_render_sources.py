@@ -1,4 +1,4 @@
-"""Broken and incomplete files are named with their cause; points of the surface are uniform by area."""
+"""Broken and incomplete files are reported with the cause, and points on the surface are uniform by area."""
 
 import base64
 import json
@@ -34,7 +34,7 @@ SQUARE = (
 
 
 def write_obj(folder: Path, material: str | None, texture: str | None) -> Path:
-    """A textured square as .obj, with its .mtl and its image unless they are None."""
+    """Writes a textured square as .obj, with its .mtl and its image unless they are None."""
     folder.mkdir(exist_ok=True)
     path = folder / "board.obj"
     path.write_text("mtllib my board.mtl\nusemtl paint\n" + SQUARE)
@@ -47,7 +47,7 @@ def write_obj(folder: Path, material: str | None, texture: str | None) -> Path:
 
 
 def write_gltf(path: Path, image: str) -> Path:
-    """One triangle whose material's image is the file `image`."""
+    """Writes one triangle. The image of its material is the file `image`."""
     corners = np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0]], "<f4").tobytes()
     uv = np.array([[0, 0], [1, 0], [0, 1]], "<f4").tobytes()
     data = corners + uv
@@ -91,7 +91,7 @@ def cause(path: Path, tmp_path: Path) -> str:
     return objects.write_object("thing", path, None, tmp_path / "out", SETTINGS)
 
 
-def test_an_empty_file_is_called_that(tmp_path):
+def test_an_empty_file_is_reported_as_empty(tmp_path):
     (tmp_path / "empty.glb").touch()
     assert "empty (0 bytes)" in cause(tmp_path / "empty.glb", tmp_path)
 
@@ -169,14 +169,14 @@ def test_a_member_of_a_zip_has_the_files_that_it_refers_to(kind, tmp_path):
     np.testing.assert_allclose(texture[0, 0], [1, 0, 0, 1])
 
 
-def test_file_normals_are_used_only_where_asked(tmp_path):
+def test_file_normals_are_used_only_on_request(tmp_path):
     path = save(tmp_path / "ball.glb", ball(2))
     flat, smooth = load_triangles(path), load_triangles(path, file_normals=True)
     assert np.abs(flat.attributes[1][:, :3]).max() == 0  # the same at all three corners
     np.testing.assert_allclose(smooth.attributes[0][:, :3], smooth.xyz[:, 0], atol=1e-5)  # float32
 
 
-def test_the_box_has_its_longest_side(tmp_path):
+def test_the_longest_side_of_the_box_has_the_given_length(tmp_path):
     path = save(tmp_path / "thing.glb", lopsided_scene())
     triangles = load_triangles(path, box=1.0)
     low, high = triangles.xyz.min((0, 1)), triangles.xyz.max((0, 1))
@@ -185,7 +185,7 @@ def test_the_box_has_its_longest_side(tmp_path):
 
 
 def test_points_lie_on_the_surface_uniformly_by_area(tmp_path):
-    # Of the two boxes in our lopsided scene and the board, with areas that differ much.
+    # The two boxes and the board in this lopsided scene have very different areas.
     scene = lopsided_scene()
     path = save(tmp_path / "thing.glb", scene)
     triangles = load_triangles(path)
@@ -195,13 +195,13 @@ def test_points_lie_on_the_surface_uniformly_by_area(tmp_path):
     truth = trimesh.Trimesh(in_our_world(solid.vertices), solid.faces, process=False)
     nearest, distance, _ = trimesh.proximity.closest_point_naive(truth, points[:200])
     np.testing.assert_allclose(distance, 0, atol=1e-6)  # float32
-    # The pole's share of the area is its share of the points, within 4 standard deviations.
+    # The pole has the same share of the points as of the area, within 4 standard deviations.
     share = (0.2 * 1.5 * 4 + 2 * 0.2**2) / solid.area
     on_pole = points[:, 2] > in_our_world(solid.vertices)[:4, 2].max() + 1e-6
     reach = 4 * np.sqrt(share * (1 - share) / 10000)
     np.testing.assert_allclose(
         on_pole.mean(), share, atol=reach + 0.05 * share
-    )  # 0.05 of it is below the board's top
+    )  # 0.05 of the pole is below the top of the board
 
 
 def test_points_are_uniform_within_a_triangle(tmp_path):
@@ -211,7 +211,7 @@ def test_points_are_uniform_within_a_triangle(tmp_path):
     np.testing.assert_allclose(points.mean(0), corners.mean(0), atol=0.01)  # 4 standard deviations
     expected = (
         np.cov((corners - corners.mean(0)).T, bias=True) / 4
-    )  # of a triangle's area, from its corners
+    )  # the spread of a triangle, from its corners
     np.testing.assert_allclose(np.cov(points.T), expected, atol=0.005)
 
 
@@ -228,8 +228,8 @@ def test_points_avoid_what_the_texture_cuts_out(tmp_path):
     board.visual.material.baseColorTexture = Image.fromarray(texture)
     board.visual.material.alphaMode = "MASK"
     points = random_points(load_triangles(save(tmp_path / "half.glb", board)), "half")
-    # Bilinear: alpha is one half in the middle between two texels, which is the middle of the board; so too at its edges,
-    # where the texture begins anew.
+    # Bilinear lookup: alpha is one half midway between two texels, which is the middle of the board, and also at its edges,
+    # where the texture repeats.
     assert len(points) == 10000 and points[:, 0].min() > -1e-3
     board.visual.material.baseColorTexture = Image.fromarray(np.zeros((8, 8, 4), np.uint8))
     with pytest.raises(InputError, match="transparent"):
@@ -246,7 +246,7 @@ def test_vertex_colours_have_the_range_of_their_type(dtype, value):
     np.testing.assert_allclose(rgba[..., :3], 0.2, rtol=1e-6)
 
 
-def test_names_are_of_the_folder_and_never_hidden(tmp_path, monkeypatch):
+def test_names_start_with_the_folder_and_are_never_hidden(tmp_path, monkeypatch):
     (tmp_path / "in" / "sub").mkdir(parents=True)
     (tmp_path / "in" / "chair.obj").write_text("v 0 0 0\n")
     monkeypatch.chdir(tmp_path / "in" / "sub")

@@ -60,7 +60,7 @@ def test_every_fourth_is_kept_besides_the_last(tmp_path):
         for step in (2, 4, 6, 8, 10):
             checkpoints.save(manager, step, {"kernel": np.ones(2)})
         assert manager.latest_step() == 10
-        checkpoints.save(manager, 10, {"kernel": np.zeros(2)})  # there already: nothing happens
+        checkpoints.save(manager, 10, {"kernel": np.zeros(2)})  # exists already, so nothing happens
     with checkpoints.open_folder(tmp_path, read_only=True) as manager:
         assert sorted(manager.all_steps()) == [4, 8, 10]
         part = checkpoints.restore_part(manager, {"kernel": jax.ShapeDtypeStruct((2,), np.float64)})
@@ -68,7 +68,7 @@ def test_every_fourth_is_kept_besides_the_last(tmp_path):
 
 
 @pytest.mark.parametrize("numbers", [dict(keep=0), dict(keep_every=0)], ids=str)
-def test_to_keep_none_is_an_error(tmp_path, numbers):
+def test_keeping_no_checkpoint_is_an_error(tmp_path, numbers):
     with pytest.raises(InputError, match="must be 1 or more"):
         checkpoints.open_folder(tmp_path, **numbers).__enter__()
 
@@ -80,7 +80,7 @@ def test_an_unfinished_save_is_not_there_and_the_next_run_deletes_it(tmp_path):
     shutil.copytree(tmp_path / "checkpoints" / "1" / "state", unfinished / "state")
     with checkpoints.open_folder(tmp_path, read_only=True) as manager:
         assert manager.latest_step() == 1
-    assert unfinished.exists()  # it may be another process's that is still being written
+    assert unfinished.exists()  # another process may still be writing it
     with checkpoints.open_folder(tmp_path) as manager:
         assert manager.latest_step() == 1
         checkpoints.save(manager, 3, {"kernel": np.ones(2)})
@@ -93,12 +93,14 @@ def test_an_empty_folder_restores_nothing(tmp_path):
 
 
 @pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning"  # Orbax leaves other reads to the garbage collector
+    "ignore::pytest.PytestUnraisableExceptionWarning"  # Orbax leaves unfinished reads to the garbage collector
 )
 def test_a_checkpoint_with_any_file_cut_short_is_restored_whole_or_one_line_with_its_folder(
     tmp_path,
 ):
-    rng = np.random.default_rng(0)  # random: compressed, it is still more than one block of a file
+    rng = np.random.default_rng(
+        0
+    )  # random, so that it needs more than one block of a file even after compression
     state = {
         "kernel": jnp.asarray(rng.normal(size=(64, 64))),
         "bias": jnp.asarray(rng.normal(size=8)),
@@ -161,7 +163,7 @@ def test_a_checkpoint_that_does_not_fit_is_one_line_with_its_folder(tmp_path, fa
 
 
 def alone(program, *arguments):
-    """Runs a program in a process of its own, with one device."""
+    """Runs a program in a separate process, with one device."""
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     command = [sys.executable, "-c", program, *map(str, arguments)]
     return subprocess.run(
@@ -220,7 +222,7 @@ def test_a_full_disk_is_one_line_and_what_was_saved_is_still_there(tmp_path):
     assert result.returncode == 0, result.stderr
     line = (
         f"{tmp_path}/checkpoints: the last checkpoint could not be written (File too large): "
-        "that of step 1 is whole; make room, then give the same command again"
+        "that of step 1 is complete; free some space, then repeat the command"
     )
     assert result.stdout.splitlines() == [line] * 3
     assert result.stderr == ""
@@ -229,5 +231,5 @@ def test_a_full_disk_is_one_line_and_what_was_saved_is_still_there(tmp_path):
         wanted = {"w": np.random.default_rng(0).random(10)}
         restored, _ = checkpoints.restore(manager, wanted)
         np.testing.assert_array_equal(restored["w"], wanted["w"])
-        checkpoints.save(manager, 4, restored)  # room was made: the run goes on
+        checkpoints.save(manager, 4, restored)  # there is space again, and the run continues
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "4"]

@@ -1,4 +1,4 @@
-"""What lrm_jax/training/flops.py counts in traced functions."""
+"""The counts of lrm_jax/training/flops.py for traced functions."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ B, L, M, N, K = 2, 96, 160, 4, 32
 
 @pytest.fixture
 def cudnn(monkeypatch):
-    """Lets cuDNN's attention be traced, which asks for the library first."""
+    """Makes it possible to trace cuDNN's attention, which first checks for the library."""
     fused = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
     monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91400)
 
@@ -36,7 +36,7 @@ def heads(length):
 
 
 @pytest.mark.parametrize("wrap", [lambda x: x, jax.vmap, jax.jit], ids=["plain", "vmap", "jit"])
-def test_cudnns_attention_counts_as_the_plain_one_does(cudnn, wrap):
+def test_cudnns_attention_counts_like_plain_attention(cudnn, wrap):
     shapes = heads(L), heads(M), heads(M)
     if wrap is jax.vmap:
         shapes = [jax.ShapeDtypeStruct((3, *x.shape), x.dtype) for x in shapes]
@@ -44,9 +44,9 @@ def test_cudnns_attention_counts_as_the_plain_one_does(cudnn, wrap):
     assert fused == plain > 0
 
 
-def test_cudnns_gradient_counts_the_scores_that_it_computes_again(cudnn):
+def test_cudnns_gradient_counts_the_recomputed_scores(cudnn):
     shapes = heads(L), heads(M), heads(M)
-    one = 2 * B * N * L * M * K  # each of its products
+    one = 2 * B * N * L * M * K  # operations of each of its products
     assert flops.count(gradient(attention("xla")), *shapes) == (2 + 4) * one
     assert flops.count(gradient(attention("cudnn")), *shapes) == (2 + 5) * one
 
@@ -86,7 +86,7 @@ def by_triton(x, w):
     )(x, w)  # fmt: skip
 
 
-def test_a_triton_kernels_products_count_once_a_block():
+def test_a_triton_kernels_products_count_once_per_block():
     x, w = jnp.zeros((1024, 64), jnp.bfloat16), jnp.zeros((64, 32), jnp.bfloat16)
     assert flops.count(by_triton, x, w) == 2 * 1024 * 64 * 32
     kernels = flops.kernels(jax.make_jaxpr(lambda x, w: by_triton(by_triton(x, w @ w.T), w))(x, w))

@@ -22,7 +22,7 @@ TINY = [
     "--config",
     "configs/nano.py:tiny",
     "--config.data.name=balls",
-    "--config.data.prefetch=0",  # so that the calls of `balls.sample` are in the order of the batches
+    "--config.data.prefetch=0",  # so that `balls.sample` is called in the order of the batches
 ]
 NANO = ["--config.model.variant=nano", "--config.data.assumed_camera=(3.0,40.0)"]
 TIMES = ("samples_per_second", "mfu", "data_wait")
@@ -59,7 +59,7 @@ def test_terminated_and_resumed_equals_uninterrupted_to_the_bit(
     stopped = rows(tmp_path / "resumed")[-1]["step"]
     assert stopped < 4
     assert not (tmp_path / "resumed" / "model.safetensors").exists()
-    # A run that is killed between a report and a save leaves lines behind that the resumed one writes again.
+    # A run that is killed between a report and a save leaves lines that the resumed run writes again.
     with (tmp_path / "resumed" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "train/loss": 7.0}\n{"step": 5, "tr')
     assert train.main([*TINY, "--workdir", str(tmp_path / "resumed")]) == 0
@@ -106,7 +106,7 @@ def test_terminated_and_resumed_equals_uninterrupted_to_the_bit(
         (["--config=configs/absent.py"], "^configs/absent.py: no such config"),
         (
             ["--config=configs/nano.py:tyni"],
-            "^lrm train: ValueError: no size 'tyni': there are fine, tiny",
+            "^lrm train: ValueError: no size 'tyni': choose one of fine, tiny",
         ),
         (["--config.train.init_from=absent.safetensors"], "absent.safetensors"),
         (["--config.data.name=objcts"], "^data.name='objcts': must be one of objects, records"),
@@ -125,7 +125,10 @@ def test_terminated_and_resumed_equals_uninterrupted_to_the_bit(
             "is not the camera that triposr:tiny assumes",
         ),
         (["--config.data.assumed_camera=(3.0,)"], "takes .distance, field of view."),
-        (["--config.optim.muon=bias"], "^optim.muon: 'bias' matches .*bias.*, which is no matrix"),
+        (
+            ["--config.optim.muon=bias"],
+            "^optim.muon: 'bias' matches .*bias.*, which is not a matrix",
+        ),
         (["--config.schedule.warmup_steps=9"], "warmup_steps=9 must be less than train.steps=4"),
     ],
 )
@@ -139,7 +142,7 @@ def test_a_wrong_argument_is_one_line_and_leaves_no_workdir(
 
 
 def after(num_batches, act):
-    """`balls.sample`, with `act` called once, before the sample after so many batches of the tiny config."""
+    """A `balls.sample` that calls `act` once, before the first sample after `num_batches` batches of the tiny config."""
     sample, calls = balls.sample, []
 
     def counted(*args):
@@ -153,7 +156,7 @@ def after(num_batches, act):
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """While it holds anything, what `balls.sample` gives is not a number."""
+    """A list. While it is not empty, `balls.sample` gives NaN."""
     sample, poisoned = balls.sample, []
 
     def poison(*args):
@@ -183,11 +186,11 @@ def test_one_skipped_update_after_a_resume_does_not_stop_the_run(balls_source, p
     assert train.main([*arguments, "--config.train.steps=3"]) == 0
     poisoned.append(True)
     assert train.main(arguments) == 0
-    last = rows(tmp_path / "run")[-2]  # after it comes the evaluation's
+    last = rows(tmp_path / "run")[-2]  # the last row is from the evaluation
     assert last["step"] == 4 and last["skipped"] == 1
 
 
-def test_a_folder_of_something_else_is_not_taken_for_a_run(tmp_path):
+def test_a_folder_with_other_files_is_not_used_as_a_run(tmp_path):
     config, *_ = train.parse([*TINY, "--workdir", str(tmp_path)])
     path = tmp_path / "config.json"
     for text in ('{"architectures": []}', "[]", "{"):
@@ -196,7 +199,7 @@ def test_a_folder_of_something_else_is_not_taken_for_a_run(tmp_path):
             train.claim(tmp_path, config)
         assert path.read_text() == text
     path.write_text(json.dumps({"model": config.model.to_dict() | {"remat": True}}))
-    train.claim(tmp_path, config)  # the same model, run otherwise
+    train.claim(tmp_path, config)  # the same model with other settings of the run
 
 
 @pytest.mark.parametrize("line", ["import absent", "x = y", "def f(:", "{}['absent']"])
@@ -207,7 +210,7 @@ def test_a_broken_config_is_one_line(tmp_path, line):
     assert "Error" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_run_that_skips_every_update_does_not_end_well(balls_source, tmp_path):
+def test_a_run_that_skips_every_update_fails(balls_source, tmp_path):
     arguments = ["--workdir", str(tmp_path / "run"), "--config.optim.skip_norm=1e-9"]
     with pytest.raises(InputError, match="all of the last 4 updates were skipped.*skip_norm"):
         train.main([*TINY, *arguments])
@@ -218,7 +221,7 @@ def test_a_run_starts_from_given_weights(balls_source, tmp_path):
     short = [*TINY, "--config.train.steps=2", "--config.train.eval_every=2"]
     assert train.main([*short, "--workdir", str(tmp_path / "first")]) == 0
     weights = tmp_path / "first" / "model.safetensors"
-    # A learning rate of nearly nothing: what comes out is what went in.
+    # With a learning rate near zero, the output weights equal the input weights.
     again = [*short, f"--config.train.init_from={weights}", "--config.schedule.learning_rate=1e-12"]
     assert train.main([*again, "--workdir", str(tmp_path / "second")]) == 0
     one, two = (model_file.load_model(tmp_path / name / "model.safetensors")[1] for name in ("first", "second"))  # fmt: skip
@@ -228,8 +231,8 @@ def test_a_run_starts_from_given_weights(balls_source, tmp_path):
         train.main([*again, "--workdir", str(tmp_path / "third"), *NANO])
 
 
-def test_what_an_evaluation_dies_of_does_not_come_again(balls_source, tmp_path, monkeypatch):
-    """The checkpoint is there before it, also where the step is no multiple of save_every."""
+def test_a_crash_in_an_evaluation_does_not_come_again(balls_source, tmp_path, monkeypatch):
+    """The checkpoint is written before the evaluation, even if the step is not a multiple of save_every."""
     arguments = [*TINY, "--config.train.save_every=100", "--workdir", str(tmp_path / "run")]
 
     def fail(*_):
@@ -256,7 +259,7 @@ def tiny_run():
 
 
 def evaluated(tiny_run, num_val, batch_size=None):
-    """Scores and grid of so many scenes, and the largest number of bytes that NumPy and Python held meanwhile."""
+    """Evaluates `num_val` scenes. Returns the scores, the grid, and the peak memory of NumPy and Python in bytes."""
     run, device_mesh, config, params = tiny_run
     config.train.eval_batch_size = batch_size
     source = balls.make(
@@ -275,22 +278,22 @@ def evaluated(tiny_run, num_val, batch_size=None):
     return scores, grid, peak
 
 
-def test_an_evaluation_is_of_new_views_and_of_each_scene_once(tiny_run):
+def test_an_evaluation_scores_new_views_and_each_scene_once(tiny_run):
     run, device_mesh, _, params = tiny_run
     scores, grid, _ = evaluated(tiny_run, 11)
     positions = balls.batch(0, 16, 2, 32, 64, seed=1)
     of_views, images = run.evaluate(params, batch_axes.global_batch(positions, device_mesh))
     psnr, iou = np.asarray(of_views["psnr"])[:11], np.asarray(of_views["iou"])[:11]
-    # The first target view is the source's.
+    # The first target view is the source view.
     np.testing.assert_array_equal(of_views["is_source"], [[True, False]] * 16)
     np.testing.assert_allclose(scores["val/psnr"], psnr[:, 1].mean(), rtol=1e-5)
     np.testing.assert_allclose(scores["val/source_psnr"], psnr[:, 0].mean(), rtol=1e-5)
     np.testing.assert_allclose(scores["val/iou"], iou[:, 1].mean(), rtol=1e-5)
-    # One batch or two: the same scenes, drawn by products of other shapes.
+    # One batch or two: the same scenes, rendered by products of other shapes.
     one_batch = evaluated(tiny_run, 11, 16)[1]
     np.testing.assert_allclose(grid.astype(int), one_batch.astype(int), atol=1)
     assert grid.shape == (8 * 64, (1 + 2 * 3) * 64, 3) and grid.dtype == np.uint8
-    # Of the renderings each device keeps its own scenes'.
+    # Each device keeps the renderings of its own scenes.
     for image in images.values():
         assert image.addressable_shards[0].data.shape[0] == 2
 

@@ -20,7 +20,7 @@ def test_mse_is_the_mean_over_channels():
 
 def test_mask_is_the_cross_entropy_of_alpha():
     value = losses.mask(rendering(0.0, 0.25), rendering(0.0, 1.0))
-    np.testing.assert_allclose(value, -np.log(0.25), rtol=3e-3)  # alpha is squeezed by 0.2 %
+    np.testing.assert_allclose(value, -np.log(0.25), rtol=3e-3)  # the loss scales alpha by 0.2 %
 
 
 @pytest.mark.parametrize(("alpha", "label"), [(0.0, 1.0), (1.0, 0.0)])
@@ -85,7 +85,7 @@ OPAQUE = Rendering(rgb=jnp.ones((1, 1, 2, 2, 3)), alpha=jnp.ones((1, 1, 2, 2)))
 @pytest.mark.parametrize(
     ("name", "rendered", "message"),
     [
-        ("mes", OPAQUE, "no loss term mes: there are mse, mask"),
+        ("mes", OPAQUE, "no loss term mes: choose from mse, mask"),
         ("lpips", OPAQUE, "config.losses.lpips=0.5 needs .*lrm convert vgg16.*--linear.*config.networks.lpips=FILE"),
         ("perceptual", OPAQUE, "losses.perceptual=0.5 needs .*lrm convert imagenet-vgg.*config.networks.perceptual=FILE"),
         ("tv", OPAQUE, "no planes: set config.losses.tv=0"),
@@ -93,15 +93,15 @@ OPAQUE = Rendering(rgb=jnp.ones((1, 1, 2, 2, 3)), alpha=jnp.ones((1, 1, 2, 2)))
         ("mask_mse", OPAQUE.replace(alpha=None), "no alpha: set config.losses.mask_mse=0"),
     ],
 )  # fmt: skip
-def test_a_term_without_what_it_needs_is_named(name, rendered, message):
+def test_a_term_that_lacks_its_inputs_is_named(name, rendered, message):
     scene = {"tokens": jnp.ones((1, 4, 8))}
     with pytest.raises(InputError, match=message) as error:
         losses.terms(rendered, OPAQUE, {"mse": 1.0, name: 0.5}, scene=scene)
     assert "\n" not in str(error.value)
 
 
-def test_missing_and_misnamed_networks_are_known_before_training(tmp_path):
+def test_missing_and_misnamed_networks_are_reported_before_training(tmp_path):
     with pytest.raises(InputError, match="no such file.*lrm convert vgg16"):
         losses.load_networks({"lpips": 2.0}, {"lpips": str(tmp_path / "absent.safetensors")})
-    with pytest.raises(InputError, match="no network vgg: there are lpips, perceptual"):
+    with pytest.raises(InputError, match="no network vgg: choose from lpips, perceptual"):
         losses.load_networks({"mse": 1.0}, {"vgg": "x.safetensors"})

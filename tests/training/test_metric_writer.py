@@ -17,7 +17,7 @@ def rows(workdir):
 
 
 def events(workdir):
-    """The events of all files, in the order of their writing: TFRecords of a length, its checksum, data and its checksum."""
+    """The events of all files in the order of writing. Each TFRecord has a length, its checksum, the data and its checksum."""
     found = []
     for path in sorted(
         (workdir / "tensorboard").iterdir(), key=lambda path: path.stat().st_mtime_ns
@@ -52,7 +52,7 @@ def test_scalars_are_lines_of_json_as_soon_as_they_are_written(tmp_path):
 @pytest.mark.parametrize(
     "torn", [b'{"step": 3, "tra', b'{"step": 3}', b"\0\0\0\n", b"[3]\n", b"\xff\n"]
 )
-def test_a_resumed_run_takes_out_the_lines_after_its_first_step_and_torn_ones(tmp_path, torn):
+def test_a_resumed_run_removes_incomplete_lines_and_those_after_its_first_step(tmp_path, torn):
     with open(tmp_path / "metrics.jsonl", "wb") as file:
         file.write(b'{"step": 1, "a": 1}\n{"step": 2, "a": 2}\n{"step": 3, "a": 3}\n' + torn)
     writer = metric_writer.open_writer(tmp_path, 2, tensorboard=False)
@@ -90,7 +90,7 @@ def test_a_resumed_run_hides_the_events_after_its_first_step(tmp_path):
             writer.write_scalars(step, {"a": value})
         writer.close()
     starts = [event.step for event in events(tmp_path) if event.HasField("session_log")]
-    assert sorted(starts) == [1, 3]  # TensorBoard drops what came before with a step of 3 or more
+    assert sorted(starts) == [1, 3]  # TensorBoard drops earlier events with a step of 3 or more
 
 
 def test_only_process_0_writes(tmp_path, monkeypatch):

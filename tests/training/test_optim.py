@@ -14,7 +14,7 @@ SETTINGS = dict(b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.05, clip_norm=1.0)
 
 
 def two_layers():
-    """Parameters of two layers, and gradients of global norm 0.3."""
+    """Parameters of two layers, and gradients with global norm 0.3."""
     rng = np.random.default_rng(0)
     params = {
         name: {"kernel": jnp.asarray(rng.normal(size=(4, 3)), jnp.float32), "bias": jnp.ones(3)}
@@ -44,10 +44,10 @@ def adamw_by_hand(param, grads, rates, *, decay, b1=0.9, b2=0.95, eps=1e-8):
     return p
 
 
-def test_norms_and_biases_are_not_decayed_and_all_else_is():
+def test_everything_but_norms_and_biases_is_decayed():
     mask = flatten_dict(optim.decay_mask(abstract_params("tiny")), sep="/")
     plain = {name for name, decayed in mask.items() if not decayed}
-    assert "backbone/blocks/norm1/scale" in plain  # stacked layers: of rank 2
+    assert "backbone/blocks/norm1/scale" in plain  # stacked layers have rank 2
     assert "backbone/blocks/fc1/bias" in plain
     assert "decoder/bias_0" in plain
     assert "image_tokenizer/patch_bias" in plain
@@ -77,7 +77,9 @@ def test_gradients_are_clipped_by_their_global_norm():
     _, state = optimizer.update(huge, optimizer.init(params), params)
     mu = optax.tree.get(state, "mu")
     np.testing.assert_allclose(optax.tree.norm(mu), 0.1, rtol=1e-5)  # (1 - b1) * 1, float32
-    np.testing.assert_allclose(optim.grad_norm(state), np.sqrt(8) * 1e6, rtol=1e-6)  # before it
+    np.testing.assert_allclose(
+        optim.grad_norm(state), np.sqrt(8) * 1e6, rtol=1e-6
+    )  # the norm before clipping
 
 
 def test_three_updates_are_adamw_with_the_groups_factor_on_rate_and_decay():
@@ -85,7 +87,7 @@ def test_three_updates_are_adamw_with_the_groups_factor_on_rate_and_decay():
     all_grads = [grads, jax.tree.map(jnp.negative, grads), grads]
     rates = [0.1, 0.2, 0.05]
     schedule = lambda count: jnp.array(rates)[count]  # noqa: E731
-    # The first pattern that matches counts: "kernel" is not reached by the encoder's.
+    # The first matching pattern applies, so "kernel" does not apply to the encoder.
     groups = {"encoder/k": 0.25, "kernel": 0.5}
     got, state = trained(
         optim.make_optimizer(schedule, **SETTINGS, groups=groups), params, all_grads
@@ -106,7 +108,7 @@ def test_three_updates_are_adamw_with_the_groups_factor_on_rate_and_decay():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30, 20.0], ids=str)
-def test_a_bad_update_changes_nothing_but_the_schedules_count(bad):
+def test_a_bad_update_changes_only_the_count_of_the_schedule(bad):
     params, grads = two_layers()
     poisoned = jax.tree.map(jnp.copy, grads)
     poisoned["decoder"]["bias"] = poisoned["decoder"]["bias"].at[1].set(bad)
@@ -128,7 +130,7 @@ def test_a_bad_update_changes_nothing_but_the_schedules_count(bad):
     assert (int(optim.num_skipped(state)), int(optim.num_skipped(wanted_state))) == (1, 0)
 
 
-def test_without_a_limit_a_long_gradient_is_clipped_and_one_that_is_not_finite_still_skipped():
+def test_without_a_limit_a_large_gradient_is_clipped_and_a_non_finite_one_is_skipped():
     params, grads = two_layers()
     long = jax.tree.map(lambda x: x * 1e6, grads)
     broken = jax.tree.map(lambda x: x * np.nan, grads)
@@ -174,9 +176,9 @@ def test_muon_makes_matrices_orthogonal_and_leaves_the_rest_to_adamw():
     for layer in range(2):
         change = np.asarray(params["blocks"]["kernel"][layer] - got["blocks"]["kernel"][layer])
         s = np.linalg.svd(change, compute_uv=False)
-        # Five Newton-Schulz iterations bring singular values to about 1: 0.7 to 1.2.
+        # Five Newton-Schulz iterations bring the singular values near 1: between 0.7 and 1.2.
         assert (np.abs(s / (0.1 * 0.2 * np.sqrt(8)) - 0.95) < 0.3).all()
-        # The singular vectors are the gradient's, so that its product with the change is symmetric and positive.
+        # The change has the gradient's singular vectors, so the product of the two is symmetric and positive.
         product = change.T @ np.asarray(grads["blocks"]["kernel"][layer])
         np.testing.assert_allclose(product, product.T, atol=1e-3 * np.abs(product).max())
         assert np.linalg.eigvalsh(product).min() > 0
@@ -184,7 +186,7 @@ def test_muon_makes_matrices_orthogonal_and_leaves_the_rest_to_adamw():
 
 
 def infer_shardings(**settings):
-    """Of an optimiser's state, and of the parameters by name, for a tiny TripoSR on 4 x 2 devices."""
+    """The shardings of an optimiser's state, and of the parameters by name, for a tiny TripoSR on 4 x 2 devices."""
     device_mesh = sharding.make_device_mesh(1, 4, 2)
     params = abstract_params("tiny")
     optimizer = optim.make_optimizer(optax.constant_schedule(0.1), **SETTINGS, **settings)
@@ -192,7 +194,7 @@ def infer_shardings(**settings):
     return of_state, flatten_dict(sharding.infer(params, device_mesh), sep="/")
 
 
-def test_moments_of_muon_are_sharded_as_their_parameters():
+def test_moments_of_muon_are_sharded_like_their_parameters():
     of_state, wanted = infer_shardings(muon="blocks/.*/kernel$")
     found = set()
     for path, value in jax.tree_util.tree_leaves_with_path(of_state):
@@ -203,7 +205,7 @@ def test_moments_of_muon_are_sharded_as_their_parameters():
     assert found == set(wanted)
 
 
-def test_moments_of_a_partly_frozen_model_are_sharded_as_their_parameters():
+def test_moments_of_a_partly_frozen_model_are_sharded_like_their_parameters():
     of_state, wanted = infer_shardings(freeze="^image_tokenizer/")
     mu = flatten_dict(optax.tree.get(of_state, "mu"), sep="/")
     moments = {name: value for name, value in mu.items() if jax.tree.leaves(value)}
@@ -217,8 +219,8 @@ def test_moments_of_a_partly_frozen_model_are_sharded_as_their_parameters():
     [
         (dict(freeze="enkoder"), r"^optim.freeze: 'enkoder' matches no parameter: .*decoder/bias"),
         (dict(freeze="coder"), "^optim.freeze: 'coder' matches all parameters"),
-        (dict(freeze="(en"), r"^optim.freeze: '\(en' is no regular expression"),
-        (dict(muon="bias"), "^optim.muon: 'bias' matches decoder/bias, which is no matrix"),
+        (dict(freeze="(en"), r"^optim.freeze: '\(en' is not a regular expression"),
+        (dict(muon="bias"), "^optim.muon: 'bias' matches decoder/bias, which is not a matrix"),
         (
             dict(groups=[("encoder", 0.1), ("x", 0.1)]),
             "^optim.groups: 'x' matches no parameter",
@@ -240,7 +242,7 @@ def test_a_pattern_or_number_that_does_nothing_is_an_error_of_one_line(settings,
 )
 def test_learning_rate_warms_up_linearly_and_falls_as_a_cosine_to_zero(step, expected):
     schedule = optim.make_schedule(1.0, warmup_steps=10, steps=110)
-    np.testing.assert_allclose(schedule(step), expected, atol=1e-6)  # float32 cosine
+    np.testing.assert_allclose(schedule(step), expected, atol=1e-6)  # the cosine is in float32
 
 
 def test_a_warm_up_as_long_as_the_run_is_an_error():

@@ -51,25 +51,25 @@ def test_the_overview_names_every_parameter_with_its_shape_sharding_and_the_sum(
     ],
     ids=["least", "all", "slow"],
 )
-def test_progress_is_one_line_of_what_the_row_has(row, expected):
+def test_progress_is_one_line_with_the_values_of_the_row(row, expected):
     assert reports.progress_line(row, steps=100, batch_size=8) == expected
 
 
-def test_the_psnr_of_a_report_is_that_of_the_mean_error():
+def test_the_psnr_of_a_report_comes_from_the_mean_error():
     rows = [{"train/psnr": x, "train/loss": y, "skipped": 0} for x, y in ((10.0, 1.0), (30.0, 3.0))]
     means = reports.mean_of([*rows, {"train/psnr": np.nan, "train/loss": np.nan, "skipped": 1}])
     np.testing.assert_allclose(means["train/psnr"], -10 * np.log10((0.1 + 0.001) / 2))
     assert means["train/loss"] == 2.0 and means["skipped"] == 1
 
 
-def test_a_line_of_an_evaluation_has_what_was_scored():
+def test_a_line_of_an_evaluation_has_all_scores():
     line = reports.evaluation_line(5, 10, {"val/psnr": 18.0, "val/source_psnr": 20.0})
     assert line == "step 5/10  held-out scenes:  psnr 18.00 dB  given views 20.00 dB"
 
 
 @pytest.mark.parametrize("side", [4, 600])
 def test_a_grid_shows_the_source_and_target_render_and_depth_of_each_view(side):
-    """Larger images lose every other pixel, or more."""
+    """Larger images are thinned to every second pixel or fewer."""
     cameras = Cameras(c2w=jnp.zeros((2, 1, 4, 4)), fxfycxcy=jnp.zeros((2, 1, 4)))
     shape = (2, 2, side, side)
     red, green = (jnp.broadcast_to(jnp.eye(3)[i], (*shape, 3)) for i in (0, 1))

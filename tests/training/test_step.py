@@ -67,7 +67,7 @@ def test_one_step_on_two_by_four_devices_equals_one_device_and_the_loss_falls():
             results[-1] += (params,)
     for a, b in zip(jax.tree.leaves(results[0]), jax.tree.leaves(results[1]), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)  # sums in another order, float32
-    # The scalars, which no division by small second moments has amplified.
+    # The scalars have no error amplified by division by small second moments.
     for name, value in results[0][0].items():
         np.testing.assert_allclose(value, results[1][0][name], rtol=1e-5, err_msg=name)
 
@@ -82,14 +82,14 @@ def test_one_step_on_two_by_four_devices_equals_one_device_and_the_loss_falls():
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch():
-    # Deterministic but for windows and backgrounds: one grey, and windows that are the whole view.
+    # Only windows and backgrounds are random. Here there is one grey, and each window is the whole view.
     fixed = dict(patch=16, backgrounds=(1.0,), loss_weights={"mse": 1.0})
     scenes, norms = batch(0, 4, 1, 32, 16), []
     for accumulate in (1, 2):
         init, update = functions(scenes.source, **fixed, accumulate=accumulate)
         state, scalars = jax.jit(update)(jax.jit(init)(), scenes, {})
         norms.append((scalars["grad_norm"], scalars["train/loss"]))
-    # Samples along the rays are jittered with other keys: 8 a ray of a small model hardly feel it.
+    # Samples along the rays are jittered with other keys, which hardly matters for 8 samples per ray of a small model.
     np.testing.assert_allclose(norms[0], norms[1], rtol=0.05)
 
 
@@ -122,11 +122,11 @@ def test_a_crop_is_what_its_camera_sees(foreground):
     inside = expected_alpha > 0
     np.testing.assert_allclose(
         crops.rgb[inside], expected_rgb[inside], atol=1e-3
-    )  # float32 at grazing rays
+    )  # float32 error for grazing rays
 
 
 def gradient_views(size):
-    """One view whose red is its column and green its row, in fractions."""
+    """One view. Its red is the column and its green the row, as fractions."""
     at = (np.arange(size, dtype=np.float32) + 0.5) / size
     rgb = np.stack([np.tile(at, (size, 1)), np.tile(at[:, None], size), np.zeros((size, size))], -1)
     camera = Cameras(
@@ -142,19 +142,19 @@ def test_a_resized_crop_is_what_its_camera_sees(antialias):
         crops, camera = step.random_crops(
             jax.random.key(seed), views, patch, (16, 40), antialias, False
         )
-        # With c2w = identity and f = 1, c = 0.5 the place in the image is direction + 0.5.
+        # With c2w = identity, f = 1 and c = 0.5, the place in the image is direction + 0.5.
         rays = cameras.pixel_rays(camera, patch, patch)
         place = rays.dirs[..., :2] / rays.dirs[..., 2:] + 0.5
-        # The filter is not quite exact between pixels: half a pixel off would be 1e-2.
+        # The filter is not exact between pixels. An error of half a pixel would be 1e-2.
         inner = ((place > 0.08) & (place < 0.92)).all(-1)
         np.testing.assert_allclose(crops.rgb[..., :2][inner], place[inner], atol=2e-3)
         extent = 1 / camera.fxfycxcy[0, 0, 0]
         assert patch / 40 - 1e-6 <= extent <= patch / 16 + 1e-6
 
 
-def test_without_antialiasing_a_window_is_of_points_with_gaps():
+def test_without_antialiasing_a_window_is_points_with_gaps():
     views = gradient_views(48)
-    # Of four columns the middle two are white: a point is between these, a filter sees all.
+    # The middle two of four columns are white. A point is between these, while a filter sees all four.
     columns = np.float32((np.arange(48) + 1) // 2 % 2)
     views = views.replace(rgb=np.tile(columns, (48, 1))[None, None, ..., None].repeat(3, -1))
     sharp, smooth = (
@@ -192,7 +192,7 @@ def test_a_perfect_rendering_has_no_loss_on_any_background():
     np.testing.assert_allclose(wanted.rgb[:, :, 0, 0], corner, rtol=1e-6)  # no ball in the corner
 
 
-def test_backgrounds_are_of_the_greys_asked_for():
+def test_backgrounds_have_the_given_greys():
     colours = step.random_backgrounds(jax.random.key(0), (8, 8), (0.0, 0.5, 1.0))
     assert set(np.unique(colours)) == {0.0, 0.5, 1.0}
     assert np.ptp(np.asarray(colours), axis=-1).max() == 0
@@ -223,15 +223,15 @@ def test_all_images_of_a_scene_change_colour_alike_and_every_other_scene_stays()
         if np.abs(before - after).max() < 1e-6:
             kept += 1
         else:
-            assert ((np.abs(change) > 1e-4).sum(0) == 1).all()  # channels change places
+            assert ((np.abs(change) > 1e-4).sum(0) == 1).all()  # channels are permuted
             assert 0.6 - 1e-4 < change.max(0).min() and change.max() < 1 + 1e-4
     assert 20 < kept < 44
     for x, y in ((scenes.source, changed.source), (scenes.target, changed.target)):
         np.testing.assert_array_equal(x.alpha, y.alpha)
 
 
-def test_train_psnr_is_that_of_the_mean_error_and_not_of_empty_windows():
-    """Half of the windows show nothing but the background, which a model without density renders perfectly."""
+def test_train_psnr_comes_from_the_mean_error_and_not_from_empty_windows():
+    """Half of the windows show only the background, which a model without density renders perfectly."""
     scenes = batch(0, 4, 2, 32, 16)
     alpha = np.asarray(scenes.target.alpha) * np.array([1, 0])[None, :, None, None]
     scenes = scenes.replace(target=scenes.target.replace(alpha=alpha))

@@ -1,4 +1,4 @@
-"""Encoders alone: read under the names of torch hub and of transformers, written under those of transformers."""
+"""Encoders on their own are read with the names of torch hub or transformers, and written with those of transformers."""
 
 import json
 
@@ -34,7 +34,7 @@ def encoder(**fields):
 
 
 def hub_state(model, params):
-    """The state dict of an encoder as torch hub names it."""
+    """The state dict of an encoder, with torch hub's names."""
     entries = vit.hub_entries(
         "", "encoder", model.depth, model.num_registers > 0, model.layer_scale
     )
@@ -57,7 +57,7 @@ def test_encoder_round_trips_to_the_bit(tmp_path, fields):
 
 
 @ALL
-def test_a_transformers_folder_without_our_record_tells_the_same_model(tmp_path, fields):
+def test_a_transformers_folder_without_our_record_gives_the_same_model(tmp_path, fields):
     model, params, _ = encoder(**fields, num_heads=4)
     export.write_reference(tmp_path, model, params)
     (tmp_path / "lrm_jax.json").unlink()
@@ -78,7 +78,7 @@ def test_torch_hubs_names_are_read(fields):
     jax.tree.map(np.testing.assert_array_equal, read, params)
 
 
-def test_a_wrong_tensor_of_torch_hubs_file_is_refused():
+def test_a_wrong_tensor_in_torch_hubs_file_is_refused():
     model, params, _ = encoder(**DINOV2_REG)
     state = hub_state(model, params)
     with pytest.raises(InputError, match=r"3 missing: encoder.layer.1.attention.attention.query.b"):
@@ -97,7 +97,7 @@ def test_a_wrong_tensor_of_torch_hubs_file_is_refused():
         (DINOV2, {"embeddings.mask_token": (1, 64)}),
     ],
 )
-def test_encoder_files_have_what_transformers_wants_but_we_never_use(fields, extra):
+def test_encoder_files_have_the_tensors_that_only_transformers_needs(fields, extra):
     _, _, state = encoder(**fields)
     assert extra.items() <= {k: v.shape for k, v in state.items()}.items()
 
@@ -143,11 +143,11 @@ def test_config_of_another_encoder_is_refused(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(InputError, match=message):
             loading.read_weights(str(tmp_path))
-    (tmp_path / "config.json").write_text('{"teacher": "dinov2"}')  # of something else
+    (tmp_path / "config.json").write_text('{"teacher": "dinov2"}')  # the config of something else
     assert loading.read_weights(str(tmp_path))[0] == model
 
 
-def test_encoder_alone_is_no_reconstruction_model(tmp_path):
+def test_an_encoder_alone_is_not_a_reconstruction_model(tmp_path):
     model, params, _ = encoder(**DINO_HF)
     model_file.save_model(tmp_path / "e.safetensors", model, params, {})
     with pytest.raises(InputError, match="encoder alone"):
@@ -168,5 +168,5 @@ def test_encoder_alone_is_no_reconstruction_model(tmp_path):
         (vit.VARIANTS["dino-vitb16"] | {"depth": 11}, None),
     ],
 )
-def test_published_encoders_have_the_names_that_configs_give_them(fields, name):
+def test_published_encoders_have_the_names_used_in_configs(fields, name):
     assert encoders.published_name(fields) == name

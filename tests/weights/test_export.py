@@ -1,4 +1,4 @@
-"""Conversions to the references and back: nothing is lost, what they cannot load is refused, all files are written or none."""
+"""Conversion to the references and back loses nothing, refuses what they cannot load, and writes all files or none."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from lrm_jax.weights import export, loading, model_file, references, tensor_file
 
 pytestmark = pytest.mark.usefixtures("each_model_is_traced_once")
 
-# Of each family, with fields that the reference's files have no room for.
+# A model of each family, with fields that the reference's files cannot store.
 ODD = {
     "triposr": dict(
         surface_level=5.0, source_distance=3.0, source_elevation=20.0, symmetric=True, upsample=4, foreground_ratio=0.7,
@@ -36,7 +36,7 @@ def lrm(*argv):
 
 
 def failed(capsys, *argv):
-    """What `lrm convert` prints on failing: exactly one line, beside the stages'."""
+    """Runs `lrm convert`, which must fail. Returns its message: exactly one line, besides those of the stages."""
     assert lrm(*argv) == 2
     printed = capsys.readouterr()
     lines = [line for line in printed.err.splitlines() if not line.startswith("[")]
@@ -46,7 +46,7 @@ def failed(capsys, *argv):
 
 @pytest.fixture
 def odd_file(tmp_path):
-    """A model file of a family with odd fields."""
+    """A model file of a family with unusual fields."""
 
     def make(family, **fields):
         model, params = tiny(family, **ODD[family] | fields)
@@ -83,11 +83,11 @@ def test_to_torch_and_back_is_the_same_model_and_training(
         assert model_file.fields_of(back) == model_file.fields_of(model) and back == model
         assert info["training"] == TRAINING and info["assumed"] == []
         jax.tree.map(np.testing.assert_array_equal, read, params)
-    assert "taken" not in caplog.text  # nothing was guessed on the way
+    assert "assumed" not in caplog.text  # nothing was guessed on the way
 
 
 def test_the_references_own_files_have_no_key_of_ours(odd_file, tmp_path):
-    """TripoSR and OpenLRM refuse a config with a key that they do not know; LVSM loads ["model"] strictly."""
+    """TripoSR and OpenLRM refuse a config with an unknown key. LVSM loads ["model"] strictly."""
     for family, config in [("triposr", "config.yaml"), ("lrm", "config.json"), ("lvsm", None)]:
         _, model, params = odd_file(family)
         folder = tmp_path / family
@@ -109,7 +109,7 @@ def test_a_renamed_checkpoint_keeps_its_record_and_another_file_does_not_get_it(
     weights.unlink()
     back, _, info = loading.read_weights(str(other))
     assert back == model and info["training"] == TRAINING
-    with pytest.raises(InputError, match="lrm_jax.json is that of its other.*: name another") as e:
+    with pytest.raises(InputError, match="lrm_jax.json belongs to other.*: choose another") as e:
         record.write_text(record.read_text().replace(weights.name, other.name))
         export.write_reference(tmp_path / "t", model, params)
     assert "\n" not in str(e.value)
@@ -147,7 +147,7 @@ def test_weights_of_another_family_beside_a_record_are_refused(tmp_path):
         loading.read_weights(str(tmp_path / "a"))
 
 
-def test_a_record_that_is_no_json_is_refused(tmp_path):
+def test_a_record_that_is_not_json_is_refused(tmp_path):
     export.write_reference(tmp_path, *tiny(), force=True)
     (tmp_path / "lrm_jax.json").write_text("{")
     with pytest.raises(InputError, match="lrm_jax.json is damaged"):
@@ -176,12 +176,12 @@ def test_what_a_reference_cannot_build_is_known(family, variant, odd):
 @pytest.mark.parametrize(
     ("fields", "odd"),
     [
-        ({"surface_level": 1.0, "radius": 0.5, "image_size": 256}, []),  # told by the config, or asked at run time
+        ({"surface_level": 1.0, "radius": 0.5, "image_size": 256}, []),  # in the config, or chosen at run time
         ({"encoder": vit.VARIANTS["dinov2-vitb14-reg"]}, ["encoder"]),
         ({"encoder": vit.VARIANTS["dino-vitb16"] | {"grid": 15}}, ["encoder"]),
     ],
 )  # fmt: skip
-def test_fields_of_triposr_that_only_the_code_tells_are_known(fields, odd):
+def test_fields_of_triposr_that_are_only_in_its_code_are_known(fields, odd):
     assert export.not_loadable(build("triposr", "triposr", **fields)) == odd
 
 
@@ -195,7 +195,7 @@ def test_fields_of_triposr_that_only_the_code_tells_are_known(fields, odd):
         ({"encoder": vit.VARIANTS["dino-vitb16"], "normalize_image": True, "release": "1.0"}, []),
     ],
 )
-def test_fields_of_openlrm_that_only_the_code_tells_are_known(fields, odd):
+def test_fields_of_openlrm_that_are_only_in_its_code_are_known(fields, odd):
     assert export.not_loadable(build("lrm", "openlrm-base-1.1", **fields)) == odd
 
 
@@ -207,7 +207,7 @@ def test_what_its_reference_cannot_load_is_refused_without_force(odd_file, tmp_p
     assert not (tmp_path / "torch").exists()
 
 
-def test_with_force_it_is_written_and_said(odd_file, tmp_path, caplog):
+def test_with_force_it_is_written_with_a_warning(odd_file, tmp_path, caplog):
     path, _, _ = odd_file("triposr")
     assert lrm(path, tmp_path / "torch", "--to", "torch", "--force") == 0
     assert (
@@ -216,8 +216,8 @@ def test_with_force_it_is_written_and_said(odd_file, tmp_path, caplog):
     )
 
 
-def test_what_its_reference_loads_needs_no_force_and_warns_of_nothing(tmp_path, caplog):
-    """With the published encoder, and the rest tiny."""
+def test_a_model_that_its_reference_loads_needs_no_force_and_gives_no_warning(tmp_path, caplog):
+    """The encoder is the published one, and the rest is tiny."""
     encoder = vit.VARIANTS["dino-vitb16"] | {"depth": 12}
     model = build("triposr", "tiny", encoder=encoder)
     params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), references.param_shapes(model))
@@ -259,7 +259,7 @@ def test_a_file_that_cannot_be_written_leaves_none(tmp_path, blocked):
     assert os.listdir(tmp_path) == [blocked] and not os.listdir(tmp_path / blocked)
 
 
-def test_a_failure_while_writing_leaves_the_files_of_before(tmp_path, monkeypatch):
+def test_a_failure_while_writing_keeps_the_old_files(tmp_path, monkeypatch):
     export.write_reference(tmp_path, *tiny(), force=True)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
@@ -272,9 +272,7 @@ def test_a_failure_while_writing_leaves_the_files_of_before(tmp_path, monkeypatc
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_force_is_of_the_way_to_torch_and_a_run_s_folder_is_no_destination(
-    odd_file, tmp_path, capsys
-):
+def test_force_needs_to_torch_and_a_run_s_folder_is_not_a_destination(odd_file, tmp_path, capsys):
     path, _, _ = odd_file("lrm")
     assert "--force is of --to torch" in failed(capsys, path, tmp_path / "m.safetensors", "--force")
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
@@ -285,7 +283,7 @@ def test_force_is_of_the_way_to_torch_and_a_run_s_folder_is_no_destination(
 # -- what is assumed
 
 
-def test_what_neither_shapes_nor_config_nor_record_tell_is_listed(tmp_path):
+def test_fields_that_neither_shapes_nor_config_nor_record_give_are_listed(tmp_path):
     model, params = tiny()
     export.write_reference(tmp_path, model, params, force=True)
     (tmp_path / "lrm_jax.json").unlink()
@@ -300,16 +298,16 @@ def test_a_published_model_without_its_config_assumes_the_published_sizes(golden
     manifest = json.loads((goldens / "manifests" / "triposr.json").read_text())
     state = {k: np.broadcast_to(np.float32(0), s) for k, (s, _) in manifest["tensors"].items()}
     _, _, assumed = references.recognise(state)
-    assert "image size 512: that of the published TripoSR of the same shapes" in assumed
+    assert "image size 512: as in the published TripoSR of the same shapes" in assumed
     assert "encoder heads 12: 64 channels each" in assumed
     _, _, with_config = references.recognise(state, manifest["about"]["config"])
     assert set(with_config) < set(assumed) and "surface level 25: TripoSR's" in with_config
 
 
-def test_an_image_size_that_openlrm_s_config_does_not_tell_is_listed():
+def test_an_image_size_that_is_not_in_openlrm_s_config_is_listed():
     model, params = tiny("lrm")
     module = references.family("lrm")
     state, config = module.to_torch(params, model), module.config_to_torch(model)
     _, _, assumed = references.recognise(state, config)
-    assert "image size 32: that of its encoder, which resizes nothing then" in assumed
+    assert "image size 32: that of its encoder, whose positions need no resizing then" in assumed
     assert "source distance 2: OpenLRM's" in assumed

@@ -1,4 +1,4 @@
-"""Model files, where weights come from, and `lrm convert`."""
+"""Model files, sources of weights, and `lrm convert`."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def test_model_file_round_trips(tmp_path, dtype, rtol):  # rtol: half a unit in 
     assert size < (tmp_path / "m.safetensors").stat().st_size < size + 20000
 
 
-def test_model_file_says_what_it_is(tmp_path):
+def test_a_model_file_describes_itself(tmp_path):
     model, params = tiny()
     model_file.save_model(tmp_path / "m.safetensors", model, params, {"steps": 1})
     with safe_open(tmp_path / "m.safetensors", "np") as file:
@@ -60,7 +60,7 @@ def test_model_file_says_what_it_is(tmp_path):
     assert "backbone.blocks.self_attn.q.kernel" in names and "plane_queries" in names
 
 
-def test_how_a_model_is_run_is_not_in_its_file(tmp_path):
+def test_settings_for_running_a_model_are_not_in_its_file(tmp_path):
     model, params = tiny(dtype="bfloat16", ray_chunk=7, remat=False)
     model_file.save_model(tmp_path / "m.safetensors", model, params, {})
     back, _, _ = model_file.load_model(tmp_path / "m.safetensors")
@@ -68,7 +68,7 @@ def test_how_a_model_is_run_is_not_in_its_file(tmp_path):
 
 
 def rewritten(tmp_path, change):
-    """A model file after `change(tensors, metadata)`."""
+    """Rewrites a model file after `change(tensors, metadata)`."""
     path = tmp_path / "m.safetensors"
     model, params = tiny()
     model_file.save_model(path, model, params, {})
@@ -113,10 +113,10 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path):
         loading.load_weights(str(path))
 
 
-# -- where weights come from
+# -- sources of weights
 
 
-def test_nothing_is_the_bundled_model(tmp_path, monkeypatch):
+def test_without_weights_the_bundled_model_is_loaded(tmp_path, monkeypatch):
     model, params = tiny()
     monkeypatch.setattr(loading, "BUNDLED", tmp_path / "nano.safetensors")
     with pytest.raises(InputError, match="no bundled model.*--weights"):
@@ -128,7 +128,7 @@ def test_nothing_is_the_bundled_model(tmp_path, monkeypatch):
 
 
 def snapshot(folder, family):
-    """A folder as huggingface_hub leaves it: links to blobs."""
+    """A folder in the layout of huggingface_hub: links to blobs."""
     state, config = tiny_state(family)
     model, params = references.from_reference(state, config)
     blobs = folder / "blobs"
@@ -225,7 +225,7 @@ def test_folder_with_one_odd_name_is_read_and_with_two_or_none_refused(tmp_path)
 
 
 def saved_run(folder, steps):
-    """A run's folder: at step n its running means are the parameters plus n."""
+    """The folder of a run. At step n, its running means are the parameters plus n."""
     from lrm_jax.training import checkpoints
     from lrm_jax.types import TrainState
 
@@ -257,7 +257,7 @@ def test_workdir_gives_the_running_mean_of_its_last_checkpoint(tmp_path):
     assert info["assumed"] == [] and info["path"] == str(tmp_path)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b + 7), read, params)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(InputError, match="config.json is not that of a training run"):
+    with pytest.raises(InputError, match="config.json is not from a training run"):
         loading.load_weights(str(tmp_path))
 
 
@@ -274,7 +274,7 @@ def test_a_run_at_a_step(tmp_path):
     (tmp_path / "plain").mkdir()
     with pytest.raises(InputError, match="not the folder of a training run.*leave out @3"):
         loading.load_weights(f"{tmp_path / 'plain'}@3")
-    # A name that exists as it is written is that file or folder.
+    # If a file or folder has exactly this name, it is used.
     model_file.save_model(tmp_path / "run@3" / "model.safetensors", *tiny(), {"steps": 9})
     assert loading.load_weights(f"{run}@3")[2]["training"] == {"steps": 9}
 
@@ -284,11 +284,11 @@ def test_what_is_kept_of_a_run_is_read(tmp_path):
     (tmp_path / "config.json").write_text('{"model": {"name": "triposr", "variant": "tiny"}}')
     model_file.save_model(tmp_path / "model.safetensors", model, params, {"steps": 4})
     assert loading.load_weights(str(tmp_path))[2]["training"] == {"steps": 4}
-    (tmp_path / "checkpoints").mkdir()  # emptied
+    (tmp_path / "checkpoints").mkdir()  # but empty
     assert loading.load_weights(str(tmp_path))[2]["training"] == {"steps": 4}
 
 
-def test_a_hub_s_name_without_hf_is_told_how_to_be_written(tmp_path, monkeypatch):
+def test_a_hub_name_without_hf_is_an_error_that_shows_the_right_form(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
         InputError, match="^stabilityai/TripoSR: no such file .* hf:stabilityai/TripoSR for"
@@ -303,7 +303,7 @@ def test_a_hub_s_name_without_hf_is_told_how_to_be_written(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_a_model_computes_in_the_dtype_that_is_asked_for(tmp_path, dtype):
+def test_a_model_computes_in_the_given_dtype(tmp_path, dtype):
     model_file.save_model(tmp_path / "m.safetensors", *tiny(), {})
     model, params, _ = loading.load_weights(str(tmp_path / "m.safetensors"), dtype=dtype)
     assert model == build("triposr", "tiny", dtype=dtype)
@@ -324,7 +324,7 @@ def test_an_unknown_dtype_is_refused_before_anything_is_read():
 
 
 def failed(capsys, *argv):
-    """What `lrm convert` prints on failing: exactly one line, beside the stages'."""
+    """Runs `lrm convert`, which must fail. Returns its message: exactly one line, besides those of the stages."""
     assert __main__.main(["convert", *map(str, argv)]) == 2
     printed = capsys.readouterr()
     lines = [line for line in printed.err.splitlines() if not line.startswith("[")]
@@ -378,7 +378,7 @@ def test_folder_as_destination_gets_a_model_file(tmp_path):
     assert model_file.load_model(tmp_path / "out" / "model.safetensors")[2] == {"steps": 3}
 
 
-def test_help_tells_what_can_be_read(capsys):
+def test_the_help_lists_what_can_be_read(capsys):
     with pytest.raises(SystemExit):
         convert.main(["--help"])
     shown = capsys.readouterr().out

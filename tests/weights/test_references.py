@@ -1,4 +1,4 @@
-"""State dicts of the references: golden ones to the bit, published manifests exactly, and every refusal in one line."""
+"""State dicts of the references: goldens are equal to the bit, published manifests match exactly, and each refusal is one line."""
 
 import json
 import re
@@ -41,7 +41,7 @@ def golden(folder, name):
 
 
 def write_as_reference(folder, name, state, config):
-    """The files that the reference of this golden would leave. Returns the weights' path."""
+    """Writes the files that the reference of this golden would write. Returns the path of the weights."""
     folder.mkdir(exist_ok=True)
     if name == "triposr_tiny":
         tensor_files.write_torch(folder / "model.ckpt", state)
@@ -71,7 +71,7 @@ def assert_equal_states(actual, expected):
         np.testing.assert_array_equal(actual[name], value, err_msg=name)
 
 
-# -- both ways
+# -- in both directions
 
 
 @pytest.mark.parametrize("name", GOLDENS)
@@ -87,14 +87,14 @@ def test_reference_to_model_file_to_reference_is_the_same_to_the_bit(
         )
         == 0
     )
-    if name == "triposr_tiny":  # the reference never uses its pooler: lost by design
+    if name == "triposr_tiny":  # the reference never uses its pooler, so it is dropped by design
         state |= {k: np.zeros_like(v) for k, v in state.items() if k.startswith(POOLER)}
     assert_equal_states(tensors_of(tmp_path / "back" / source.name), state)
     assert f"wrote {tmp_path / 'ours.safetensors'}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", GOLDENS)
-def test_config_comes_back(goldens, tmp_path, name):
+def test_the_config_survives_a_round_trip(goldens, tmp_path, name):
     state, config = golden(goldens, name)
     model, params, _ = loading.read_weights(
         str(write_as_reference(tmp_path / "reference", name, state, config))
@@ -129,7 +129,7 @@ def test_published_manifest_is_consumed_and_produced_exactly(goldens, name, with
     shapes = {key: tuple(shape) for key, (shape, _) in manifest["tensors"].items()}
     state = {
         key: np.broadcast_to(np.float32(0), shape) for key, shape in shapes.items()
-    }  # no memory
+    }  # takes no memory
     model, checked, _ = references.recognise(
         state, manifest["about"]["config"] if with_config else None
     )
@@ -152,7 +152,7 @@ def test_16_bit_checkpoint_is_widened(goldens):
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
-def test_wrappers_of_names_are_taken_off(prefix):
+def test_prefixes_of_wrappers_are_removed(prefix):
     state, config = tiny_state()
     _, expected = references.from_reference(state, config)
     _, params = references.from_reference({prefix + k: v for k, v in state.items()}, config)
@@ -226,13 +226,13 @@ def test_mis_shaped_tensor_is_reported_with_both_shapes():
         references.from_reference(state, config)
 
 
-def test_tensors_are_judged_before_a_missing_config():
+def test_wrong_tensors_are_reported_before_a_missing_config():
     state, _ = tiny_state()
     with pytest.raises(InputError, match="1 extra: surprise"):
         references.from_reference(state | {"surprise": np.ones(1, np.float32)})
 
 
-def test_what_shapes_do_not_tell_is_named():
+def test_fields_that_shapes_do_not_give_are_named():
     state, _ = tiny_state()
     with pytest.raises(
         InputError,
@@ -274,11 +274,11 @@ def test_another_activation_is_refused():
     ("name", "size"),
     [("scene_decoder_only_256", 256), ("x_res512", 512), ("m_res64", 64), ("lvsm_step_5000", None), ("lvsm_20", None)],
 )  # fmt: skip
-def test_a_file_s_name_tells_the_size_of_lvsm_s_images(name, size):
+def test_the_file_name_gives_the_image_size_of_lvsm(name, size):
     assert references.name_config(Path(f"{name}.pt")) == (size and {"image_size": size})
 
 
-def test_image_size_that_no_config_tells_is_said(caplog):
+def test_an_image_size_that_is_in_no_config_is_reported(caplog):
     state, config = tiny_state("lrm")
     model, _ = references.from_reference(state, config)
     assert model.image_size == 32 and "source_size" in caplog.text
@@ -299,7 +299,7 @@ def test_file_without_a_state_dict_is_refused(tmp_path, content):
 
 
 @pytest.mark.parametrize(("key", "value"), [("cond_image_size", 8), ("num_samples_per_ray", 1)])
-def test_a_config_of_nothing_to_see_is_refused(key, value):
+def test_a_config_without_anything_to_see_is_refused(key, value):
     state, config = tiny_state()
     section = config if key in config else config["renderer"]
     section[key] = value

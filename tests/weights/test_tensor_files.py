@@ -1,4 +1,4 @@
-"""Reading and writing files of tensors. torch itself checks them where it is installed."""
+"""Reading and writing files of tensors. If torch is installed, it checks them too."""
 
 import os
 import pickle
@@ -45,7 +45,7 @@ def assert_same(read, expected):
 
 
 def pickled_as_torch(path, program, storages=(), compression=zipfile.ZIP_STORED):
-    """A file of torch's form with any pickle program in it."""
+    """A file in torch's format with any pickle program in it."""
     with zipfile.ZipFile(path, "w", compression) as archive:
         archive.writestr("archive/data.pkl", program)
         for i, data in enumerate(storages):
@@ -54,7 +54,7 @@ def pickled_as_torch(path, program, storages=(), compression=zipfile.ZIP_STORED)
 
 
 def tensor_program(offset, shape, strides, numel=4):
-    """A pickle of one float32 tensor, as torch writes it."""
+    """The pickle program of one float32 tensor, as torch writes it."""
     storage = (
         b"("
         + push("storage")
@@ -134,15 +134,15 @@ def test_we_read_what_torch_wrote_before_1_6(tmp_path):
 
 
 def push(value):
-    """The program that pushes a plain value."""
+    """The pickle program that pushes a plain value."""
     return pickle.dumps(value, protocol=2)[2:-1]
 
 
 def old_torch(*tensors, parameter=None, little_endian=True):
-    """The bytes of a file as PyTorch wrote it in 2017, of a list of float32 tensors.
+    """The bytes of a list of float32 tensors in the file format of PyTorch in 2017.
 
     Args:
-      parameter: how each is wrapped: in "arguments", as the first of five in the "state", or not.
+      parameter: how each tensor is wrapped: in "arguments", as the first of five items in the "state", or not at all.
     """
     items = b""
     for key, tensor in enumerate(tensors):
@@ -251,7 +251,7 @@ def test_every_other_global_is_refused(tmp_path, program):
     ("offset", "shape", "strides"),
     [(0, (5,), (1,)), (2, (2, 2), (2, 1)), (-1, (2,), (1,)), (3, (4,), (-1,)), (0, (2, 2), (1,)), (0, ("2",), (1,))],
 )  # fmt: skip
-def test_tensor_outside_of_its_storage_is_refused(tmp_path, offset, shape, strides):
+def test_a_tensor_outside_its_storage_is_refused(tmp_path, offset, shape, strides):
     path = pickled_as_torch(tmp_path / "w.pt", tensor_program(offset, shape, strides), [bytes(16)])
     with pytest.raises(InputError, match="damaged"):
         tensor_files.read(path)
@@ -264,7 +264,7 @@ def test_valid_strided_tensor_is_a_view(tmp_path):
 
 
 def damaged(path, tmp_path):
-    """Copies of a file that are cut at several places, or have one tensor's byte flipped."""
+    """Copies of a file, cut at several places or with one byte of a tensor changed."""
     data = path.read_bytes()
     for size in (9, 100, len(data) // 2, len(data) - 1):
         cut = tmp_path / f"cut{size}"

@@ -1,7 +1,7 @@
-"""Encoders as we write them, in `transformers`: loaded strictly, same outputs. Skipped unless torch and transformers are there.
+"""`transformers` loads our encoder files strictly, and gives the same outputs. Skipped unless torch and transformers are installed.
 
-From transformers 5 on, its classes have other names inside and its `from_pretrained` changes the published names to them, so
-"strictly" is: nothing missing, left over or of another shape. Before, it is `load_state_dict(strict=True)` too.
+From transformers 5 on, its classes have other internal names, and `from_pretrained` renames the published names. So "strictly" means
+that nothing is missing, left over or of another shape. Before version 5, it also means `load_state_dict(strict=True)`.
 """
 
 import jax
@@ -35,7 +35,7 @@ CASES = {
 
 
 def random_params(model, seed=0):
-    """Initial parameters with every bias, norm and scale random too, so that one that is lost shows."""
+    """Initial parameters with random biases, norms and scales too, so that a lost one is noticed."""
     generator = np.random.default_rng(seed)
 
     def leaf(path, x):
@@ -47,7 +47,7 @@ def random_params(model, seed=0):
 
 
 def exported(tmp_path, model, params):
-    """The folder that `lrm convert --to torch` writes of an encoder."""
+    """The folder that `lrm convert --to torch` writes for an encoder."""
     model_file.save_model(tmp_path / "ours.safetensors", model, params, {})
     argv = [str(tmp_path / "ours.safetensors"), str(tmp_path / "torch"), "--to", "torch"]
     assert convert.main(argv) == 0
@@ -55,7 +55,7 @@ def exported(tmp_path, model, params):
 
 
 def loaded_strictly(name, *args, **kwargs):
-    """transformers' model of a class, and that no name or shape differed."""
+    """Loads a model of a transformers class, and checks that no name or shape differs."""
     theirs, report = getattr(transformers, name).from_pretrained(
         *args, output_loading_info=True, **kwargs
     )
@@ -65,7 +65,7 @@ def loaded_strictly(name, *args, **kwargs):
 
 
 def assert_equal_outputs(model, params, theirs, side, **kwargs):
-    """To 1e-5 of the largest number: both are float32, and sum in another order."""
+    """Compares outputs to 1e-5 of the largest number, because both are float32 and sum in different orders."""
     rgb = np.random.default_rng(1).normal(size=(2, side, side, 3)).astype(np.float32)
     ours = np.asarray(jax.jit(model.apply)({"params": params}, jnp.asarray(rgb)))
     with torch.no_grad():
@@ -101,7 +101,7 @@ def test_auto_model_finds_the_class(tmp_path):
 
 
 def test_registers_positions_are_resized_as_in_transformers(tmp_path):
-    """Of the others, transformers left the published code's resize: its factor has no 0.1 more (our goldens have it, of 4.35)."""
+    """For the other models, transformers left the published resize: its factor lacks the extra 0.1 (which our goldens, from 4.35, have)."""
     model = vit.ViT(**CASES["dinov2-reg-tiny"][0])
     params = random_params(model)
     theirs = loaded_strictly("Dinov2WithRegistersModel", exported(tmp_path, model, params))
@@ -109,7 +109,7 @@ def test_registers_positions_are_resized_as_in_transformers(tmp_path):
 
 
 @pytest.mark.parametrize("key", ["dino-tiny", "dinov2-tiny", "dinov2-reg-tiny"])
-def test_what_transformers_saves_is_read(tmp_path, key):
+def test_files_saved_by_transformers_are_read(tmp_path, key):
     fields, name = CASES[key]
     model = vit.ViT(**fields)
     theirs = loaded_strictly(name, exported(tmp_path, model, random_params(model)))
@@ -134,7 +134,7 @@ def test_what_transformers_saves_is_read(tmp_path, key):
 def test_the_encoder_of_an_exported_checkpoint_is_transformers_vit(
     tmp_path, family, fields, prefix, pooler
 ):
-    """With the published DINO, and the rest tiny."""
+    """DINO is the published one, and the rest is tiny."""
     fields |= {} if family == "triposr" else {"normalize_image": True}
     model = build(family, "tiny", encoder=vit.VARIANTS["dino-vitb16"], **fields)
     encoder = vit.ViT(**model.encoder)

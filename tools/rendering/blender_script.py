@@ -4,13 +4,18 @@ JOB.json has
     file        path of the .glb, .gltf, .obj or .ply
     centre, scale   the file's world with z up -> the normalised one: (xyz - centre) * scale
     c2w         [V 4 4] camera to world, Blender's axes (x right, y up, z backward), normalised world
-    focal       in widths of the (square) image;  size: pixels;  samples: a pixel;  threads
-    light       see `protocols.Lighting`: direction, sun, sky, above
+    focal       focal length in widths of the (square) image
+    size        height and width in pixels
+    samples     samples per pixel
+    threads     number of threads
+    light       direction, sun, sky and above, see `protocols.Lighting`
     geometry    whether to write depth and normals
-    out         folder: 000.png (sRGB, straight alpha), and with geometry 000.exr (channels Depth.Z, along the optical axis, and
-                Normal.X, Y, Z in the world, of the rays through the pixels' centres); a line "finished view 0" on stdout each.
+    out         folder to write to
 
-This file imports nothing of ours: the other environment has only bpy and NumPy.
+For each view it writes 000.png (sRGB, straight alpha) and, with geometry, 000.exr. The latter has the channels Depth.Z (along the optical
+axis) and Normal.X, Y, Z (in the world), for the rays through the pixels' centres. Then it prints a line "finished view 0".
+
+This file imports nothing from lrm_jax or tools: Blender's environment has only bpy and NumPy.
 """
 
 import json
@@ -19,8 +24,8 @@ import signal
 import sys
 from pathlib import Path
 
-# Ctrl-C ends this process at once: of Python's exception for it, the start of Blender would only print a notice, and an image
-# would be finished first.
+# Ctrl-C ends this process at once. With Python's exception, Blender would only print a notice while it starts, and would finish
+# the current image first.
 signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import bpy  # noqa: E402
@@ -45,7 +50,7 @@ def main(path: str) -> None:
 
 
 def import_file(path: str) -> None:
-    """Blender's importers turn y up into z up as `surfaces.load_triangles` does: (x, y, z) -> (x, -z, y)."""
+    """Imports a file. Blender's importers turn y up into z up like `surfaces.load_triangles`: (x, y, z) -> (x, -z, y)."""
     suffix = Path(path).suffix.lower()
     if suffix in (".glb", ".gltf"):
         bpy.ops.import_scene.gltf(filepath=path)
@@ -56,11 +61,11 @@ def import_file(path: str) -> None:
         if thing.type == "MESH":
             show_colors(thing.data)
         else:
-            thing.hide_render = True  # the file's own lamps
+            thing.hide_render = True  # such as the file's own lights
 
 
 def show_colors(mesh) -> None:
-    """Vertex colours of a mesh that has no material: Blender reads them and does not show them."""
+    """Shows the vertex colours of a mesh without a material. Blender reads them but does not show them."""
     colors = mesh.color_attributes
     if mesh.materials or not colors:
         return
@@ -85,15 +90,17 @@ def normalise(scene, centre: list, scale: float) -> None:
 
 
 def add_light(scene, light: dict) -> None:
-    """A sun and a sky that a white matt surface reflects as `protocols.Lighting` says, where nothing casts a shadow."""
+    """Adds a sun and a sky. Without shadows, a white matt surface reflects what `protocols.Lighting` describes."""
     lamp = bpy.data.lights.new("sun", "SUN")
-    lamp.energy = math.pi * light["sun"]  # irradiance; a matt surface reflects 1 / pi of it
+    lamp.energy = (
+        math.pi * light["sun"]
+    )  # this is the irradiance, and a matt surface reflects 1 / pi of it
     sun = bpy.data.objects.new("sun", lamp)
     # A sun shines along its -z axis.
     sun.rotation_euler = mathutils.Vector(light["direction"]).to_track_quat("Z", "Y").to_euler()
     scene.collection.objects.link(sun)
 
-    # Radiance sky + 1.5 above z: its irradiance on a plane with normal n is pi (sky + above n_z).
+    # The radiance is sky + 1.5 above z. Its irradiance on a plane with normal n is pi (sky + above n_z).
     world = scene.world = bpy.data.worlds.new("sky")
     world.use_nodes = True
     nodes, links = world.node_tree.nodes, world.node_tree.links
@@ -119,19 +126,19 @@ def add_camera(scene, focal: float):
 
 
 def set_up(scene, job: dict) -> None:
-    """What is the same for the image and the geometry of a view."""
+    """Sets what the image and the geometry of a view share."""
     settings = scene.render
     settings.engine = "CYCLES"
     settings.resolution_x = settings.resolution_y = job["size"]
     settings.resolution_percentage = 100
     settings.film_transparent = True
     settings.dither_intensity = 0
-    settings.use_persistent_data = True  # the second view need not build the scene again
+    settings.use_persistent_data = True  # so that later views need not build the scene again
     settings.threads_mode, settings.threads = "FIXED", job["threads"]
     scene.cycles.device = "CPU"
     scene.cycles.use_denoising = False
     scene.cycles.use_adaptive_sampling = False
-    scene.view_settings.view_transform = "Standard"  # sRGB itself: the default changes the contrast
+    scene.view_settings.view_transform = "Standard"  # plain sRGB: the default changes the contrast
     layer = scene.view_layers[0]
     layer.use_pass_z = layer.use_pass_normal = job["geometry"]
 
@@ -139,7 +146,7 @@ def set_up(scene, job: dict) -> None:
 def render(scene, job: dict, stem: str) -> None:
     write(scene, f"{stem}.png", "PNG", "RGBA", "8", job["samples"], filter_width=1.5)
     if job["geometry"]:
-        # Cycles keeps depth of the first sample: one sample, at the pixel's centre.
+        # Cycles keeps the depth of the first sample, so this takes one sample, at the pixel's centre.
         write(scene, f"{stem}.exr", "OPEN_EXR_MULTILAYER", "RGBA", "32", 1, filter_width=0.01)
 
 

@@ -1,8 +1,8 @@
-"""Views by Blender's Cycles, the path tracer: shadows, reflections and the file's whole material, with the cameras, the
-normalised world and the light of the other back end.
+"""Renders views with Cycles, Blender's path tracer: shadows, reflections and the file's whole material. The cameras, the normalised
+world and the light are the same as for embree.
 
-Blender's Python module needs NumPy 1 and a Python of its own, so it runs in another environment, as a process that
-`blender_script.py` is given to. One process an object: a file that crashes Blender fails alone.
+Blender's Python module needs NumPy 1 and a certain Python. So it runs in another environment, in a process that runs
+`blender_script.py`. Each object has its own process, so a file that crashes Blender fails alone.
 """
 
 import collections
@@ -25,21 +25,21 @@ from rendering.surfaces import Triangles
 SCRIPT = Path(__file__).with_name("blender_script.py")
 INSTALL = "python3.11 -m venv bpyenv && bpyenv/bin/pip install 'bpy==4.5.*'"
 PROBE = "import bpy"
-NORMAL, DEPTH = ("Normal.X", "Normal.Y", "Normal.Z"), "Depth.Z"  # Blender's names of channels
-NOTHING = 1e9  # the depth of the background is 1e10
+NORMAL, DEPTH = ("Normal.X", "Normal.Y", "Normal.Z"), "Depth.Z"  # Blender's channel names
+NOTHING = 1e9  # smaller depths are surfaces: the background has 1e10
 
 
 @dataclasses.dataclass(frozen=True)
 class Blender:
-    python: str  # that can `import bpy`
-    threads: int  # of each process
+    python: str  # a Python that can `import bpy`
+    threads: int  # per process
 
 
 def find_blender(python: str | None, threads: int) -> Blender:
-    """Checks that `python` has bpy. Raises InputError with the command that installs it."""
+    """Checks that `python` has bpy. If not, raises InputError with the command that installs it."""
     if python is None:
         raise InputError(
-            f"Cycles needs --blender PYTHON, one that has bpy: {INSTALL}; then --blender bpyenv/bin/python"
+            f"Cycles needs --blender PYTHON, a Python that has bpy: {INSTALL}; then --blender bpyenv/bin/python"
         )
     try:
         found = subprocess.run([python, "-I", "-c", PROBE], capture_output=True, text=True)
@@ -48,7 +48,7 @@ def find_blender(python: str | None, threads: int) -> Blender:
         found, cause = None, error.strerror
     if found is None or found.returncode:
         raise InputError(
-            f"--blender {python}: no bpy there ({cause}): {INSTALL}; then --blender bpyenv/bin/python"
+            f"--blender {python}: this Python has no bpy ({cause}): {INSTALL}; then --blender bpyenv/bin/python"
         )
     return Blender(python, threads)
 
@@ -62,14 +62,14 @@ def render(
     blender: Blender,
     folder: Path,
 ) -> Iterator[View]:
-    """The views of a 3D file from Cameras[V], as Blender finishes them.
+    """Yields the views of a 3D file from Cameras[V], as Blender finishes them.
 
     Args:
-      file: what Blender imports.
-      triangles: the same, which says where in the normalised world it goes.
-      cameras, lighting, settings: as for the other back end.
-      blender: what to run.
-      folder: for the files that pass between the processes; it is made.
+      file: file that Blender imports.
+      triangles: the same object, with its place in the normalised world.
+      cameras, lighting, settings: as for embree.
+      blender: the Blender to run.
+      folder: a new folder for the files that pass between the processes.
 
     Raises:
       InputError: Blender ended before its work was done.
@@ -77,7 +77,7 @@ def render(
     folder.mkdir(parents=True)
     path = folder / "job.json"
     path.write_text(json.dumps(_job(file, triangles, cameras, lighting, settings, blender, folder)))
-    # -I: Blender has modules of its own by the names of those beside the script (cycles), and on a PYTHONPATH of ours.
+    # -I hides the modules beside the script and on PYTHONPATH. Some have the same names as Blender's own modules (cycles).
     command = [blender.python, "-I", str(SCRIPT), str(path)]
     finished, last = 0, collections.deque(maxlen=20)
     with subprocess.Popen(
@@ -93,7 +93,7 @@ def render(
         except BaseException:
             process.kill()
             raise
-    # Not the exit code: Blender can crash while it tidies up, when all is done.
+    # The exit code does not count, because Blender can crash during cleanup after all views are done.
     if finished < len(cameras.c2w):
         said = next((line for line in reversed(last) if "Error" in line), last[-1] if last else "")
         raise InputError(
@@ -102,7 +102,7 @@ def render(
 
 
 def _job(file, triangles, cameras, lighting, settings, blender, folder) -> dict:
-    """What blender_script.py reads: see there."""
+    """The job for blender_script.py, which documents it."""
     return {
         "file": str(file.absolute()),
         "centre": triangles.centre.tolist(),
@@ -124,7 +124,7 @@ def _job(file, triangles, cameras, lighting, settings, blender, folder) -> dict:
 
 
 def _read_view(stem: Path, geometry: bool) -> View:
-    """Reads and deletes the files of a view: a thousand pixels squared take 20 MB."""
+    """Reads the files of a view and deletes them, because 1000 x 1000 pixels take 20 MB."""
     image, channels = stem.with_suffix(".png"), stem.with_suffix(".exr")
     view = View(rgba=np.asarray(Image.open(image).convert("RGBA")))
     image.unlink()
@@ -140,13 +140,13 @@ def _read_view(stem: Path, geometry: bool) -> View:
 
 
 def read_exr(data: bytes) -> dict[str, np.ndarray]:
-    """Channel -> float32[H W] of an uncompressed OpenEXR file of 32-bit channels in scan lines, which is what Blender is told
-    to write. No package for the rest of the format is worth its weight here.
+    """Channel -> float32[H W] of an uncompressed OpenEXR file with 32-bit channels in scan lines. Blender is told to write this kind.
+    A package for the whole format would not be worth its size here.
 
     Format: https://openexr.com/en/latest/OpenEXRFileLayout.html.
 
     Raises:
-      InputError: another kind of OpenEXR file.
+      InputError: the OpenEXR file is of another kind.
     """
     position, header = 8, {}
     while data[position]:
@@ -157,7 +157,7 @@ def read_exr(data: bytes) -> dict[str, np.ndarray]:
         position = start + length
     if header["compression"] != b"\0" or data[5] & 0b1010:
         raise InputError(
-            "an OpenEXR file that is compressed, tiled or in several parts: not what Blender was told to write"
+            "the OpenEXR file is compressed, tiled or in several parts: Blender was told to write another kind"
         )
     names, channels = [], header["channels"]
     while channels[0]:
@@ -168,7 +168,7 @@ def read_exr(data: bytes) -> dict[str, np.ndarray]:
         channels = rest[16:]
     left, top, right, bottom = np.frombuffer(header["dataWindow"], "<i4")
     width, height = right - left + 1, bottom - top + 1
-    # A table of offsets, then every line: its number, its bytes, and its channels one after the other.
+    # A table of offsets comes first. Then each line has its number, its size in bytes, and its channels one after another.
     line = np.dtype([("place", "<i4", 2), ("values", "<f4", (len(names), width))])
     lines = np.frombuffer(data, line, height, position + 1 + 8 * height)
     return {name: lines["values"][:, i] for i, name in enumerate(names)}

@@ -1,4 +1,4 @@
-"""Views by ray casting: embree finds the triangles, NumPy shades them. No OpenGL, no shadows, no reflections."""
+"""Renders views by ray casting: embree finds the triangles, and NumPy shades them. No OpenGL, no shadows, no reflections."""
 
 import functools
 from collections.abc import Iterator
@@ -16,15 +16,15 @@ from rendering.output import View
 from rendering.protocols import Lighting, Settings
 from rendering.surfaces import Triangles, look_up
 
-SUPERSAMPLING = 2  # samples along each side of a pixel, where the image has detail
-DETAIL = 0.02  # change to the next pixel, in square roots of linear light and in coverage, that counts as detail
-RAYS = 2**14  # at a time: the arrays stay in the cache, which makes it twice as fast
+SUPERSAMPLING = 2  # samples along each side of a pixel with detail
+DETAIL = 0.02  # a larger change to the next pixel counts as detail, in square roots of linear light and in coverage
+RAYS = 2**14  # at a time, so that the arrays stay in the cache, which makes it twice as fast
 
 
 def render(
     triangles: Triangles, cameras: Cameras, lighting: Lighting, settings: Settings
 ) -> Iterator[View]:
-    """The views of an object from Cameras[V], one after the other."""
+    """Yields the views of an object from Cameras[V], one after another."""
     scene = rtcore_scene.EmbreeScene(robust=True)  # rays never slip through between two triangles
     TriangleMesh(
         scene,
@@ -37,7 +37,7 @@ def render(
 
 
 def windows(cameras: Cameras, triangles: Triangles, size: int) -> list[tuple[slice, slice]]:
-    """For each of Cameras[V], the rows and columns of a size x size image that can show the object: its box, projected."""
+    """For each of Cameras[V], the rows and columns of a size x size image that can show the object: its projected bounding box."""
     low, high = triangles.xyz.min((0, 1)), triangles.xyz.max((0, 1))
     corners = np.stack(np.meshgrid(*zip(low, high, strict=True)), axis=-1).reshape(1, 8, 3)
     corners = np.repeat(corners.astype(np.float32), len(cameras.c2w), axis=0)
@@ -47,16 +47,16 @@ def windows(cameras: Cameras, triangles: Triangles, size: int) -> list[tuple[sli
     uv, near = (
         np.asarray(uv),
         np.asarray(z).min(1) < 0.05,
-    )  # a corner beside the camera: look everywhere
+    )  # if a corner is beside the camera, take the whole image
     start = np.where(near[:, None], 0, np.floor(uv.min(1) * size)).clip(0, size - 1).astype(int)
     stop = np.where(near[:, None], size, np.ceil(uv.max(1) * size)).clip(0, size).astype(int)
-    stop = np.maximum(stop, start + 1)  # a sheet seen from its edge has no height
+    stop = np.maximum(stop, start + 1)  # a flat object seen edge-on has no height
     return [(slice(a[1], b[1]), slice(a[0], b[0])) for a, b in zip(start, stop, strict=True)]
 
 
 @functools.lru_cache(maxsize=2)
 def _sample_dirs(size: int, fov: float) -> np.ndarray:
-    """[H W 1+n*n 3] directions through the pixels' centres and their n*n parts, in the camera's frame: all views have them."""
+    """[H W 1+n*n 3] directions through the pixels' centres and their n*n parts, in the camera's frame. All views share them."""
     camera = Cameras(c2w=jnp.eye(4), fxfycxcy=cameras_lib.field_of_view(fov))
     n = SUPERSAMPLING
     centres = np.asarray(cameras_lib.pixel_rays(camera, size, size).dirs)[:, :, None]
@@ -68,14 +68,14 @@ def _sample_dirs(size: int, fov: float) -> np.ndarray:
 def _render_view(trace, c2w: np.ndarray, dirs: np.ndarray, window: tuple[slice, slice]) -> View:
     """One view.
 
-    One ray through each pixel's centre, then SUPERSAMPLING^2 through those that differ from a neighbour
-    (adaptive sampling as in https://doi.org/10.1145/358876.358882, section 3: edges and fine texture cost more than planes).
+    Traces one ray through the centre of each pixel, then SUPERSAMPLING^2 rays through pixels that differ from a neighbour
+    (adaptive sampling as in https://doi.org/10.1145/358876.358882, section 3: edges and fine texture cost more than plain areas).
 
     Args:
-      trace: (eye[3], dirs[R 3], geometry=) -> color[R 4], and (normal, distance)[R 4] or None.
-      c2w: [4 4] OpenCV axes.
+      trace: function (eye[3], dirs[R 3], geometry=) -> color[R 4], and (normal, distance)[R 4] or None.
+      c2w: [4 4] pose with OpenCV axes.
       dirs: [H W 1+n*n 3] directions in the camera's frame, through the centres of the pixels and of their n*n parts.
-      window: rows and columns of pixels outside of which nothing can be seen.
+      window: rows and columns that can show the object.
     """
     turn = c2w[:3, :3].T
     seen = dirs[window]
@@ -100,7 +100,7 @@ def _render_view(trace, c2w: np.ndarray, dirs: np.ndarray, window: tuple[slice, 
 
 
 def _has_detail(color: np.ndarray) -> np.ndarray:
-    """[H W] whether pixels of color[H W 4] differ from the one above, below, left or right."""
+    """[H W] whether each pixel of color[H W 4] differs from the one above, below, left or right."""
     value = np.sqrt(np.pad(color, ((1, 1), (1, 1), (0, 0)), mode="edge"))
     down = (np.abs(np.diff(value[:, 1:-1], axis=0)) > DETAIL).any(-1)
     across = (np.abs(np.diff(value[1:-1], axis=1)) > DETAIL).any(-1)
@@ -109,7 +109,7 @@ def _has_detail(color: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def _srgb_table() -> np.ndarray:
-    """uint8 sRGB of linear light in steps of 1/65535: fine enough that the darkest 8-bit steps are right."""
+    """uint8 sRGB for linear light in steps of 1/65535, which is fine enough for the darkest 8-bit steps."""
     return to_uint8(srgb.from_linear(np.arange(65536) / 65535))
 
 
@@ -122,8 +122,8 @@ def _trace(
     *,
     geometry: bool,
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Along the rays from `eye` towards dirs[R 3]: [R 4] premultiplied linear colour and coverage, and with `geometry`
-    [R 4] the normal and the distance of what was met."""
+    """Traces rays from `eye` along dirs[R 3]. Returns [R 4] premultiplied linear colour and coverage, and with `geometry` also
+    [R 4] the normal and the distance of the hit."""
     color = np.zeros((len(dirs), 4), np.float32)
     surface = np.zeros((len(dirs), 4), np.float32) if geometry else None
     for i in range(0, len(dirs), RAYS):
@@ -154,7 +154,7 @@ def _trace_part(
         color[rays] = np.where(hole[:, None], 0, rgba) if hole.any() else rgba
         if surface is not None:
             surface[rays] = np.where(hole[:, None], 0, np.column_stack([normal, distance]))
-        # Through a hole: on from just behind it.
+        # Rays that hit a hole continue from just behind it.
         rays, start = rays[hole], distance[hole] + 1e-4
         origins = eye.astype(np.float32) + start[:, None] * dirs[rays]
 
@@ -167,10 +167,10 @@ def _shade(
     v: np.ndarray,
     dirs: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Where rays along `dirs` meet triangles `ids` at barycentric (u, v): [R 4] linear colour and the material's alpha, and
-    [R 3] the unit normal of the side that is seen."""
+    """Shades the hits of rays along `dirs` on triangles `ids` at barycentric (u, v). Returns [R 4] linear colour and the material's
+    alpha, and [R 3] the unit normal of the visible side."""
     normal, rgba = look_up(triangles, ids, u, v)
-    # The side that is seen is the geometry's matter: a smooth normal may lean past the silhouette.
+    # The flat normal tells which side is visible, because a smooth normal may point past the silhouette.
     facing = triangles.facing[ids]
     side = np.copysign(
         1, np.einsum("rc,rc->r", facing, normal) * -np.einsum("rc,rc->r", facing, dirs)

@@ -1,4 +1,4 @@
-"""One object, from its file to its folder."""
+"""Renders one object, from its file to its folder."""
 
 import errno
 import shutil
@@ -15,17 +15,17 @@ from rendering.surfaces import load_triangles, random_points
 
 
 def _is_written(path: Path, out: Path, uid: str) -> bool:
-    """Whether a path is of what is written of an object, or a folder in which that lies."""
+    """Whether a path belongs to the output of an object, or is a folder that contains it."""
     path, out = path.absolute(), out.absolute()
     written = out.is_relative_to(path)
     return written or any(path.is_relative_to(x) for x in (unfinished(out, uid), out / uid))
 
 
 def is_finished(out: Path, uid: str) -> bool:
-    """Whether there is nothing left to do. Folders from before points.npy was written lack that one file."""
+    """Whether nothing is left to do. Folders from versions before points.npy lack only that file."""
     try:
         return (out / uid / "points.npy").exists()
-    except OSError:  # the name is too long, which `write_object` tells
+    except OSError:  # the name is too long, and `write_object` reports it
         return False
 
 
@@ -37,17 +37,17 @@ def write_object(
     settings: Settings,
     blender: cycles.Blender | None = None,
 ) -> str | None:
-    """Renders one file into OUT/<uid>, whole or not at all. Returns the cause of a failure, or None.
+    """Renders one file into OUT/<uid>, completely or not at all. Returns the cause of a failure, or None.
 
     Args:
-      uid: its name.
+      uid: name of the object.
       path, member: the file, or the .zip and the file in it.
       out: the folder of all objects.
-      settings: how.
-      blender: what renders it where `settings.backend` is "cycles".
+      settings: how to render it.
+      blender: the Blender to use if `settings.backend` is "cycles".
 
     Raises:
-      OSError: `out` cannot be written.
+      OSError: `out` cannot be written to.
     """
     folder = unfinished(out, uid)
     shutil.rmtree(folder, ignore_errors=True)
@@ -71,7 +71,7 @@ def write_object(
                 save_view(folder, index, view)
                 seen = seen or view.rgba[..., 3].any()
         if not seen:
-            return "nothing to be seen in any view"
+            return "nothing is visible in any view"
         save_cameras(folder, cameras, settings.size)
         shutil.rmtree(folder / ".blender", ignore_errors=True)
         folder.rename(out / uid)
@@ -82,9 +82,9 @@ def write_object(
             and error.filename
             and _is_written(Path(error.filename), out, uid)
         ):
-            raise  # the disk is at fault, not this object: the others would fail too
+            raise  # the disk is at fault, not this object, so the others would fail too
         return cause_of(error)
-    except Exception as error:  # 3D files are broken in more ways than can be listed
+    except Exception as error:  # 3D files can be broken in more ways than can be listed
         return cause_of(error)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -92,6 +92,6 @@ def write_object(
 
 
 def cause_of(error: Exception) -> str:
-    """One line that says what went wrong."""
+    """One line about what went wrong."""
     text = (str(error).strip().splitlines() or [""])[0][:160]
     return text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"

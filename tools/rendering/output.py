@@ -1,4 +1,4 @@
-"""The files of an object, in OpenLRM's layout, and those of the folder of all objects."""
+"""Writes the files of an object, in OpenLRM's layout, and those of the folder of all objects."""
 
 import dataclasses
 import json
@@ -13,20 +13,20 @@ from lrm_jax.ops import cameras as cameras_lib
 from lrm_jax.types import Cameras, InputError
 from rendering.protocols import Settings
 
-DEPTH_UNIT = 1e-4  # of depth/*.png in world units: 16 bits reach to 6.55
+DEPTH_UNIT = 1e-4  # unit of depth/*.png in world units: 16 bits reach to 6.55
 
 
 @dataclasses.dataclass
 class View:
-    """An image; depth and normal are those of the rays through the pixels' centres, and 0 where nothing is."""
+    """An image. Depth and normal belong to the rays through the pixels' centres, and are 0 in the background."""
 
     rgba: np.ndarray  # [H W 4] uint8 sRGB, straight alpha
     depth: np.ndarray | None = None  # [H W] float32 world units along the optical axis
-    normal: np.ndarray | None = None  # [H W 3] float32 unit, world frame, of the side that is seen
+    normal: np.ndarray | None = None  # [H W 3] float32 unit, world frame, of the visible side
 
 
 def save_view(folder: Path, index: int, view: View) -> None:
-    """Writes rgba/000.png, and depth/000.png and normal/000.png where the view has them."""
+    """Writes rgba/000.png, and depth/000.png and normal/000.png if the view has them."""
     images = {"rgba": view.rgba}
     if view.depth is not None:
         steps = np.round(view.depth / DEPTH_UNIT).clip(1, 65535)
@@ -39,7 +39,7 @@ def save_view(folder: Path, index: int, view: View) -> None:
 
 
 def save_cameras(folder: Path, cameras: Cameras, size: int) -> None:
-    """Writes pose/000.npy ... and intrinsics.npy of Cameras[V], which share their intrinsics."""
+    """Writes pose/000.npy ... and intrinsics.npy for Cameras[V], which share their intrinsics."""
     (folder / "pose").mkdir(parents=True, exist_ok=True)
     poses = np.asarray(cameras_lib.opencv_to_opengl(jnp.asarray(cameras.c2w)))[:, :3]
     for index, pose in enumerate(poses):
@@ -49,12 +49,12 @@ def save_cameras(folder: Path, cameras: Cameras, size: int) -> None:
 
 
 def unfinished(out: Path, uid: str) -> Path:
-    """Where an object is until it is whole."""
+    """The folder of an object until it is complete."""
     return out / f".{uid}.unfinished"
 
 
 def prepare_folder(out: Path, settings: Settings) -> None:
-    """Makes OUT and writes its settings, or finds them there already. Raises InputError if they are others."""
+    """Makes OUT and writes its settings. Raises InputError if OUT already has other settings."""
     wanted, path = json.loads(json.dumps(dataclasses.asdict(settings))), out / "render.json"
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ def prepare_folder(out: Path, settings: Settings) -> None:
 
 
 def write_failures(out: Path, failures: dict[str, str]) -> dict[str, list[str]]:
-    """Writes failures.json, cause -> uids, the most frequent cause first, and returns that. `failures` is uid -> cause."""
+    """Writes failures.json, cause -> uids with the most frequent cause first, and returns it. `failures` is uid -> cause."""
     causes = {}
     for uid, cause in sorted(failures.items()):
         causes.setdefault(cause, []).append(uid)

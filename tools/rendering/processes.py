@@ -1,4 +1,4 @@
-"""Many objects at a time, in processes: 3D files are read by C libraries, which can take their process down with them."""
+"""Renders many objects in parallel, in processes, because the C libraries that read 3D files can crash their process."""
 
 import concurrent.futures
 import itertools
@@ -17,11 +17,11 @@ def run_in_processes(
 ) -> Iterator[tuple]:
     """Yields (uid, function(uid, *where)) for the items uid -> where of `objects`, in any order.
 
-    A file that brings its process down fails alone: the objects that were under way then, by their unfinished folders in
-    `out`, are tried again one by one.
+    If a file crashes its process, only that file fails. The objects that were in progress, which have unfinished folders in `out`, are
+    tried again one by one.
     """
-    # jax has threads, which do not survive a fork. Ctrl-C is the parent's to handle; a handler that does nothing, because to
-    # ignore the signal is inherited by Blender, which is to end.
+    # "spawn", because jax has threads, which do not survive a fork. The parent handles Ctrl-C. The children get a handler that does
+    # nothing: if they ignored the signal, Blender would inherit that, and would not end.
     context, quiet = multiprocessing.get_context("spawn"), (signal.SIGINT, _nothing)
     batches = [dict(objects)]
     while batches:
@@ -32,7 +32,7 @@ def run_in_processes(
             waiting, running = iter(list(batch.items())), {}
             try:
                 while True:
-                    # No more than can run: what a pool has queued, it would begin even after an interruption.
+                    # Submit no more than can run, because a pool starts its queued jobs even after an interruption.
                     for uid, where in itertools.islice(waiting, workers - len(running)):
                         running[pool.submit(function, uid, *where)] = uid
                     if not running:
@@ -43,19 +43,19 @@ def run_in_processes(
                         yield uid, result
                 continue
             except concurrent.futures.BrokenExecutor:
-                pass  # outside, where the pool is shut down
+                pass  # handled below, after the pool is shut down
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
         suspects = {uid: where for uid, where in batch.items() if unfinished(out, uid).exists()}
         if not suspects:
             raise OSError(
-                "a process ended before it began its work: is there enough memory for the workers?"
+                "a process ended before it started its work: is there enough memory for the workers?"
             )
         for uid in suspects:
             shutil.rmtree(unfinished(out, uid), ignore_errors=True)
         if len(suspects) == 1:
-            cause = "its process crashed, or the system ended it for want of memory"
+            cause = "its process crashed, or the system ended it because memory ran out"
             yield next(iter(suspects)), cause
         else:
             batches += [{uid: where} for uid, where in suspects.items()]

@@ -1,4 +1,4 @@
-"""How an object is photographed: the numbers of the published systems, and from them the cameras and the light.
+"""Rendering protocols: the numbers of the published systems, and the cameras and the light made from them.
 
 | | default | lrm | openlrm | triposr |
 |---|---|---|---|---|
@@ -6,21 +6,21 @@
 | image | 256 | 1024 | 1024 | 512 |
 | the object fills | sphere of radius 1 | box [-1, 1]^3 | box [-1, 1]^3 | *box [-0.5, 0.5]^3* |
 | distance of the cameras | 3 | U[1.5, 3] | U[1.9, 2.6] | 1.9 |
-| their heights | elevations, see `choose_cameras` | U[-0.75, 1.6] | U[-0.75, 1.6] | *elevations as default* |
+| heights of the cameras | elevations, see `choose_cameras` | U[-0.75, 1.6] | U[-0.75, 1.6] | *elevations as default* |
 | full field of view | 40 | 50 | 67.38 (lens 24, sensor 32) | 40 |
 | shading normals (embree) | the triangles' own | the file's | the file's | the file's |
 | first view | like the others | *like the others* | from the front, height 0 | *like the others* |
 | light | fixed | *varied* | *varied* | *varied* |
-| Cycles samples a pixel | 32 | *128* | 128 | *128* |
+| Cycles samples per pixel | 32 | *128* | 128 | *128* |
 
 Sources: LRM, https://arxiv.org/abs/2311.04400, appendix on data; OpenLRM,
 https://github.com/3DTopia/OpenLRM/blob/3108b69/scripts/data/objaverse/blender_script.py; TripoSR, https://arxiv.org/abs/2403.02151
 (512-pixel images) and its released inference code (distance, field of view, and the half side 0.87 of the model's box).
 
-*Slanted* is what the references do not state, chosen here. TripoSR published no recipe of its data: a unit cube is what touches a
-sphere of radius 0.87 with its corners, so it stays in the model's box at every turn. "Light" is nowhere given in numbers: TripoSR's
-paper says only that renderings were varied to resemble photographs. With [-1, 1]^3 and LRM's distances a camera can stand inside the
-box of an object, and parts of it fall outside the image: so they do in the references.
+Values in *asterisks* are not stated by the references, and were chosen here. TripoSR published no recipe for its data. The corners of a
+unit cube touch a sphere of radius 0.87, so the object stays in the model's box in any orientation. No reference gives the light in
+numbers: TripoSR's paper says only that renderings were varied to resemble photographs. With [-1, 1]^3 and LRM's distances, a camera can
+be inside the box of an object, and parts of the object can be outside the image. This also happens in the references.
 """
 
 import dataclasses
@@ -38,28 +38,28 @@ SUN = np.array([0.45, -0.55, 0.70], np.float32) / np.linalg.norm([0.45, -0.55, 0
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What decides the images: a folder is only ever continued with the same ones.
+    """The settings that determine the images. A folder can only be continued with the same settings.
 
-    The defaults of the fields are the default protocol's, which a `render.json` from before a field existed stands for.
+    The defaults of the fields are those of the default protocol. A `render.json` that lacks a newer field stands for its default.
     """
 
     views: int = 32
     size: int = 256  # pixels
-    distance: tuple[float, float] = (3.0, 3.0)  # of the cameras from the origin, world units
-    elevation: tuple[float, float] | None = (-30.0, 75.0)  # degrees; None: `height` decides
-    fov: float = 40.0  # degrees, full
+    distance: tuple[float, float] = (3.0, 3.0)  # from the cameras to the origin, world units
+    elevation: tuple[float, float] | None = (-30.0, 75.0)  # degrees; None: use `height`
+    fov: float = 40.0  # full, in degrees
     seed: int = 0
     height: tuple[float, float] | None = None  # z of the cameras, world units
-    front_first: bool = False  # view 0 stands on the -y axis, which glTF's front faces
+    front_first: bool = False  # view 0 is on the -y axis, which the front faces in glTF
     # longest side of the object's box; None: its bounding sphere has radius 1
     box: float | None = None
-    # Cycles always shades with the file's normals; embree by default with the triangles' own, flat, because the images that
-    # the bundled model has learnt from are so.
+    # Cycles always shades with the file's normals. embree by default uses the triangles' own, flat normals, because the bundled model
+    # was trained on such images.
     file_normals: bool = False
-    lighting: str = "fixed"  # or "varied": one light an object
-    geometry: bool = False  # depth and normals as well
+    lighting: str = "fixed"  # or "varied": a different light for each object
+    geometry: bool = False  # also depth and normals
     backend: str = "embree"
-    samples: int = 32  # a pixel, of Cycles; embree takes 1, and 4 where there is detail
+    samples: int = 32  # per pixel, for Cycles; embree takes 1, or 4 in pixels with detail
 
 
 PROTOCOLS = {
@@ -77,25 +77,27 @@ PROTOCOLS = {
 
 @dataclasses.dataclass(frozen=True)
 class Lighting:
-    """A sky that is brighter above, and a sun: a white matt surface with unit normal n reflects, in linear light,
+    """A sun, and a sky that is brighter above. A white matt surface with unit normal n reflects, in linear light,
     `sky + above * n_z + sun * max(n . direction, 0)`."""
 
-    direction: np.ndarray = dataclasses.field(default_factory=lambda: SUN)  # [3] unit, towards it
+    direction: np.ndarray = dataclasses.field(
+        default_factory=lambda: SUN
+    )  # [3] unit, towards the sun
     sun: float = 0.50
     sky: float = 0.50
     above: float = 0.15
 
 
 def rng_of(uid: str, *numbers: int) -> np.random.Generator:
-    """Random numbers of an object: of its name and the numbers alone, so that resuming changes nothing."""
+    """Random numbers for an object. They depend only on its name and the numbers, so that resuming changes nothing."""
     return np.random.default_rng([*numbers, *hashlib.sha256(uid.encode()).digest()])
 
 
 def choose_lighting(settings: Settings, uid: str) -> Lighting:
-    """The light of an object, the same in all its views: only then do the source and the target images agree.
+    """The light of an object. It is the same in all views, so that the source and the target images agree.
 
-    "varied" (our own ranges): the sun anywhere 15 to 80 degrees high, between a fifth and seven tenths of the light, and
-    what faces the sun reflects 0.75 to 1.1 of it ("fixed" has 1.1, of which the brightest channels clip).
+    "varied" uses our own ranges: the sun is 15 to 80 degrees high and gives between a fifth and seven tenths of the light. A surface that
+    faces the sun reflects 0.75 to 1.1 in total ("fixed" has 1.1, which clips the brightest channels).
     """
     if settings.lighting == "fixed":
         return Lighting()
@@ -113,9 +115,9 @@ def choose_lighting(settings: Settings, uid: str) -> Lighting:
 def choose_cameras(settings: Settings, uid: str) -> Cameras:
     """The cameras of an object, NumPy Cameras[V], all looking at the origin.
 
-    By elevation: the views with even numbers have one in PHOTO_ELEVATION, as photographs have, the odd ones in
-    `settings.elevation`, both spread evenly around. By height: directions are uniform on the part of the sphere between the
-    two heights (on a sphere, equal heights have equal areas: Archimedes).
+    By elevation: views with even numbers have an elevation in PHOTO_ELEVATION, like photographs, and views with odd numbers in
+    `settings.elevation`. Both are spread evenly around the object. By height: directions are uniform on the part of the sphere between
+    the two heights (on a sphere, equal heights have equal areas: Archimedes).
     """
     rng = rng_of(uid, settings.seed)
     eye = (
@@ -153,6 +155,6 @@ def _eyes_by_height(settings: Settings, rng: np.random.Generator) -> np.ndarray:
 
 
 def _outward(azimuth, elevation) -> np.ndarray:
-    """[... 3] unit vectors, from radians."""
+    """[... 3] unit vectors, from angles in radians."""
     flat = np.cos(elevation)
     return np.stack([flat * np.cos(azimuth), flat * np.sin(azimuth), np.sin(elevation)], axis=-1)

@@ -1,4 +1,4 @@
-"""Which objects there are, and a 3D file on disk with everything that it refers to."""
+"""Finds objects, and puts a 3D file on disk with all files that it refers to."""
 
 import contextlib
 import json
@@ -17,10 +17,10 @@ SUFFIXES = (".glb", ".gltf", ".obj", ".ply")
 
 
 def find_objects(source: Path) -> dict[str, tuple[Path, str | None]]:
-    """uid -> (file, member if the file is a .zip), sorted. Files with the same uid: the first one counts.
+    """uid -> (file, member if the file is a .zip), sorted. If several files have the same uid, the first one is used.
 
     Raises:
-      InputError: nothing there.
+      InputError: there are no 3D files.
     """
     if not source.exists():
         raise InputError(f"{source}: no such file or folder")
@@ -45,7 +45,7 @@ def find_objects(source: Path) -> dict[str, tuple[Path, str | None]]:
 
 
 def _uid(*parts: str) -> str:
-    """Without leading dots: readers take such folders for hidden ones."""
+    """A name without leading dots, because readers treat folders with a leading dot as hidden."""
     return "-".join(parts).replace("/", "-").lstrip(".")
 
 
@@ -67,7 +67,7 @@ def _members(path: Path) -> list[str]:
 
 @contextlib.contextmanager
 def opened(path: Path, member: str | None) -> Iterator[Path]:
-    """The 3D file as a path that is good inside the `with`, checked by `check_complete`."""
+    """Yields the path of the 3D file, checked by `check_complete`. It is valid only inside the `with`."""
     if member is None:
         check_complete(path)
         yield path
@@ -81,19 +81,19 @@ def opened(path: Path, member: str | None) -> Iterator[Path]:
 
 
 def check_complete(path: Path) -> None:
-    """Raises InputError if the file is empty or refers to one that is not there: readers would go on without textures."""
+    """Raises InputError if the file is empty or refers to a missing file. Readers would continue without textures."""
     if not path.stat().st_size:
         raise InputError("the file is empty (0 bytes): copy it again")
     for other in referenced_files(path):
         if not other.exists():
             kind = "material file" if other.suffix.lower() == ".mtl" else "texture or buffer"
             raise InputError(
-                f"{kind} {other.name} is missing: put it beside {path.name}, where that refers to it"
+                f"{kind} {other.name} is missing: put it where {path.name} refers to it"
             )
 
 
 def referenced_files(path: Path) -> list[Path]:
-    """The files that a 3D file needs besides itself: buffers, images, material files and their images."""
+    """The other files that a 3D file needs: buffers, images, material files and their images."""
     suffix = path.suffix.lower()
     if suffix in (".glb", ".gltf"):
         header = _gltf_header(path)
@@ -110,10 +110,10 @@ def referenced_files(path: Path) -> list[Path]:
 
 
 def locate(folder: Path, name: str) -> Path:
-    """The file that a 3D file in `folder` calls `name`; the likeliest place where there is none.
+    """The file that a 3D file in `folder` calls `name`, or the most likely place if there is none.
 
-    Names are met with percent-encoding (glTF's rule), backslashes, texture options before them (.mtl: `-s 1 1 1 wood.png`), and
-    with the folders of the author's computer, when the file itself lies beside.
+    Names can have percent-encoding (as glTF requires), backslashes, or texture options in front (.mtl: `-s 1 1 1 wood.png`). They can also
+    have the folders of the author's computer, while the file is beside the 3D file.
     """
     name = re.sub(r"^(-\w+(\s+([-+.\d]+|on|off|[rgbmlz]))+\s+)+", "", name.strip())
     plain = name.replace("\\", "/")
@@ -123,7 +123,7 @@ def locate(folder: Path, name: str) -> Path:
 
 
 def _values(path: Path, pattern: str) -> list[str]:
-    """What `pattern` captures at the starts of a text file's lines."""
+    """What `pattern` captures at the start of the lines of a text file."""
     found = set()
     with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
@@ -135,7 +135,7 @@ def _values(path: Path, pattern: str) -> list[str]:
 def _gltf_header(path: Path) -> dict:
     """The JSON of a .glb (https://registry.khronos.org/glTF/specs/2.0/glTF-2.0.html#binary-gltf-layout) or .gltf.
 
-    Empty where it cannot be read: the reader of the whole file has the better message for that.
+    Empty if it cannot be read, because the reader of the whole file has a better message for that.
     """
     try:
         with open(path, "rb") as file:

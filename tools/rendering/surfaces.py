@@ -1,6 +1,6 @@
-"""3D files as triangles in the normalised world: corners, colour at a place, random points.
+"""Reads 3D files as triangles in the normalised world: corners, colours and random points of the surface.
 
-The world has z up (the files are y-up, as glTF says), and the object's bounding box is centred on the origin.
+The world has z up (the files are y-up, as glTF requires), and the object's bounding box is centred on the origin.
 """
 
 import dataclasses
@@ -20,16 +20,16 @@ Y_UP_TO_Z_UP = np.array([[1, 0, 0], [0, 0, -1], [0, 1, 0]], np.float32)  # (x, y
 
 @dataclasses.dataclass
 class Triangles:
-    """An object as M independent triangles: one gather by triangle number finds everything."""
+    """An object as M independent triangles. One gather by triangle number finds everything."""
 
     xyz: np.ndarray  # [M 3 3] float32 corners, normalised world
-    facing: np.ndarray  # [M 3] float32, normal of the plane, as long as twice the area
-    # Three of [M 9] float32: the value at the first corner, and the steps to the others, of the shading normal (3), texture
-    # coordinates with (0, 0) at the lower left (2), and linear RGBA that multiplies the texture (4).
+    facing: np.ndarray  # [M 3] float32, normal of the plane, with twice the area as its length
+    # Three arrays [M 9] float32: the value at the first corner, and the steps to the two others. The values are the shading normal (3),
+    # texture coordinates with (0, 0) at the lower left (2), and linear RGBA that multiplies the texture (4).
     attributes: tuple[np.ndarray, np.ndarray, np.ndarray]
     material: np.ndarray  # [M] number of the material
-    textures: dict[int, np.ndarray]  # of those materials that have one: [h w 4] float32 linear RGBA
-    cutout: np.ndarray  # [M] bool: rays pass where alpha is below one half
+    textures: dict[int, np.ndarray]  # by material, if it has a texture: [h w 4] float32 linear RGBA
+    cutout: np.ndarray  # [M] bool: rays pass if alpha is below one half
     centre: np.ndarray  # [3] float64: normalised = (z-up place in the file - centre) * scale
     scale: float
 
@@ -37,15 +37,15 @@ class Triangles:
 def load_triangles(
     path: Path, box: float | None = None, *, file_normals: bool = False
 ) -> Triangles:
-    """Reads a 3D file: scene graph applied, y-up to z-up, normalised.
+    """Reads a 3D file. Applies the scene graph, turns y up into z up, and normalises.
 
     Args:
       path: the file.
-      box: the longest side of the object's bounding box becomes this; None: the farthest vertex is at distance 1.
-      file_normals: shade with the file's normals where it has them; otherwise every triangle is flat.
+      box: longest side of the object's bounding box after scaling; None: the farthest vertex is at distance 1.
+      file_normals: shade with the file's normals if it has them. Otherwise every triangle is flat.
 
     Raises:
-      InputError: no surface in it. A broken file raises whatever trimesh does.
+      InputError: the file has no surface. A broken file raises whatever trimesh raises.
     """
     scene = trimesh.load_scene(path, process=False, resolver=_Resolver(str(path)))
     parts = list(_parts(scene))
@@ -83,14 +83,14 @@ def load_triangles(
 
 
 class _Resolver(trimesh.resolvers.FilePathResolver):
-    """Finds the files that are referred to where `check_complete` does: trimesh's own would go on without many of them."""
+    """Finds referenced files in the same places as `check_complete`. trimesh's own resolver would continue without many of them."""
 
     def get(self, name: str) -> bytes:
         return locate(Path(self.parent), name).read_bytes()
 
 
 def _parts(scene: trimesh.Scene) -> Iterator[trimesh.Trimesh]:
-    """The triangles of a scene, where its graph puts them. `scene.dump` does the same and loses the normals."""
+    """Yields the triangles of a scene, placed by its graph. `scene.dump` does the same but loses the normals."""
     for node in scene.graph.nodes_geometry:
         transform, name = scene.graph[node]
         geometry = scene.geometry[name]
@@ -101,15 +101,15 @@ def _parts(scene: trimesh.Scene) -> Iterator[trimesh.Trimesh]:
 
 
 def _corners(part: trimesh.Trimesh, *, linear: bool, file_normals: bool) -> tuple:
-    """(xyz, normals, uv, rgba) per corner, the texture and whether it cuts holes, of one part of a scene.
+    """(xyz, normals, uv, rgba) per corner, the texture, and whether it cuts holes, for one part of a scene.
 
     Args:
       part: triangles with trimesh's visuals.
-      linear: whether vertex colours are linear light (glTF) or sRGB (the habit of .ply and .obj).
+      linear: whether vertex colours are linear light (glTF) or sRGB (usual in .ply and .obj).
       file_normals: see `load_triangles`.
     """
     faces, visual = part.faces, part.visual
-    # trimesh makes smooth normals up on demand, which rounds a box off. Only those of the file are kept: the cache has them.
+    # trimesh computes smooth normals on demand, which makes a box look round. Only normals from the file are in its cache.
     if file_normals and "vertex_normals" in part._cache:
         normals = part.vertex_normals[faces]
     else:
@@ -139,7 +139,7 @@ def _corners(part: trimesh.Trimesh, *, linear: bool, file_normals: bool) -> tupl
 def _material(material) -> tuple:
     """(base colour image or None, 8-bit linear factor or None, whether alpha cuts holes) of a trimesh material."""
     if isinstance(material, trimesh.visual.material.SimpleMaterial):
-        # An .obj's diffuse colour is often left at trimesh's grey; beside a texture it says nothing.
+        # The diffuse colour of an .obj is often trimesh's default grey. If there is a texture, it means nothing.
         return material.image, material.diffuse if material.image is None else None, False
     cutout = material.alphaMode in ("MASK", "BLEND")
     return material.baseColorTexture, material.baseColorFactor, cutout
@@ -153,7 +153,7 @@ def _linear_rgba(image: np.ndarray) -> np.ndarray:
 def look_up(
     triangles: Triangles, ids: np.ndarray, u: np.ndarray, v: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Shading normal [R 3], of any length, and linear RGBA [R 4] at barycentric (u, v) of triangles `ids`."""
+    """Shading normal [R 3] (not normalised) and linear RGBA [R 4] at barycentric (u, v) of triangles `ids`."""
     corner, along_u, along_v = triangles.attributes
     attributes = corner[ids] + along_u[ids] * u[:, None] + along_v[ids] * v[:, None]
     normal, uv, rgba = np.split(attributes, [3, 5], axis=1)
@@ -166,7 +166,7 @@ def look_up(
 
 
 def sample_texture(texture: np.ndarray, uv: np.ndarray) -> np.ndarray:
-    """Bilinear lookup in texture[h w 4] at uv[R 2], (0, 0) at the lower left corner, repeated outside [0, 1]."""
+    """Bilinear lookup in texture[h w 4] at uv[R 2]. (0, 0) is the lower left corner. The texture repeats outside [0, 1]."""
     height, width = texture.shape[:2]
     x, y = uv[:, 0] * width - 0.5, (1 - uv[:, 1]) * height - 0.5
     left, top = np.floor(x), np.floor(y)
@@ -182,12 +182,12 @@ def sample_texture(texture: np.ndarray, uv: np.ndarray) -> np.ndarray:
 
 
 def random_points(triangles: Triangles, uid: str, count: int = 10000) -> np.ndarray:
-    """[count 3] float32 points of the surface in the normalised world, uniform by area, the same for the same uid.
+    """[count 3] float32 points on the surface in the normalised world, uniform by area. The same uid gives the same points.
 
-    All of the surface counts, also what cannot be seen from outside; holes that a texture's alpha cuts do not.
+    The whole surface is sampled, including parts that are not visible from outside, but not the holes that a texture's alpha cuts.
 
     Raises:
-      InputError: the texture leaves nothing of the surface.
+      InputError: the texture makes the whole surface transparent.
     """
     rng = rng_of(uid, 2)
     area = np.cumsum(np.linalg.norm(triangles.facing.astype(np.float64), axis=1))

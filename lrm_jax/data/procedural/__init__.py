@@ -1,1 +1,1 @@
-"""Random objects, ray-traced on the device: `source` makes the batches, of `blueprints` by `assembly` and `raytrace`."""
+"""Random objects, ray-traced on the device. `source` makes batches with `blueprints`, `assembly` and `raytrace`."""

@@ -1,4 +1,7 @@
-"""Random objects by the tables of `blueprints`: from a random key to solids, holes and paint, with fixed shapes, under jit and vmap."""
+"""Draws random objects from the tables of `blueprints`: a random key becomes solids, holes and paint.
+
+Arrays have fixed shapes, so that this works under jit and vmap.
+"""
 
 import flax.struct
 import jax
@@ -9,15 +12,15 @@ from lrm_jax.data.procedural import blueprints, raytrace, shapes
 from lrm_jax.ops import srgb
 
 _MIRRORS = np.array([[1, 1, 1], [-1, 1, 1], [1, -1, 1], [-1, -1, 1]], np.float32)
-# Which of the four mirrored copies there are, by blueprints.Part.copies.
+# Which of the four mirrored copies exist, indexed by blueprints.Part.copies.
 _COPIES = np.array([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 1, 1]], bool)
 _AXES = np.array(
     [[1, 2, 0], [2, 0, 1], [0, 1, 2]]
 )  # world axes of a shape's x, y and z, by Part.axis
-_RANDOM_SHAPE = 0.06  # how often a part gets any shape at all
-_RANDOM_PAINT = 0.3  # how often an object's colours are not those of its materials
-_DRAWS = 64  # uniform numbers of the object, and of each part
-_MAX_CUT = 8  # solids with holes
+_RANDOM_SHAPE = 0.06  # probability that a part gets any shape instead of those listed
+_RANDOM_PAINT = 0.3  # probability that an object's materials exchange their colours
+_DRAWS = 64  # uniform random numbers for the object, and for each part
+_MAX_CUT = 8  # solids with holes, at most
 _WAVES = 3  # of the relief
 
 
@@ -25,25 +28,25 @@ _WAVES = 3  # of the relief
 class Paint:
     """The surface of each solid."""
 
-    colours: jax.Array  # [*B K 2 3] linear light; the pattern mixes both
-    pattern: jax.Array  # [*B K] int32, number in blueprints.PATTERNS
-    scale: jax.Array  # [*B K 3] own coordinates to pattern coordinates, whose period is 1
+    colours: jax.Array  # [*B K 2 3] linear light; the pattern mixes the two
+    pattern: jax.Array  # [*B K] int32, index in blueprints.PATTERNS
+    scale: jax.Array  # [*B K 3] from own coordinates to pattern coordinates, whose period is 1
     shift: jax.Array  # [*B K 3] of the pattern
 
 
 @flax.struct.dataclass
 class Scene:
-    """One object: its bounding box is centred on the origin, its farthest point at distance 1."""
+    """One object. Its bounding box is centred on the origin; its farthest point is at distance 1."""
 
     geometry: raytrace.Geometry
     paint: Paint
-    # [*B K M 3] world points on the solids' surfaces; absent solids have those of present ones
+    # [*B K M 3] world points on the surfaces of the solids; absent solids repeat those of solid 0
     outline: jax.Array
 
 
 def draw_scene(key: jax.Array, num_solids: int, num_holes: int) -> Scene:
-    """A random object of at most `num_solids` solids and `num_holes` holes; what a blueprint has beyond is left out."""
-    # All at once: every call of the generator takes XLA a second to compile.
+    """A random object of at most `num_solids` solids and `num_holes` holes. Any more in a blueprint are left out."""
+    # Draw all numbers at once: XLA takes a second to compile each call of the generator.
     uniform = jax.random.uniform(key, (blueprints.MAX_PARTS + 1, _DRAWS))
     own, uniform = uniform[0], uniform[1:]
     tables = jax.tree.map(jnp.asarray, blueprints.tables())
@@ -53,7 +56,7 @@ def draw_scene(key: jax.Array, num_solids: int, num_holes: int) -> Scene:
     copies, placed = _place(parts, uniform)
     sides, quadric, affine = _shape(placed, uniform)
 
-    # [4 x parts] copies in the order of the parts; those that exist first.
+    # Repeats each part for its four copies: [4 x parts].
     def spread(a):
         return jnp.repeat(a, 4, axis=0)
 
@@ -64,7 +67,7 @@ def draw_scene(key: jax.Array, num_solids: int, num_holes: int) -> Scene:
     exists, is_hole = copies.reshape(-1), spread(parts["is_hole"])
     holes, hole_order = _first(candidates, exists & is_hole, num_holes)
     is_cut = owner < jnp.max(jnp.where(exists & is_hole, owner, -1))
-    # The first one stays in front: it may have the relief.
+    # Solid 0 stays first, because it may have the relief. Solids with holes come next.
     rank = jnp.where(jnp.arange(len(owner)) == 0, 0, jnp.where(is_cut, 1, 2))
     solids, solid_order = _first(candidates, exists & ~is_hole, num_solids, rank)
     num_cut = min(num_solids, _MAX_CUT)
@@ -77,7 +80,7 @@ def draw_scene(key: jax.Array, num_solids: int, num_holes: int) -> Scene:
 
 
 def _place(parts: dict, uniform: jax.Array) -> tuple[jax.Array, dict]:
-    """([parts 4] which copies exist, what was drawn for each part and where it is)."""
+    """Returns which copies exist [parts 4], and the size, place and other drawn values of each part."""
     low, high = parts["range"][..., 0], parts["range"][..., 1]
     values = low + uniform[:, :12] * (high - low)
     size, at, pivot = values[:, :3], values[:, 3:6], values[:, 6:9]
@@ -90,7 +93,7 @@ def _place(parts: dict, uniform: jax.Array) -> tuple[jax.Array, dict]:
     shape = jnp.where((uniform[:, 14] < _RANDOM_SHAPE) & (shape > 0), any_shape, shape)
 
     def place(state, part):
-        """One part after the other, since each needs its base."""
+        """Places one part; parts are placed in order, since each needs its base."""
         centres, halves, masks = state
         base = part["base"]
         half = jnp.where(part["relative"] > 0, part["size"] * halves[base], part["size"])
@@ -111,7 +114,7 @@ def _place(parts: dict, uniform: jax.Array) -> tuple[jax.Array, dict]:
 
     count = blueprints.MAX_PARTS
     start = (jnp.zeros((count, 3)), jnp.ones((count, 3)), jnp.zeros((count, 4), bool))
-    # A first part that is everybody's base is there, whatever its chance says: only its matter may be missing.
+    # The first part is a base of others, so it is always placed; its chance only decides whether it has matter.
     is_first = jnp.arange(count) == 0
     there = uniform[:, 15] < parts["chance"]
     steps = dict(
@@ -127,7 +130,7 @@ def _place(parts: dict, uniform: jax.Array) -> tuple[jax.Array, dict]:
 
 
 def _shape(placed: dict, uniform: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """[parts ...] sides, quadric and to_local of ops.raytrace.Solids, of the unmirrored copies."""
+    """[parts ...] sides, quadric and to_local of raytrace.Solids, for the unmirrored copies."""
     kinds = {name: jnp.asarray(a)[placed["shape"]] for name, a in shapes.shape_tables().items()}
     low, high = kinds["taper"][:, 0], kinds["taper"][:, 1]
     taper = (low + uniform[:, 16] * (high - low))[:, None]
@@ -142,7 +145,7 @@ def _shape(placed: dict, uniform: jax.Array) -> tuple[jax.Array, jax.Array, jax.
 
 
 def _rotation(turn: jax.Array, tilt: jax.Array) -> jax.Array:
-    """[N 3 3] about y by `tilt`, then about z by `turn`, radians [N]."""
+    """Rotations [N 3 3] about y by `tilt`, then about z by `turn`, in radians [N]."""
     (ct, st), (cu, su) = ((jnp.cos(a), jnp.sin(a)) for a in (turn, tilt))
     zero = jnp.zeros_like(ct)
     rows = ((ct * cu, -st, ct * su), (st * cu, ct, st * su), (-su, zero, cu))
@@ -156,7 +159,7 @@ def _pick(options: jax.Array, which: jax.Array) -> jax.Array:
 def _first(
     solids: raytrace.Solids, exists: jax.Array, count: int, rank: jax.Array | int = 0
 ) -> tuple[raytrace.Solids, jax.Array]:
-    """The first `count` solids that exist, by their rank, then absent ones; and where each was."""
+    """The first `count` solids that exist, in order of rank, then absent ones; and the index where each was."""
     order = jnp.argsort(jnp.where(exists, rank, 9), stable=True)
     order = jnp.concatenate([order, jnp.zeros(count, order.dtype)])[:count]
     is_there = jnp.arange(count) < exists.sum()
@@ -166,7 +169,7 @@ def _first(
 
 
 def _draw_relief(uniform: jax.Array, height: jax.Array) -> jax.Array:
-    """[waves 4] of ops.raytrace.Geometry: each finer and lower than the one before."""
+    """The relief [waves 4] of raytrace.Geometry. Each wave is finer and lower than the one before."""
     angle, length, phase = uniform
     angle = (angle + jnp.arange(_WAVES)) * np.float32(np.pi / _WAVES)
     number = (0.35 + 0.35 * length) * jnp.arange(1, _WAVES + 1)
@@ -175,7 +178,7 @@ def _draw_relief(uniform: jax.Array, height: jax.Array) -> jax.Array:
 
 
 def _draw_paint(own: jax.Array, parts: dict, placed: dict, uniform: jax.Array) -> Paint:
-    """The paint of all parts [parts ...]: every material has one colour throughout an object. own: uniform [50]."""
+    """The paint of all parts [parts ...]. Within an object, each material has one colour. `own`: uniform [50]."""
     table = jnp.asarray(blueprints.colours())
     families, choices = table.shape[:2]
     palette = table[jnp.arange(families), (own[:families] * choices).astype(jnp.int32)]
@@ -193,7 +196,7 @@ def _draw_paint(own: jax.Array, parts: dict, placed: dict, uniform: jax.Array) -
     )
     colours = jnp.clip(jnp.stack([colour, other], axis=1), 0.01, 1)
     linear = srgb.to_linear(colours)
-    frequency = 2.0 + 3.5 * uniform[:, 21:22]  # periods in a length of 1: about half an object
+    frequency = 2.0 + 3.5 * uniform[:, 21:22]  # periods per unit length, about half an object
     half = jnp.take_along_axis(placed["half"], placed["axis"], axis=1)
     return Paint(
         colours=linear,
@@ -207,7 +210,7 @@ def _normalized(geometry: raytrace.Geometry, paint: Paint, uniform: jax.Array) -
     """Stretches the object a little along its axes, then moves and scales it into the unit sphere."""
     outline = raytrace.outlines(geometry.solids, geometry.relief)
     is_there = geometry.solids.sides[:, 2] > 0
-    # There is always a first one.
+    # Solid 0 always exists.
     outline = jnp.where(is_there[:, None, None], outline, outline[:1])
     stretch = jnp.exp((uniform - 0.5) * jnp.array([0.0, 0.25, 0.5]))
     points = outline * stretch[None, None]
@@ -216,7 +219,7 @@ def _normalized(geometry: raytrace.Geometry, paint: Paint, uniform: jax.Array) -
     radius = jnp.sqrt((points**2).sum(-1).max())
 
     def shifted(solids: raytrace.Solids) -> raytrace.Solids:
-        # World p of the unstretched object is (radius p' + centre) / stretch.
+        # The point p' of the new world is (radius p' + centre) / stretch in the unstretched one.
         linear, offset = solids.to_local[..., :3], solids.to_local[..., 3]
         offset = offset + (linear * (centre / stretch)[None, None]).sum(-1)
         linear = linear * (radius / stretch)[None, None]

@@ -1,8 +1,8 @@
-"""Kinds of objects as tables of parts: what `assembly` draws random objects from. Only data, and its packing into arrays.
+"""Kinds of objects as tables of parts, from which `assembly` draws random objects. Only data, and code to pack it into arrays.
 
 An object is a list of parts, each placed on an earlier one. Man-made things are symmetric, so a part has up to four copies,
-mirrored in the vertical planes x = 0 and y = 0. A part that is a hole is cut out of all parts that are listed before it.
-Lengths are half sizes; absolute ones have no unit, since the whole object is scaled in the end.
+mirrored in the vertical planes x = 0 and y = 0. A hole is cut out of all parts listed before it. Lengths are half sizes.
+Absolute lengths have no unit, since the whole object is scaled at the end.
 """
 
 import dataclasses
@@ -12,7 +12,9 @@ import numpy as np
 from lrm_jax.data.procedural.shapes import SHAPES
 
 MAX_PARTS = 12
-_OPTIONS = 12  # lists of 1, 2, 3, 4, 6 options are repeated to this length
+_OPTIONS = (
+    12  # lists of options are stretched to this length, evenly for 1, 2, 3, 4, 6 or 12 options
+)
 FAMILIES = {
     "wood": ("8a5a3b", "a8693d", "6e4229", "b98a5a", "8f4a3f"),
     "stone": ("7d858c", "9aa0a3", "62686f", "a39a8c", "c2bfb6"),
@@ -32,18 +34,21 @@ PATTERNS = "flat fade bands stripes checks bricks marble cap frame dots".split()
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One part. A range is (low, high) or one number; "a b" are options, drawn evenly.
+    """One part. A number may be a range (low, high). "a b" lists options, drawn with equal probability.
 
-    size: half sizes along x, y, z; in units of the base's along the axes in `relative`, otherwise absolute.
-    tie: axes whose sizes are equal, such as "xy"; the first one's counts.
-    on: number of the part that is its base; a part whose base is absent is absent too.
-    at: where on the base, in units of the base's half sizes from its centre, `pivot` of this part is, in units of its own.
-    copies: "1", "x" (mirrored in x = 0), "y", "xy" (four), or "=": as the base's.
-    axis: the world axis that the shape's own z axis is along.
-    turn, tilt: degrees about z, and after it about y, around the pivot; copies are mirrored.
-    chance: probability that the part is there.
-    paint, other: colour families; the pattern mixes both. "=": a lighter or darker shade.
-    relief: height of hills on the top, in half sizes; only of an object's first part.
+    shape: names in `shapes.SHAPES`.
+    size: half sizes along x, y, z. Along the axes in `relative`, in units of the base's half sizes; otherwise absolute.
+    tie: axes with equal sizes, such as "xy"; the size of the first axis applies to all.
+    on: index of the part that is the base. If the base is absent, so is this part.
+    at, pivot: the point `pivot` of this part is placed at the point `at` of the base. Each is an offset from the centre of its
+      part, in units of that part's half sizes.
+    copies: "1", "x" (mirrored in x = 0), "y", "xy" (four copies), or "=" (the same as the base).
+    axis: the world axis along which the shape's own z axis points.
+    turn, tilt: the part is rotated about y by `tilt`, then about z by `turn`, around the pivot; degrees. Copies are mirrored.
+    chance: probability that the part exists.
+    paint, other: colour families, mixed by the pattern. "=": a lighter or darker shade of `paint`.
+    hole: whether the part is cut out.
+    relief: height of hills on the top, in half sizes; only for an object's first part.
     """
 
     shape: str
@@ -66,12 +71,12 @@ class Part:
 
 
 def _frame(x, y, z, tie="") -> Part:
-    """No matter, only a size for others to be placed by."""
+    """A part without matter, only a size for placing other parts."""
     return Part("none", (x, y, z), tie=tie, copies="1")
 
 
 def _top(shape, size, on=0, at=(0, 0, 1), **how) -> Part:
-    """A part that stands on top of another, sunk in a little so that no gap shows."""
+    """A part on top of another. It sinks in a little, so that there is no gap."""
     return Part(shape, size, on, at, (0, 0, -0.98), **how)
 
 
@@ -88,13 +93,13 @@ _THIN = (0.02, 0.05)
 
 
 def _side(side: tuple) -> tuple:
-    """-1, 0 or 1 for each axis: on which face of the base a place is."""
+    """The face of the base that a place is on: -1, 0 or 1 for each axis."""
     middles = [np.mean(v) for v in side]
     return tuple(float(np.sign(m)) * (abs(m) >= 0.9) for m in middles)
 
 
 def _attachment(copies: str, side: tuple, chance: float) -> Part:
-    """Something on the side of the first part, in any shape."""
+    """Something of any shape on a side of the first part."""
     return Part(
         _BODY, ((0.06, 0.4), (0.06, 0.4), (0.06, 0.5)), 0, side, tuple(-v * 0.9 for v in _side(side)),
         copies=copies, turn=(-20, 20), chance=chance, paint=_ANY + " wall light", other="dark light", pattern=_LOOKS,
@@ -422,7 +427,7 @@ _COPIES = ("1", "x", "y", "xy", "=")
 
 
 def _packed(part: Part, position: int) -> dict[str, np.ndarray]:
-    """A part as numbers; `tables` says what they are."""
+    """A part as numbers, in the layout of `tables`."""
     if not 0 <= part.on < max(position, 1):
         raise ValueError(f"part {position}: its base {part.on} must come before it")
     tie = [part.tie[0] if axis in part.tie else axis for axis in "xyz"]
@@ -448,7 +453,8 @@ def _packed(part: Part, position: int) -> dict[str, np.ndarray]:
 def tables() -> dict[str, np.ndarray]:
     """All kinds as arrays with leading axes [kinds, MAX_PARTS]; absent parts have a chance of 0.
 
-    range [12 2]: size, at and pivot (3 each), turn, tilt, relief; the lists of options have 12 entries. tickets [kinds].
+    range [12 2]: size, at and pivot (3 each), turn, tilt, relief. Lists of options have 12 entries. tickets [kinds]: relative
+    frequency of each kind.
     """
     nothing = Part("none", (0, 0, 0), chance=0.0, copies="1")
     kinds = []

@@ -1,4 +1,4 @@
-"""The solids that parts of objects are, as numbers of `raytrace.Solids`. Only data, and its packing into arrays."""
+"""The shapes of parts, as numbers of `raytrace.Solids`. Only data, and code to pack it into arrays."""
 
 import numpy as np
 
@@ -6,17 +6,17 @@ _WIDE = (1.0, 0, 9, 0, 9, 0)
 _APOTHEM = 3**0.5 / 2
 _FLAT, _ROUND = (0.0, 0, 1, 0), (1.0, 0, 1, 0)
 _SLANT = (0.0, 0, -0.5, 0.5, -0.5, 0.5)  # all sides lean inwards
-_GABLE = (0.0, 0, 0, 0, -0.5, 0.5)  # only those of +y and -y
+_GABLE = (0.0, 0, 0, 0, -0.5, 0.5)  # only the +y and -y sides do
 _HEX_SLANT = (0.0, 0, -_APOTHEM / 2, _APOTHEM / 2, -_APOTHEM / 2, _APOTHEM / 2)
 _CONE = (0.0, 0, -0.5, 0.5)
 _SQUARE = (0.0, 1, 1, 0, 1, 0)
 _HEX = (0.5, _APOTHEM, _APOTHEM, 0, _APOTHEM, 0)
 _NO = ((0.0,) * 6, (0.0,) * 4)
-# name: sides, quadric, what a taper of 1 adds to them, range of the taper, whether it stands on its top
+# name: sides, quadric, what a taper of 1 adds to each, range of the taper, whether the shape is upside down
 SHAPES = {
     "none": ((1.0, 0, -1, 0, 9, 0), _FLAT, *_NO, (0, 0), False),
     "box": (_SQUARE, _FLAT, *_NO, (0, 0), False),
-    "slab": (_SQUARE, _FLAT, _SLANT, _NO[1], (0.03, 0.15), False),  # a box with a little slope
+    "slab": (_SQUARE, _FLAT, _SLANT, _NO[1], (0.03, 0.15), False),  # a box with slightly sloping sides
     "block": (_SQUARE, _FLAT, _SLANT, _NO[1], (0.2, 0.6), False),
     "trough": (_SQUARE, _FLAT, _SLANT, _NO[1], (0.15, 0.5), True),
     "pyramid": (_SQUARE, _FLAT, _SLANT, _NO[1], (1, 1), False),
@@ -39,7 +39,7 @@ SHAPES = {
 
 
 def shape_tables() -> dict[str, np.ndarray]:
-    """The shapes as arrays [shapes ...]: sides, quadric, what a taper of 1 adds to them, the taper's range, is_upended."""
+    """The shapes as arrays [shapes ...]: sides, quadric, what a taper of 1 adds to each, the taper's range, is_upended."""
     names = ("sides", "quadric", "sides_taper", "quadric_taper", "taper", "is_upended")
     columns = zip(*SHAPES.values(), strict=True)
     return {name: np.array(column, np.float32) for name, column in zip(names, columns, strict=True)}

@@ -1,8 +1,8 @@
-"""Objects that need no files: drawn at random and ray-traced on the device, as many as a run will ever eat.
+"""Objects that need no files: drawn at random and ray-traced on the device, in practically unlimited number.
 
-Reconstruction models learn from such objects alone: LRM-Zero (https://arxiv.org/abs/2406.09371), MegaSynth
-(https://arxiv.org/abs/2410.14166). These ones look like the toys and game assets that `tools/render_objects.py` renders, in the same
-light, from the same cameras, so that both sets mix. An object is a function of the seed, the split and its index.
+Reconstruction models can learn from such objects alone: LRM-Zero (https://arxiv.org/abs/2406.09371), MegaSynth
+(https://arxiv.org/abs/2410.14166). These objects look like toys and game assets. They have the same light and cameras as the
+images of `tools/render_objects.py`, so that the two can be mixed. An object is a function of the seed, the split and its index.
 """
 
 import functools
@@ -22,10 +22,10 @@ from lrm_jax.types import Batch, Cameras, InputError, Views
 
 SPLITS = ("train", "val")
 NUM_VALIDATION = 64
-# The light of tools/render_objects.py.
+# The same light as in tools/render_objects.py.
 SUN = np.array([0.45, -0.55, 0.70], np.float32) / np.float32(np.linalg.norm([0.45, -0.55, 0.70]))
 _SAMPLES = 2  # along each side of a pixel
-_CHUNK = 2**12  # rays at a time, of each view: what they need stays in a CPU's cache
+_CHUNK = 2**12  # rays of each view at a time: their data fits in a CPU's cache
 
 
 def make(
@@ -46,19 +46,20 @@ def make(
     elevation: tuple[float, float] = (-30.0, 75.0),
     fov: float = 40.0,
 ) -> Source:
-    """Random objects; the fields are those of `elements.Recipe` and the following.
+    """Random objects. The fields are those of `elements.Recipe`, and the following.
 
     Args:
-      split: "train": 2^32 objects, over and over; "val": 64 others.
-      seed: of everything.
-      num_primitives: convex solids that an object is made of, at most.
-      num_holes: cut out of it, at most.
-      distance: of the cameras from the origin; the object's radius is 1.
-      elevation: degrees, of half of the views besides the sources; the other half has `source_elevation`, as photographs.
+      split: "train": 2^32 objects, repeated endlessly; "val": 64 others.
+      seed: seed of everything random.
+      num_primitives: largest number of convex solids in an object.
+      num_holes: largest number of holes in an object.
+      distance: (low, high), distance of the cameras from the origin; the object's radius is 1.
+      elevation: (low, high), degrees, for half of the views besides the sources, at random. The other half has
+        `source_elevation`, like photographs.
       fov: full vertical field of view of the target views, degrees.
 
     Raises:
-      InputError: a field is out of its range.
+      InputError: a field is out of range.
     """
     make_recipe(
         split,
@@ -110,9 +111,9 @@ def scene_views(
     num_primitives: int = 16,
     num_holes: int = 4,
 ) -> Views:
-    """What Cameras[V], outside of the unit sphere, see of the object at an index: Views without the B axis, square.
+    """Square views of the object at an index, from Cameras[V] outside the unit sphere: Views without the B axis.
 
-    The object is in its own frame, as `make` with `normalize=None` has it.
+    The object is in its own frame, as in `make` with `normalize=None`.
     """
     how = dict(split=split, seed=seed, num_primitives=num_primitives, num_holes=num_holes)
     return render(scene_at(index, **how), cameras, size)
@@ -122,7 +123,7 @@ def scene_views(
 def scene_at(
     index: int | jax.Array, *, split: str, seed: int, num_primitives: int = 16, num_holes: int = 4
 ) -> assembly.Scene:
-    """The object at an index. `ops.raytrace.contains(scene.geometry, xyz)` says which points are within it."""
+    """The object at an index. `raytrace.contains(scene.geometry, xyz)` tells which points are inside it."""
     return assembly.draw_scene(_keys(seed, split, index)[0], num_primitives, num_holes)
 
 
@@ -141,7 +142,7 @@ def _check(split, seed, num_primitives, num_holes, source_elevation, elevation, 
         raise InputError(f"data.seed={seed}: must be from 0 to 2**32 - 1")
     if num_primitives < 1 or num_holes < 0:
         raise InputError(
-            f"data.num_primitives={num_primitives}, data.num_holes={num_holes}: at least 1 and 0"
+            f"data.num_primitives={num_primitives}, data.num_holes={num_holes}: must be at least 1 and 0"
         )
     if not -90 <= elevation[0] <= elevation[1] <= 90:
         raise InputError(f"data.elevation={elevation}: needs -90 <= low <= high <= 90")
@@ -156,7 +157,7 @@ def _element(index: int) -> dict[str, np.ndarray]:
 
 
 def _keys(seed: int | jax.Array, split: str, index: jax.Array) -> jax.Array:
-    """[2] keys of an object and of its cameras. Indices of different splits never meet."""
+    """Two keys [2], for an object and for its cameras. Different splits never share keys."""
     key = jax.random.key(jnp.asarray(seed, jnp.uint32))
     key = jax.random.fold_in(key, SPLITS.index(split))
     return jax.random.split(jax.random.fold_in(key, index))
@@ -168,7 +169,7 @@ def _keys(seed: int | jax.Array, split: str, index: jax.Array) -> jax.Array:
 def _draw_cameras(
     key, num_source, num_target, source_elevation, elevation, distance, fov
 ) -> Cameras:
-    """Cameras[V] that look at the origin; the sources first."""
+    """Cameras[V] that look at the origin, the sources first."""
     count = num_source + num_target
     azimuth, height, far, coin = jax.random.uniform(key, (4, count))
     bands = np.radians(np.array([source_elevation, elevation], np.float32))
@@ -186,7 +187,7 @@ def _draw_cameras(
 
 
 def _crop(cameras: Cameras, outline: jax.Array, ratio: float) -> Cameras:
-    """The cameras of square crops around the object, whose longer side fills `ratio` of them, as in `ops.images.recenter_foreground`."""
+    """The cameras of square crops around the object. Its longer side fills `ratio`, as in `images.recentre`."""
     points = jnp.broadcast_to(outline.reshape(1, -1, 3), (len(cameras.c2w), outline.size // 3, 3))
     uv, _ = cameras_lib.project(cameras, points)
     low, high = uv.min(1), uv.max(1)
@@ -196,7 +197,7 @@ def _crop(cameras: Cameras, outline: jax.Array, ratio: float) -> Cameras:
 
 
 def _normalized_poses(cameras: Cameras, sources: Cameras, normalize: str | None, assumed_camera):
-    """The poses [V 4 4] in the world that `normalization.object_motion` leads to; the first cameras are the sources, uncropped."""
+    """The poses [V 4 4] after the motion of `normalization.object_motion`. `cameras` begin with the sources, uncropped."""
     if normalize is None:
         return cameras.c2w
     c2w = sources.c2w[0]
@@ -218,10 +219,10 @@ def _views(scene: assembly.Scene, cameras: Cameras, size: int) -> Views:
 
 
 def _image(scene: assembly.Scene, camera: Cameras, size: int) -> tuple[jax.Array, jax.Array]:
-    """uint8 straight sRGB [size size 3] and alpha [size size], the mean of 2 x 2 samples of a pixel.
+    """uint8 straight sRGB [size size 3] and alpha [size size], averaged over 2 x 2 samples per pixel.
 
-    Several loops over strips of the image where one would do: what a loop returns is stored, but what is fused into one
-    expression, XLA computes for a CPU anew for each of its uses, which takes ten times as long.
+    This loops over strips of the image several times, although one loop would do. The results of a loop are stored. In one fused
+    expression, XLA for CPUs would recompute each value for each of its uses, which takes ten times as long.
     """
     fine, geometry = size * _SAMPLES, scene.geometry
     fits = [r for r in range(1, size + 1) if size % r == 0 and r * _SAMPLES * fine <= _CHUNK]
@@ -266,9 +267,9 @@ def _image(scene: assembly.Scene, camera: Cameras, size: int) -> tuple[jax.Array
 
 
 def _light(hits: raytrace.Hits, normal: jax.Array) -> jax.Array:
-    """[*R] what a white surface sends to the camera; 0 where nothing is met."""
+    """The light [*R] that a white surface sends to the camera; 0 if the ray misses."""
     sun = jnp.maximum(sum(normal[..., i] * SUN[i] for i in range(3)), 0)
-    # The inside of a hole sees less of the sky.
+    # The inside of a hole gets less light from the sky.
     light = (0.50 + 0.15 * normal[..., 2] + 0.50 * sun) * jnp.where(hits.hole >= 0, 0.8, 1.0)
     return jnp.where(hits.inverse_depth > 0, light, 0)
 
@@ -276,14 +277,14 @@ def _light(hits: raytrace.Hits, normal: jax.Array) -> jax.Array:
 def _second_fraction(
     scene: assembly.Scene, hits: raytrace.Hits, xyz: jax.Array, up: jax.Array
 ) -> jax.Array:
-    """[*R] share of the second colour, in [0, 1], on surfaces at xyz whose normals have `up` as z."""
+    """The share [*R] of the second colour, in [0, 1], at surface points xyz whose normals have the z component `up`."""
     tables = scene.geometry.solids.to_local, scene.paint.replace(colours=None)
     own, paint = raytrace.rows(tables, hits.solid)
     p = raytrace.to_local(own, xyz)
     x, y, z = (paint.scale[..., i] * p[i] + paint.shift[..., i] for i in range(3))
     row = jnp.floor(2 * z)
     along = x + y + 0.5 * row
-    # The second largest coordinate is near 1 along the edges of a box.
+    # The second largest coordinate (absolute) is near 1 along the edges of a box.
     ax, ay, az = (jnp.abs(v) for v in p)
     second = jnp.maximum(jnp.minimum(ax, ay), jnp.minimum(jnp.maximum(ax, ay), az))
     swirl = _wave(0.6 * x + 0.4 * y) + _wave(0.5 * z + 0.3 * x)
@@ -311,6 +312,6 @@ def _fraction(x: jax.Array) -> jax.Array:
 
 
 def _wave(x: jax.Array) -> jax.Array:
-    """A smooth wave of period 1 in [0, 1]."""
+    """A smooth wave with period 1 and values in [0, 1]."""
     u = _fraction(x)
     return 16 * (u * (1 - u)) ** 2

@@ -1,1 +1,1 @@
-"""What several families are made of: ViT, triplanes, transformer layers, tables of PyTorch names."""
+"""Parts that the families share: ViT, triplanes, transformer layers, tables of PyTorch names."""

@@ -1,8 +1,8 @@
-"""DINO v1 and DINOv2 encoders on their own: what a family's encoder can start from.
+"""Stand-alone DINO v1 and DINOv2 encoders: pretrained weights for a family's image encoder.
 
-Written as `transformers` publishes them (ViTModel, Dinov2Model, Dinov2WithRegistersModel), with its config.json. Read from these
-and from the torch-hub files, whose names are changed to `transformers`'. What the encoders never use (pooler, mask token) is
-dropped, and made again as zeros.
+Files are written in the form of `transformers` (ViTModel, Dinov2Model, Dinov2WithRegistersModel), with its config.json. Both this
+form and the torch-hub files are read; the latter's names are translated. Tensors that the encoders never use (pooler, mask token)
+are dropped when reading and written as zeros.
 """
 
 import re
@@ -15,7 +15,7 @@ from lrm_jax.models.parts import torch_layout, vit
 MODEL = vit.ViT
 VARIANTS = vit.VARIANTS
 
-# torch hub -> transformers; the packed q, k, v are treated apart.
+# torch hub -> transformers; the packed q, k, v are handled separately.
 _HUB_NAMES = (
     (r"^pos_embed$", "embeddings.position_embeddings"),
     (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."),
@@ -32,12 +32,12 @@ _DINO_NAMES = (
 )
 _DINOV2_NAMES = ((r"\.ls([12])\.gamma$", r".layer_scale\1.lambda1"),)
 
-# The published sizes, by their letter: width, depth, heads.
+# The published sizes, by letter: width, depth, heads.
 _SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16)}
 
 
 def own_tensors(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The encoder's own tensors: without wrappers of the names, heads and what the encoder never uses."""
+    """The encoder's own tensors: without name prefixes of wrappers, heads and tensors that it never uses."""
     for prefix in ("backbone.", "vit.", "dinov2.", "dinov2_with_registers."):
         if any(name.startswith(prefix) for name in state):
             state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
@@ -46,7 +46,7 @@ def own_tensors(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def transformers_names(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """An encoder's own tensors under the names of `entries`, from these or those of torch hub."""
+    """An encoder's own tensors under the names of `entries`, from these names or torch hub's."""
     if not _is_hub(state):
         return state
     of_blocks = _DINOV2_NAMES if "blocks.0.ls1.gamma" in state else _DINO_NAMES
@@ -67,19 +67,19 @@ def _is_hub(state):
 
 
 def fields_from_torch(state: dict[str, np.ndarray]) -> dict:
-    """What the names and shapes of an encoder's own tensors tell of the fields of `vit.ViT`: all of them."""
+    """The fields of `vit.ViT`, all from the names and shapes of an encoder's own tensors."""
     fields = vit.hub_fields("", state) if _is_hub(state) else vit.hf_fields("", state)
     return dict(num_registers=0, layer_scale=False) | fields
 
 
 def fields_from_config(config: Mapping) -> dict:
-    """What `transformers`' config.json tells that shapes do not."""
+    """The fields that only `transformers`' config.json states, not the shapes."""
     told = dict(num_heads=config["num_attention_heads"])
     return told | ({"norm_epsilon": config[k]} if (k := "layer_norm_eps") in config else {})
 
 
 def config_to_torch(model: vit.ViT) -> dict:
-    """The config.json that belongs to `to_torch`."""
+    """The config.json that goes with `to_torch`."""
     config = {
         "hidden_size": model.width,
         "num_hidden_layers": model.depth,
@@ -105,14 +105,14 @@ def config_to_torch(model: vit.ViT) -> dict:
 
 
 def entries(model: vit.ViT) -> list[torch_layout.Entry]:
-    """The names of the encoder in `transformers`' files, without what it never uses."""
+    """The encoder's names in `transformers`' files, without tensors that it never uses."""
     if not model.layer_scale:
         return vit.hf_entries("", "encoder", model.depth)
     return vit.hf_dinov2_entries("encoder", model.depth, model.num_registers > 0)
 
 
 def from_torch(state: dict[str, np.ndarray], model: vit.ViT) -> dict:
-    """Parameters of an encoder's state dict, in the names of `entries`."""
+    """Parameters of an encoder's state dict with the names of `entries`."""
     return torch_layout.from_torch(entries(model), state)["encoder"]
 
 
@@ -127,9 +127,9 @@ def to_torch(params: dict, model: vit.ViT) -> dict[str, np.ndarray]:
 
 
 def published_name(encoder: Mapping) -> str | None:
-    """What the references' configs call an encoder, None where nobody published one of its fields.
+    """The name of an encoder in the references' configs; None if no published encoder has these fields.
 
-    DINO v1 by its name at Hugging Face, as `facebook/dino-vitb16`; DINOv2 by torch hub's, as `dinov2_vitb14_reg`.
+    For DINO v1 its name on Hugging Face, such as `facebook/dino-vitb16`; for DINOv2 torch hub's, such as `dinov2_vitb14_reg`.
     """
     encoder = {**dict(num_registers=0, layer_scale=False), **encoder}
     size = next(

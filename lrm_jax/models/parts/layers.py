@@ -1,4 +1,4 @@
-"""Transformer parts that the families share. Parameters are float32, compute is in `dtype`, norms and softmax in float32."""
+"""Transformer layers that the families share. Parameters are float32; computation is in `dtype`, norms and softmax in float32."""
 
 from collections.abc import Callable
 
@@ -14,9 +14,9 @@ torch_linear_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 def layer_norm(epsilon: float, name: str) -> nn.LayerNorm:
-    """Layer normalisation over the last axis, in and to float32; the linear layer that follows casts to its own dtype.
+    """Layer normalisation over the last axis, computed and returned in float32; the next linear layer casts to its own dtype.
 
-    `epsilon` has no default: the references use 1e-5, 1e-6 and 1e-12.
+    `epsilon` has no default, because the references use 1e-5, 1e-6 and 1e-12.
     """
     return nn.LayerNorm(epsilon=epsilon, use_fast_variance=False, dtype=jnp.float32, name=name)
 
@@ -68,18 +68,18 @@ def _mlp(module, x_BLD):
 
 
 def gelu(x):
-    """Exact GELU (https://arxiv.org/abs/1606.08415, section 2) by erf, in float32, as PyTorch has it.
+    """Exact GELU (https://arxiv.org/abs/1606.08415, section 2) by erf, in float32, as in PyTorch.
 
-    JAX's goes by erfc, which costs several times as much on a CPU and differs where the result is nearly 0.
+    JAX's GELU uses erfc, which takes several times as long on a CPU and differs where the result is nearly 0.
     """
     wide = x.astype(jnp.float32)
     return (0.5 * wide * (1 + jax.lax.erf(wide * 2**-0.5))).astype(x.dtype)
 
 
 def sincos_code(length: int, channels: int) -> Float[Array, "length channels"]:
-    """Sine-cosine codes of places along an axis (https://arxiv.org/abs/1706.03762, section 3.5), channels even.
+    """Sine-cosine codes of positions along an axis (https://arxiv.org/abs/1706.03762, section 3.5); `channels` is even.
 
-    Wavelengths run from 2 to 200 sixteenths of the axis, so that grids of different lengths have equal codes for equal places.
+    Wavelengths run from 2 to 200 sixteenths of the axis, so that grids of different lengths have equal codes at equal positions.
     """
     frequency = jnp.pi * 10.0 ** -jnp.linspace(0.0, 2.0, channels // 2)[None]
     angle = (jnp.arange(length) + 0.5)[:, None] * (16 / length) * frequency
@@ -87,7 +87,7 @@ def sincos_code(length: int, channels: int) -> Float[Array, "length channels"]:
 
 
 def sincos_grid(rows: Float[Array, "h C"], columns: Float[Array, "w C"]) -> Float[Array, "h w 2*C"]:
-    """The codes of a grid: the row's, then the column's."""
+    """The codes of a grid: the row's code, then the column's."""
     shape = (rows.shape[0], columns.shape[0], rows.shape[1])
     return jnp.concatenate(
         [jnp.broadcast_to(rows[:, None], shape), jnp.broadcast_to(columns[None], shape)], axis=-1
@@ -95,10 +95,10 @@ def sincos_grid(rows: Float[Array, "h C"], columns: Float[Array, "w C"]) -> Floa
 
 
 def stack(block: type[nn.Module], depth: int, remat: bool = True, **fields) -> nn.Module:
-    """`depth` blocks with stacked parameters in a scan: called as (x, *context) -> (x, None).
+    """A scan over `depth` blocks with stacked parameters, called as (x, *context) -> (x, None).
 
-    A block's `__call__(x, *context)` returns (x, None); the further arguments are the same for every block. `remat`: the
-    backward pass computes each block again, so that only the blocks' inputs are kept.
+    A block's `__call__(x, *context)` returns (x, None); `context` is the same for every block. With `remat`, the backward
+    pass recomputes each block, so that only the blocks' inputs are stored.
     """
     scanned = nn.scan(
         nn.remat(block, prevent_cse=False) if remat else block,

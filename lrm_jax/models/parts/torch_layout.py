@@ -1,5 +1,5 @@
-"""Tables of names between a PyTorch state dict and our parameters: each family's `from_torch` and `to_torch` read one table in
-opposite directions, so they are exact inverses."""
+"""Tables that map the names of a PyTorch state dict to our parameters. Each family's `from_torch` and `to_torch` read one table
+in opposite directions, so they are exact inverses."""
 
 import dataclasses
 import functools
@@ -10,10 +10,10 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One torch tensor and the parameters it holds.
+    """One torch tensor and the parameters that it holds.
 
-    Several parameters are packed along the torch tensor's first axis (q, k, v). With `layer`, each parameter is stacked over
-    the layers and this tensor holds number `layer` of it.
+    Several parameters (q, k, v) are packed along the torch tensor's first axis. If `layer` is given, our parameters are
+    stacked over layers, and this tensor holds layer number `layer`.
     """
 
     torch: str
@@ -28,7 +28,7 @@ def same(torch: str, ours: str, layer: int | None = None) -> Entry:
 
 
 def permuted(torch: str, ours: str, axes: tuple[int, ...]) -> Entry:
-    """A tensor whose axes change their order."""
+    """A tensor whose axes are permuted."""
     return Entry(torch, (ours,), axes)
 
 
@@ -88,7 +88,7 @@ def to_torch(entries: list[Entry], params: dict) -> dict[str, np.ndarray]:
 
 
 def torch_shapes(entries: list[Entry], params: dict) -> dict[str, tuple[int, ...]]:
-    """The names and shapes that `to_torch` would write, from anything with the parameters' shapes (`jax.eval_shape`'s result)."""
+    """The names and shapes that `to_torch` would write, from a tree of arrays or of anything with shapes (`jax.eval_shape`)."""
     shapes = {}
     for entry in entries:
         parts = []
@@ -103,5 +103,5 @@ def torch_shapes(entries: list[Entry], params: dict) -> dict[str, tuple[int, ...
 
 
 def count(state: dict, prefix: str) -> int:
-    """How many different numbers follow `prefix` in the names: the depth of a stack."""
+    """The number of different indices that follow `prefix` in the names: the depth of a stack."""
     return len({name[len(prefix) :].split(".")[0] for name in state if name.startswith(prefix)})

@@ -1,4 +1,4 @@
-"""Triplane neural radiance fields: from plane tokens to planes, and from planes to the colour of rays."""
+"""Triplane neural radiance fields: from plane tokens to planes, and from planes to the colours of rays."""
 
 import functools
 from collections.abc import Callable
@@ -41,7 +41,7 @@ class Upsample(nn.Module):
 class Decoder(nn.Module):
     """The parameters of the field's MLP, as a list of (kernel, bias) for the pure functions below.
 
-    It takes the features of the three planes concatenated and gives raw density and colour.
+    The MLP maps the concatenated features of the three planes to raw density and colour.
     """
 
     in_channels: int
@@ -64,10 +64,11 @@ class Decoder(nn.Module):
 def project_planes(
     triplane_PhwC: Float[Array, "P h w C"], layers: list, dtype: str
 ) -> Float[Array, "P h w F"]:
-    """The planes seen through the decoder's first layer, without its bias.
+    """The planes after the decoder's first layer, without its bias.
 
-    Bilinear lookup commutes with a linear map, so looking these up and adding the three results equals looking up the planes,
-    concatenating and multiplying by the first kernel: once for each cell instead of once for each sample.
+    Bilinear lookup commutes with a linear map. So looking these planes up and adding the three results is the same as looking
+    up the original planes, concatenating, and multiplying by the first kernel. But the product is done once per cell, not once
+    per sample.
     """
     P, _, _, C = triplane_PhwC.shape
     kernel_PCF = layers[0][0].reshape(P, C, -1)
@@ -93,7 +94,7 @@ def evaluate(
 
 @jax.custom_vjp
 def _matmul(x_QF, kernel_FG):
-    """A product whose gradients are written as XLA's CPU back end runs them fast: JAX's own transposes a Q x F array a layer."""
+    """A matrix product whose gradient is fast in XLA's CPU backend: JAX's own transposes a Q x F array in each layer."""
     return x_QF @ kernel_FG
 
 
@@ -118,9 +119,9 @@ def render(
     key: jax.Array | None,
     chunk: int | None,
 ) -> Rendering:
-    """Renders rays [B V H W] of B scenes: `march(projected_PhwF, layers, rays[R], key)`, mapped over scenes and chunks of rays.
+    """Renders rays [B V H W] of B scenes: maps `march(projected_PhwF, layers, rays[R], key)` over scenes and chunks of rays.
 
-    On a CPU each device takes its scenes one after another: the planes of one, and their gradient, stay in its cache.
+    On a CPU each device renders its scenes one after another, so that one scene's planes and their gradient stay in the cache.
     """
 
     def one_scene(layers, triplane_PhwC, rays, key):
@@ -145,7 +146,7 @@ def query(
     dtype: str,
     xyz: Float[Array, "B Q 3"],
 ) -> tuple[Float[Array, "B Q"], Float[Array, "B Q 3"]]:
-    """Evaluates `field(projected_PhwF, layers, xyz[Q 3])` of B scenes."""
+    """Evaluates `field(projected_PhwF, layers, xyz[Q 3])` for B scenes."""
 
     def one_scene(triplane_PhwC, xyz_Q3):
         return field(project_planes(triplane_PhwC, layers, dtype), layers, xyz_Q3)
@@ -162,15 +163,15 @@ def render_in_chunks(
     """Applies `march` to chunks of rays in a rematerialised scan, so that memory does not grow with the number of rays.
 
     Rematerialisation makes this the deferred back-propagation of ARF (https://arxiv.org/abs/2206.06360): the backward pass
-    renders one chunk again at a time.
+    renders the chunks again, one at a time.
 
     Args:
       march: renders rays [R] with a key for this chunk.
       rays: any batch shape; their number is padded to a multiple of the chunk.
-      chunk: rays a call of `march`; None chooses by the device.
+      chunk: the most rays in a call of `march`. None: chosen for the device.
       key: None makes every chunk deterministic.
     """
-    # The activations of 128 rays fit a CPU's cache; an accelerator needs enough of them to be busy.
+    # The activations of 128 rays fit in a CPU's cache; an accelerator needs more rays to be busy.
     chunk = chunk or (128 if sharding.platform() == "cpu" else 4096)
     shape = rays.origins.shape[:-1]
     flat = jax.tree.map(lambda x: x.reshape(-1, 3), rays)
@@ -198,7 +199,7 @@ def render_in_chunks(
 
 
 def decoder_entries(prefix: str, num_layers: int) -> list[torch_layout.Entry]:
-    """Names of the references' `nn.Sequential` of linear layers with an activation after each but the last."""
+    """Names in the references' `nn.Sequential`: linear layers with an activation after each but the last."""
     return [
         entry
         for i in range(num_layers)

@@ -1,4 +1,4 @@
-"""Vision transformers: DINO v1 (https://arxiv.org/abs/2104.14294) and DINOv2 with registers (https://arxiv.org/abs/2309.16588)."""
+"""Vision transformers: DINO v1 (https://arxiv.org/abs/2104.14294), DINOv2 with registers (https://arxiv.org/abs/2309.16588)."""
 
 import dataclasses
 import math
@@ -16,7 +16,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 VARIANTS = {
-    # https://huggingface.co/facebook/dino-vitb16; its layer norms use 1e-12, those of the torch-hub file 1e-6.
+    # https://huggingface.co/facebook/dino-vitb16; its layer norms use 1e-12, the torch-hub file's 1e-6.
     "dino-vitb16": dict(
         patch=16, width=768, depth=12, num_heads=12, grid=14, resize="dino", norm_epsilon=1e-12
     ),
@@ -43,7 +43,7 @@ class ViT(nn.Module):
     depth: int
     num_heads: int
     grid: int  # side of the grid of learned positions
-    resize: str  # how positions are resized to another grid: "dino" or "dinov2"
+    resize: str  # how the learned positions are resized to another grid: "dino" or "dinov2"
     norm_epsilon: float
     num_registers: int = 0
     layer_scale: bool = False
@@ -52,7 +52,7 @@ class ViT(nn.Module):
 
     @nn.compact
     def __call__(self, rgb_BHW3: Float[Array, "B H W 3"]) -> Float[Array, "B L D"]:
-        """Returns the normalised CLS and patch tokens, in this order, row by row; registers are dropped."""
+        """Returns the normalised CLS token, then the patch tokens row by row; registers are dropped."""
         patch, width = self.patch, self.width
         kernel = self.param(
             "patch_kernel",
@@ -122,7 +122,7 @@ def _init_positions(key, shape):
 
 
 def _resize_positions(positions_LD, grid, h, w, resize):
-    """Bicubic resize of the learned grid, as the reference of each encoder does it."""
+    """Bicubic resize of the learned grid, as in each encoder's reference."""
     positions_hwD = positions_LD.reshape(grid, grid, -1)
     if (h, w) == (grid, grid):
         return positions_hwD
@@ -130,7 +130,7 @@ def _resize_positions(positions_LD, grid, h, w, resize):
         return jax.image.resize(
             positions_hwD, (h, w, positions_LD.shape[-1]), "cubic", antialias=True
         )
-    # Parity: DINO adds 0.1 to the target size against rounding and so scales by (h + 0.1) / grid, not h / grid
+    # Parity: DINO adds 0.1 to the target size to guard against rounding, and so scales by (h + 0.1) / grid, not h / grid
     # (transformers 4.35, ViTEmbeddings.interpolate_pos_encoding).
     return jax.image.scale_and_translate(
         positions_hwD, (h, w, positions_LD.shape[-1]), (0, 1), jnp.array([h + 0.1, w + 0.1]) / grid,
@@ -139,14 +139,14 @@ def _resize_positions(positions_LD, grid, h, w, resize):
 
 
 def normalize(rgb_BHW3: Float[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
-    """sRGB in [0, 1] to ImageNet's zero mean and unit deviation."""
+    """sRGB in [0, 1], normalised by ImageNet's mean and standard deviation."""
     return (rgb_BHW3 - jnp.array(IMAGENET_MEAN)[None, None, None]) / jnp.array(IMAGENET_STD)[
         None, None, None
     ]
 
 
 def hf_entries(prefix: str, to: str, depth: int) -> list[torch_layout.Entry]:
-    """Names of `transformers`' ViTModel (DINO v1), without the pooler."""
+    """Names in `transformers`' ViTModel (DINO v1), without the pooler."""
     linear, same, at = torch_layout.linear, torch_layout.same, prefix + "embeddings."
     entries = [
         same(at + "cls_token", f"{to}.cls_token"),
@@ -177,7 +177,7 @@ def hf_entries(prefix: str, to: str, depth: int) -> list[torch_layout.Entry]:
 def hub_entries(
     prefix: str, to: str, depth: int, registers: bool, layer_scale: bool
 ) -> list[torch_layout.Entry]:
-    """Names of the torch-hub files of DINO and DINOv2 (packed q, k, v)."""
+    """Names in the torch-hub files of DINO and DINOv2 (q, k, v are packed)."""
     linear, same = torch_layout.linear, torch_layout.same
     entries = [
         same(prefix + "cls_token", f"{to}.cls_token"),
@@ -205,12 +205,12 @@ def hub_entries(
 
 
 def hf_dinov2_entries(to: str, depth: int, registers: bool) -> list[torch_layout.Entry]:
-    """Names of `transformers`' Dinov2Model and Dinov2WithRegistersModel, without the mask token: ViTModel's, but within blocks."""
+    """Names in `transformers`' Dinov2Model and Dinov2WithRegistersModel, without the mask token: ViTModel's outside blocks."""
     names = (
         (".layernorm_before.", ".norm1."),
         (".layernorm_after.", ".norm2."),
         (".intermediate.dense.", ".mlp.fc1."),
-        # Not that of the attention's output.
+        # Not the attention's output layer.
         (".output.dense.", ".mlp.fc2."),
     )
     entries = []
@@ -229,8 +229,8 @@ def hf_dinov2_entries(to: str, depth: int, registers: bool) -> list[torch_layout
 
 
 def hf_fields(prefix: str, state: dict) -> dict:
-    """A ViT's fields from the shapes of its HF names: DINOv2 where there are layer scales, else DINO v1. Heads are 64 wide, as in
-    every published ViT (4 heads where the width is no multiple of 64: nobody published one)."""
+    """A ViT's fields from shapes under its Hugging Face names: DINOv2 if it has layer scales, else DINO v1. Heads are 64 wide, as
+    in every published ViT; if the width is not a multiple of 64 (none is published), there are 4 heads."""
     kernel = state[prefix + "embeddings.patch_embeddings.projection.weight"].shape
     positions = state[prefix + "embeddings.position_embeddings"].shape
     depth = torch_layout.count(state, prefix + "encoder.layer.")
@@ -241,7 +241,7 @@ def hf_fields(prefix: str, state: dict) -> dict:
 
 
 def hub_fields(prefix: str, state: dict) -> dict:
-    """As `hf_fields`, for torch-hub names: DINOv2 where there are layer scales, else DINO v1."""
+    """As `hf_fields`, for torch-hub names."""
     kernel, positions = (
         state[prefix + "patch_embed.proj.weight"].shape,
         state[prefix + "pos_embed"].shape,
@@ -254,7 +254,7 @@ def hub_fields(prefix: str, state: dict) -> dict:
 
 
 def _dinov2_fields(kernel_shape, positions_shape, depth, registers):
-    # Parity: only the models with registers were made with interpolate_antialias=True and interpolate_offset=0.
+    # Parity: only the models with registers use interpolate_antialias=True and interpolate_offset=0.
     resize = "dinov2" if registers else "dino"
     fields = _fields(kernel_shape, positions_shape, depth, resize=resize, norm_epsilon=1e-6)
     return fields | dict(num_registers=registers, layer_scale=True)
