@@ -269,7 +269,8 @@ def judged(measured: dict[str, dict], level: float, knows_camera: bool) -> list[
         text = limit.text.format(**first)
         if ok and not limit.low <= first[limit.key] <= limit.high:
             hard.append(limit.name)
-        elif not ok:
+            ok = None
+        if not ok:
             text += f" (median of {len(numbers)} images {median:.3g}: expected {limit.low:g} to {limit.high:g})"  # fmt: skip
         found.append(Finding(ok, limit.name, text, limit.cause))
     if hard:
