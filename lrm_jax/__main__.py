@@ -15,6 +15,7 @@ import lrm_jax
 COMMANDS = {
     "reconstruct": "turn images of objects into meshes, videos and viewer pages",
     "synthesize": "render new views of a scene from images with known cameras",
+    "check": "tell whether a checkpoint is what it should be",
     "convert": "convert PyTorch checkpoints to model files, and back",
     "train": "train a model from a config",
     "evaluate": "compare a model with held-out views and true surfaces",

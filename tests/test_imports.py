@@ -124,6 +124,7 @@ OF_TRAINING = {"array_record", "clu", "grain", "optax", "orbax", "tensorboardX"}
         ("synthesize", HEAVY | OF_TRAINING),
         ("reconstruct", HEAVY | OF_TRAINING),
         ("convert", HEAVY | OF_TRAINING),
+        ("check", HEAVY | OF_TRAINING),
     ],
 )
 def test_heavy_packages_are_imported_where_they_are_used(command, unwanted):
