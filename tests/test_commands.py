@@ -19,6 +19,7 @@ PAGES = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("lrm_jax/**/*.m
 MODULES = [path for room in ("lrm_jax", "tools", "configs") for path in ROOT.glob(f"{room}/**/*.py")]  # fmt: skip
 TOOLS = {str(path.relative_to(ROOT)) for path in ROOT.glob("tools/*.py") if "__main__" in path.read_text()}  # fmt: skip
 RUN_BY = {
+    "lrm check": "tests/commands/test_check.py::test_the_bundled_model_looks_right",
     "lrm convert": "tests/models/test_lvsm.py::test_lrm_convert_round_trips_a_checkpoint_to_the_bit",
     "lrm evaluate": "tests/test_journey.py::test_what_was_trained_is_evaluated_and_reconstructs",
     "lrm reconstruct": "tests/test_journey.py::test_what_was_trained_is_evaluated_and_reconstructs",

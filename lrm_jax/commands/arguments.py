@@ -11,9 +11,16 @@ WEIGHTS = (
 )
 
 
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong argument in one line, as all other errors."""
+
+    def error(self, message: str):
+        raise InputError(f"{message}: see {self.prog} --help")
+
+
 def parser(name: str, about: str) -> argparse.ArgumentParser:
     """A parser whose --help shows `about`, a command's docstring, without reflowing it."""
-    return argparse.ArgumentParser(
+    return _Parser(
         prog=name, description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 

@@ -16,6 +16,7 @@ from types import ModuleType
 
 import jax
 
+from lrm_jax.commands import arguments
 from lrm_jax.metrics import lpips, perceptual, vgg
 from lrm_jax.parallel.messages import Stages
 from lrm_jax.types import InputError
@@ -74,11 +75,7 @@ def main(argv: list[str]) -> int:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The arguments of `lrm convert`."""
-    parser = argparse.ArgumentParser(
-        prog="lrm convert",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = arguments.parser("lrm convert", __doc__)
     parser.add_argument(
         "src",
         help="model file, PyTorch checkpoint (TripoSR, OpenLRM 1.0 and 1.1, LVSM, DINO, DINOv2; a config.yaml or "

@@ -222,6 +222,8 @@ BAD_COMMANDS = {
     ),
     "resolution": ("reconstruct a.png --resolution 0", "--resolution 0 is out of range"),
     "batch": ("reconstruct a.png --batch -1", "--batch -1 is out of range"),
+    "number": ("reconstruct a.png --views many", "argument --views: invalid int value: 'many'"),
+    "flag": ("reconstruct a.png --vews 3", "unrecognized arguments: --vews 3: see lrm reconstruct"),
     "output is a file": ("reconstruct a.png --out a.png", "a.png is a file"),
     "output in a file": ("reconstruct a.png --out a.png/out", "a.png is a file"),
     "command": ("reconstrct a.png", "no command 'reconstrct': choose one of reconstruct"),

@@ -214,7 +214,7 @@ def test_lvsms_network_is_converted_from_matconvnet(files, tmp_path, perceptual_
         (["vgg16.pth", "out.safetensors", "--linear", "vgg16.pth"], "not the tensors of LPIPS's linear heads"),
         (["vgg19.mat", "out.safetensors", "--linear", "vgg.pth"], "not a tensor"),
         (["vgg19.mat", "out.safetensors", "--dtype", "float16"], "leave out --to and --dtype"),
-        (["vgg19.mat", "out.bin"], "ends in .safetensors"),
+        (["vgg19.mat", "out.bin"], "must end in .safetensors"),
     ],
 )  # fmt: skip
 def test_files_that_do_not_belong_together_are_one_line(

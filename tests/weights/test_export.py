@@ -274,7 +274,9 @@ def test_a_failure_while_writing_keeps_the_old_files(tmp_path, monkeypatch):
 
 def test_force_needs_to_torch_and_a_run_s_folder_is_not_a_destination(odd_file, tmp_path, capsys):
     path, _, _ = odd_file("lrm")
-    assert "--force has no effect without --to torch" in failed(capsys, path, tmp_path / "m.safetensors", "--force")
+    assert "--force has no effect without --to torch" in failed(
+        capsys, path, tmp_path / "m.safetensors", "--force"
+    )
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     line = failed(capsys, path, tmp_path / "run", "--to", "torch", "--force")
     assert "folder of a training run" in line and os.listdir(tmp_path / "run") == ["checkpoints"]
