@@ -28,6 +28,7 @@ from lrm_jax.images import captures
 from lrm_jax.parallel import messages, whole_files
 from lrm_jax.types import InputError
 
+SMALL = 50e6  # parameters of a model whose encodings take little time
 EXAMPLES = Path(__file__).parents[1] / "assets" / "examples"
 
 
@@ -60,6 +61,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("image", nargs="?", type=Path, help="an image of an object; for LVSM a folder of posed images (default: a bundled example; for LVSM none)")
     add("--resolution", type=int, default=64, help="grid points along each axis, for the field and the mesh (default: 64)")
     add("--size", type=int, default=128, help="pixels along a side of the rendered views (default: 128)")
+    add("--exchanges", action=argparse.BooleanOptionalAction, help="also try whether exchanging two tensors of an attention helps: ten more encodings (default: for models below 50 million parameters)")
     add("--json", type=Path, metavar="FILE", help="also write all numbers to this JSON file")
     # fmt: on
     args = parser.parse_args(argv)
@@ -128,7 +130,12 @@ def of_images(model: api.Model, args, stages, summary: dict) -> list[Finding]:
     knows_camera = model.info["family"] == "lrm" or bool(model.info["training"])
     found = checks.judged(measured, model.module.surface_level, knows_camera)
     with stages("mesh"):
-        return [*found, checks.mesh(list(scenes.values()), args.resolution)]
+        found.append(checks.mesh(list(scenes.values()), args.resolution))
+    small = summary["model"]["parameters"] < SMALL
+    if small if args.exchanges is None else args.exchanges:
+        with stages("exchanges", "; compiles first"):
+            found.append(checks.exchanges(model, examples, args.size // 2))
+    return found
 
 
 def of_capture(model: api.Model, args, stages, summary: dict) -> list[Finding]:

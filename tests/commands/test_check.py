@@ -43,7 +43,8 @@ def check(tmp_path, monkeypatch, capfd, compiled):
     monkeypatch.setattr(api, "load", compiled)
 
     def run(*argv: str) -> tuple[int, str, set[str]]:
-        code = __main__.main(["check", *argv, "--size", "64", "--resolution", "32"])
+        quick = [] if "--exchanges" in argv else ["--no-exchanges"]
+        code = __main__.main(["check", *argv, *quick, "--size", "64", "--resolution", "32"])
         out, err = capfd.readouterr()
         assert "Traceback" not in err
         lines = out.splitlines() or err.splitlines()[-1:]
@@ -95,6 +96,15 @@ def test_the_bundled_model_looks_right(check):
 def test_two_exchanged_tensors_are_seen_in_the_given_view(check, write, bundled, names):
     code, verdict, wrong = check(write(exchanged(bundled[1], *names)))
     assert code == 1 and verdict.startswith("does not look right: ") and "outline" in wrong
+
+
+def test_an_exchange_that_changes_little_is_found_by_undoing_it(check, write, bundled):
+    code, verdict, wrong = check("--exchanges")
+    assert (code, wrong) == (0, set())
+    names = "backbone.blocks.self_attn.q.kernel", "backbone.blocks.self_attn.k.kernel"
+    code, verdict, wrong = check(write(exchanged(bundled[1], *names)), "--exchanges")
+    assert code == 1 and wrong == {"exchanges"}
+    assert "q and k of backbone.blocks.self_attn look exchanged" in verdict
 
 
 @pytest.mark.parametrize("factor", [0.5, 2.0])
