@@ -22,6 +22,7 @@ import json
 import sys
 from pathlib import Path
 
+from lrm_jax import api
 from lrm_jax.commands import arguments
 from lrm_jax.commands.versions import versions
 from lrm_jax.data import held_out
@@ -30,7 +31,6 @@ from lrm_jax.evaluation.scores import summarize
 from lrm_jax.metrics import lpips
 from lrm_jax.parallel import messages, whole_files
 from lrm_jax.types import InputError
-from lrm_jax.weights import loading
 
 
 def main(argv: list[str]) -> int:
@@ -45,12 +45,13 @@ def main(argv: list[str]) -> int:
     folders = [] if args.index else held_out.find(args.data, args.split)
     network = None if args.lpips is None else lpips.load(args.lpips)
     with stages("load", f" {args.weights or 'the bundled model'}"):
-        model, params, info = loading.load_weights(args.weights)
+        model = api.load(args.weights)
+    module, params, info = model.module, model.params, model.info
     if args.index:
-        results, skipped, words = scenes.evaluate(model, params, network, info, args, stages)
+        results, skipped, words = scenes.evaluate(module, params, network, info, args, stages)
     else:
         results, skipped, words = objects.evaluate(
-            model, params, network, info, folders, args, stages
+            module, params, network, info, folders, args, stages
         )
     tell(skipped)
     count = len(results.keys() | skipped.keys())

@@ -90,7 +90,7 @@ def lrm(tmp_path, monkeypatch, capfd):
     def run(*argv: str, model=None) -> tuple[int, str, str]:
         if model is not None:
             info = {"family": "oracle", "variant": "", "path": "oracle", "training": {"steps": 1}}
-            monkeypatch.setattr(loading, "load_weights", lambda _: (model, {}, info))
+            monkeypatch.setattr(loading, "load_weights", lambda *_: (model, {}, info))
         options = ["--size", str(SIZE)]
         if "--index" not in argv:
             options += ["--views", "3", "--resolution", "40"]
@@ -354,7 +354,7 @@ def test_a_family_of_posed_views_is_given_them_as_in_training(lrm, monkeypatch, 
         num_source=count, source_size=64, foreground_ratio=0.85, normalize="azimuth", source_background=0.5
     )  # fmt: skip
     info = {"family": "posed", "variant": "", "path": "posed", "training": {"config": {"data": trained}}}  # fmt: skip
-    monkeypatch.setattr(loading, "load_weights", lambda _: (model, {}, info))
+    monkeypatch.setattr(loading, "load_weights", lambda *_: (model, {}, info))
     code, _, stderr = lrm("--data", "data")
     assert code == 0, stderr
     summary = read_summary()
