@@ -69,7 +69,7 @@ def cluster_of(environ: Mapping[str, str]) -> str | None:
     """
     hosts = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES", "")
     if "SLURM_STEP_NODELIST" in environ:
-        return "Slurm" if int(environ.get("SLURM_NTASKS", 1)) > 1 else None
+        return "Slurm" if int(environ.get("SLURM_NTASKS") or 1) > 1 else None
     if "," in hosts or int(environ.get("MEGASCALE_NUM_SLICES") or 1) > 1:
         return "GKE"
     if "KUBERNETES_SERVICE_HOST" in environ and "JOB_COMPLETION_INDEX" in environ:
