@@ -136,6 +136,16 @@ class Model:
         """The parameters on the first device."""
         return jax.tree.map(lambda x: x.addressable_data(0), self._params)
 
+    @property
+    def num_params(self) -> int:
+        """How many numbers the parameters are."""
+        return sum(x.size for x in jax.tree.leaves(self._params))
+
+    @property
+    def chunk(self) -> int:
+        """How many points `query` takes at once: a multiple of the devices."""
+        return -(-CHUNK // self._device_mesh.size) * self._device_mesh.size
+
     # -- from images
 
     def reconstruct(
@@ -171,14 +181,19 @@ class Model:
         """Reads an image, cuts the object out, places and resizes it, on the host. Arguments and errors as in `reconstruct`."""
         self.check_takes_images()
         name = str(image) if isinstance(image, str | Path) else "the image"
-        rgba = cutout.cut_out(load_image(image), name, remove_background)
+        return self.place(cutout.cut_out(load_image(image), name, remove_background), recenter)
+
+    def place(
+        self, rgba: UInt8[np.ndarray, "H W 4"], recenter: bool | None = None
+    ) -> PreparedImage:
+        """Places and resizes an image whose object is cut out: the second half of `prepare`."""
         module, placed = self.module, rgba
         ratio = getattr(module, "foreground_ratio", None)
         if recenter and ratio is None:
             placed = recentre.recenter_foreground(rgba, RECENTERED)
         elif recenter is False and ratio is not None:
             module = module.clone(foreground_ratio=None)
-        return PreparedImage(rgba, jax.tree.map(np.asarray, module.prepare([placed])))
+        return PreparedImage(rgba, module.prepare([placed]))
 
     def encode(self, images: list[PreparedImage], batch_size: int | None = None) -> list["Scene"]:
         """The scenes of prepared images, as one batch, padded to `batch_size` so that a smaller last batch compiles nothing."""
@@ -237,7 +252,7 @@ class Model:
         given = source_views(source, self.module.image_size, motion, scale)
         encoded = self._encode_on_devices(given, 1)
         along = Cameras(
-            c2w=to_model(path.c2w, motion, scale),
+            c2w=normalization.apply(motion, scale, path.c2w),
             fxfycxcy=camera_paths.intrinsics_along(path, given.cameras.fxfycxcy[0]),
         )
         size = self.module.image_size
@@ -388,10 +403,9 @@ class Scene:
         dense: bool = False,
     ) -> Surface:
         """`mesh` as plain arrays."""
-        module, devices = self.model.module, self.model._device_mesh.size
+        module = self.model.module
         scene = jax.device_put(self.encoded, self.model._everywhere)
-        chunk = -(-CHUNK // devices) * devices
-        options = {"chunk": chunk, "progress": messages.progress}
+        options = {"chunk": self.model.chunk, "progress": messages.progress}
         level = module.surface_level if level is None else level
 
         def field(xyz):
@@ -442,13 +456,6 @@ def capture_world(capture: captures.Capture, training: dict) -> tuple[np.ndarray
     return motion, scale, "that of the mean source camera"
 
 
-def to_model(c2w: np.ndarray, motion: np.ndarray, scale: float) -> np.ndarray:
-    """Moves poses [N 4 4] from the capture's world to the model's, float32."""
-    c2w = motion @ c2w
-    c2w[:, :3, 3] *= scale
-    return c2w.astype(np.float32)
-
-
 def crop_images(capture: captures.Capture, size: int) -> tuple[np.ndarray, np.ndarray]:
     """The middle squares of the images, uint8 [V size size 3], and their boxes [V 4]: see `captures.crop`."""
     images, boxes = zip(*(captures.crop(image, size) for image in capture.images), strict=True)
@@ -459,7 +466,7 @@ def source_views(capture: captures.Capture, size: int, motion: np.ndarray, scale
     """The model's input, NumPy [1 V size size 3] in [0, 1]: the middle square of each image."""
     images, boxes = crop_images(capture, size)
     seen_by = Cameras(
-        c2w=to_model(capture.c2w, motion, scale),
+        c2w=normalization.apply(motion, scale, capture.c2w),
         fxfycxcy=ops_cameras.crop_intrinsics(capture.fxfycxcy, boxes),
     )
     rgb = images.astype(np.float32) / 255

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lrm_jax.commands import reconstruct
+from lrm_jax.commands import arguments
 from lrm_jax.images import load, recentre
 from lrm_jax.mesh import lattice
 from lrm_jax.ops import cameras, resize
@@ -28,7 +28,7 @@ def test_the_bundled_model_is_small_and_says_how_it_was_made(bundled):
 
 
 @pytest.mark.parametrize(
-    "path", sorted(reconstruct.EXAMPLES.glob("*.png")), ids=lambda path: path.stem
+    "path", sorted(arguments.EXAMPLES.glob("*.png")), ids=lambda path: path.stem
 )
 def test_the_example_is_reconstructed_with_its_silhouette(bundled, path):
     model, params, _ = bundled

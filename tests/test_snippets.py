@@ -4,15 +4,11 @@ import re
 import shutil
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from posed_folder import ring, write_transforms
+from tiny_models import tiny
 
-from lrm_jax import models
-from lrm_jax.ops import cameras
-from lrm_jax.types import Views
 from lrm_jax.weights import model_file
 
 ROOT = Path(__file__).parents[1]
@@ -40,11 +36,7 @@ def test_the_snippet_reconstructs_with_the_bundled_model(page, tmp_path, monkeyp
 
 def test_the_snippet_of_posed_images_draws_a_video(tmp_path, monkeypatch):
     write_transforms(str(tmp_path / "garden"), ring())
-    model = models.build("lvsm", "tiny", image_size=16)
-    view = Views(rgb=jnp.zeros((1, 1, 16, 16, 3)), cameras=cameras.orbit(1, 2.0, 0.0, 40.0))
-    view = view.replace(cameras=jax.tree.map(lambda x: x[None], view.cameras))
-    rays = cameras.pixel_rays(view.cameras, 16, 16)
-    params = model.init(jax.random.key(0), view, rays)["params"]
+    model, params = tiny("lvsm", image_size=16)
     model_file.save_model(tmp_path / "lvsm.safetensors", model, params, {})
     program = snippet("docs/library.md", "snippet: lvsm").replace("num_frames=60", "num_frames=3")
     monkeypatch.chdir(tmp_path)

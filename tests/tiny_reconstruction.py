@@ -7,9 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lrm_jax import models
-from lrm_jax.ops import cameras
-from lrm_jax.types import Views
-from lrm_jax.weights import model_file
+from lrm_jax.weights import model_file, references
 
 
 def ball(colour=(220, 120, 40), size: int = 48) -> np.ndarray:
@@ -23,14 +21,11 @@ def random_model(path: Path, **fields) -> Path:
     """Writes a model file of TripoSR's tiny variant. Its weights are random, and its field crosses its level."""
     # exp(-1) is the density if the decoder returns 0.
     model = models.build("triposr", "tiny", **{"surface_level": 0.37} | fields)
-    source = Views(rgb=jnp.zeros((1, 1, 32, 32, 3)), cameras=cameras.orbit(1, 2.0, 0.0, 40.0))
-    rays = cameras.pixel_rays(jax.tree.map(lambda x: x[None], source.cameras), 2, 2)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), source, rays)["params"]
     rng = np.random.default_rng(0)
 
     def draw(x):
         return rng.normal(scale=1 / np.sqrt(x.shape[-2] if x.ndim > 1 else 100), size=x.shape)
 
-    params = jax.tree.map(lambda x: jnp.asarray(draw(x), x.dtype), shapes)
+    params = jax.tree.map(lambda x: jnp.asarray(draw(x), x.dtype), references.param_shapes(model))
     model_file.save_model(path, model, params, {})
     return path

@@ -1,9 +1,11 @@
 """Arguments that several commands share, and their checks."""
 
 import argparse
+from pathlib import Path
 
 from lrm_jax.types import InputError
 
+EXAMPLES = Path(__file__).parents[1] / "assets" / "examples"
 # The help of --weights.
 WEIGHTS = (
     "model file, checkpoint of TripoSR, OpenLRM or LVSM, folder that holds one, training run (runs/x, or runs/x@5000 for step "

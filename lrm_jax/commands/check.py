@@ -29,7 +29,6 @@ from lrm_jax.parallel import messages, whole_files
 from lrm_jax.types import InputError
 
 SMALL = 50e6  # parameters of a model whose encodings take little time
-EXAMPLES = Path(__file__).parents[1] / "assets" / "examples"
 
 
 def main(argv: list[str]) -> int:
@@ -89,10 +88,8 @@ def check(args: argparse.Namespace, stages: messages.Stages, summary: dict) -> l
         if args.weights is None or not Path(args.weights).expanduser().exists():
             raise
         return [Finding(False, "load", str(error), "it cannot be loaded")]
-    params = jax.device_get(model.params)
-    count = sum(x.size for x in jax.tree.leaves(params))
-    summary["model"] = {**model.info, "parameters": count}
-    found = identity(model, count) + checks.tensors(params)
+    summary["model"] = model.info | {"parameters": model.num_params}
+    found = identity(model) + checks.tensors(jax.device_get(model.params))
     try:
         if hasattr(model.module, "prepare"):
             return found + of_images(model, args, stages, summary)
@@ -103,17 +100,17 @@ def check(args: argparse.Namespace, stages: messages.Stages, summary: dict) -> l
         return [*found, Finding(False, "view", str(error), "what it renders is not finite")]
 
 
-def identity(model: api.Model, count: int) -> list[Finding]:
+def identity(model: api.Model) -> list[Finding]:
     """What the model is, and what had to be assumed."""
     info = model.info
-    text = f"{info['family']}, variant {info['variant']}, {count / 1e6:.1f} M parameters, images of {model.module.image_size} pixels"  # fmt: skip
+    text = f"{info['family']}, variant {info['variant']}, {model.num_params / 1e6:.1f} M parameters, images of {model.module.image_size} pixels"  # fmt: skip
     found = [Finding(None, "model", text), Finding(None, "file", str(info["path"]))]
     return found + [Finding(None, "assumed", line) for line in info.get("assumed", [])]
 
 
 def of_images(model: api.Model, args, stages, summary: dict) -> list[Finding]:
     """The findings of a family that takes single images."""
-    examples = sorted(EXAMPLES.glob("*.png"))
+    examples = sorted(arguments.EXAMPLES.glob("*.png"))
     paths = [args.image or examples[0]]
     paths += [x for x in examples if x.resolve() != paths[0].resolve()]
     scenes = {}
@@ -131,7 +128,7 @@ def of_images(model: api.Model, args, stages, summary: dict) -> list[Finding]:
     found = checks.judged(measured, model.module.surface_level, knows_camera)
     with stages("mesh"):
         found.append(checks.mesh(list(scenes.values()), args.resolution))
-    small = summary["model"]["parameters"] < SMALL
+    small = model.num_params < SMALL
     if small if args.exchanges is None else args.exchanges:
         with stages("exchanges", "; compiles first"):
             found.append(checks.exchanges(model, examples, args.size // 2))

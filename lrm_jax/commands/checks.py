@@ -21,7 +21,7 @@ from scipy import ndimage
 from lrm_jax import api
 from lrm_jax.images import camera_paths, captures, recentre
 from lrm_jax.mesh.surface import sample
-from lrm_jax.ops import cameras, resize
+from lrm_jax.ops import cameras, image_metrics, resize
 from lrm_jax.ops.compositing import blend
 from lrm_jax.types import Cameras, InputError
 
@@ -212,11 +212,10 @@ def compared(view: tuple | None, image: tuple, others: list[np.ndarray]) -> dict
 
 def field_on_grid(scene: api.Scene, resolution: int) -> Float[np.ndarray, "X Y Z"]:
     """The field at the points of a grid over the whole cube; not finite ones as 0."""
-    radius, devices = scene.model.module.radius, jax.local_device_count()
+    radius, encoded = scene.model.module.radius, jax.device_put(scene.encoded)
     axis = np.linspace(-radius, radius, resolution, dtype=np.float32)
     xyz = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), -1).reshape(-1, 3)
-    chunk = -(-api.CHUNK // devices) * devices  # as meshes are made with: compiled once
-    field = sample(lambda x: scene.model.query(scene.encoded, x)[0], xyz, chunk=chunk)
+    field = sample(lambda x: scene.model.query(encoded, x)[0], xyz, chunk=scene.model.chunk)
     return np.nan_to_num(field, posinf=np.finfo(np.float32).max).reshape((resolution,) * 3)
 
 
@@ -243,7 +242,7 @@ def overlap(a: Bool[np.ndarray, "H W"], b: Bool[np.ndarray, "H W"]) -> float:
 
 def decibels(a: np.ndarray, b: np.ndarray) -> float:
     """PSNR of values in [0, 1]."""
-    return float(-10 * np.log10(max(np.square(a - b).mean(), 1e-10)))
+    return float(image_metrics.decibels(jnp.asarray(np.square(a - b).mean())))
 
 
 def _on_white(rgba):

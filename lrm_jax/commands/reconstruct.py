@@ -32,8 +32,8 @@ from lrm_jax.ops import cameras as ops_cameras
 from lrm_jax.ops.compositing import blend
 from lrm_jax.parallel import messages, whole_files
 from lrm_jax.types import InputError
+from lrm_jax.weights.loading import DTYPES
 
-EXAMPLES = Path(__file__).parents[1] / "assets" / "examples"
 COMPILES = "; compiles first, later images are faster"
 
 
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
     args = parse(argv)
     stages, failures, done = messages.Stages(), {}, {}
     whole_files.check_writable(args.out)
-    paths = load.find_images(args.images or [EXAMPLES])
+    paths = load.find_images(args.images or [arguments.EXAMPLES])
     batch = min(args.batch or jax.local_device_count(), len(paths))
     images = read_images(paths, args.remove_background, stages, failures)
     # Report a mistyped name at once, not after loading the model.
@@ -52,10 +52,7 @@ def main(argv: list[str]) -> int:
         with stages("load", f" {args.weights or 'the bundled model'}"):
             model = api.load(args.weights, dtype=args.dtype)
             model.check_takes_images()
-        summary["model"] = {
-            **model.info,
-            "parameters": sum(x.size for x in jax.tree.leaves(model.params)),
-        }
+        summary["model"] = model.info | {"parameters": model.num_params}
         images = itertools.chain(first, images)
         while group := list(itertools.islice(images, batch)):
             for (name, path, _), files in reconstruct(model, group, batch, args, stages, failures):
@@ -78,7 +75,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("images", nargs="*", metavar="IMAGE", help="images, or folders of images (default: the bundled examples)")
     add("--out", type=Path, default=Path("out"), help="folder to write to (default: out)")
     add("--weights", help=arguments.WEIGHTS)
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="number format that the model computes in (default: float32)")
+    add("--dtype", choices=DTYPES, help="number format that the model computes in (default: float32)")
     add("--formats", default="glb", help=f"mesh formats, comma-separated: {', '.join(formats.FORMATS)} (default: glb)")
     add("--resolution", type=int, default=256, help="grid points along each axis for extracting the mesh (default: 256)")
     add("--level", type=float, help="value of the model's field at the surface; a lower value makes the object thicker (default: depends on the model)")
@@ -140,7 +137,7 @@ def reconstruct(
     prepared = []
     for image in group:
         try:
-            prepared.append((image, model.prepare(image[2], args.recenter)))
+            prepared.append((image, model.place(image[2], args.recenter)))
         except InputError as error:
             fail(failures, image[1], error)
     if not prepared:

@@ -25,7 +25,6 @@ import argparse
 import json
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from lrm_jax import api
@@ -34,6 +33,7 @@ from lrm_jax.commands.versions import versions
 from lrm_jax.images import camera_paths, captures, png, sheets, video
 from lrm_jax.ops import conventions
 from lrm_jax.parallel import messages, whole_files
+from lrm_jax.weights.loading import DTYPES
 
 
 def main(argv: list[str]) -> int:
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
         "path": args.path,
         "frames": len(frames),
         "world": world,
-        "model": {**model.info, "parameters": sum(x.size for x in jax.tree.leaves(model.params))},
+        "model": model.info | {"parameters": model.num_params},
         "arguments": vars(args),
         "versions": versions(),
         "seconds": {**stages.seconds, "total": stages.elapsed()},
@@ -76,7 +76,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--source", type=Path, required=True, metavar="DIR", help="folder of posed images: with transforms.json, or with COLMAP's sparse/0 and images/")
     add("--weights", required=True, help="model file, checkpoint, folder that holds one, training run, or hf:ORG/NAME/FILE; the model must take posed images (LVSM)")
     add("--out", type=Path, default=Path("out"), help="folder to write to (default: out)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="number format that the model computes in (default: float32)")
+    add("--dtype", choices=DTYPES, help="number format that the model computes in (default: float32)")
     add("--views", help=f"images to give the model: a number, for as many evenly spread images; or a list such as 0,3,7, counted in order of file name (default: all, at most {captures.MAX_VIEWS})")
     add("--path", default="interpolate", metavar="|".join((*camera_paths.PATHS, "FILE")), help="path of the camera (default: interpolate)")
     add("--frames", type=int, default=60, help="number of frames; has no effect if the path is a FILE (default: 60)")

@@ -270,8 +270,7 @@ def assemble(
     """
     views = np.asarray(views)
     motion, scale = normalization.scene_motion(frames.c2w[views], num_source, normalize)
-    c2w = motion @ frames.c2w[views]
-    c2w[:, :3, 3] *= scale
+    c2w = normalization.apply(motion, scale, frames.c2w[views])
     sources, targets = np.arange(num_source), np.asarray(targets)
     crops = {
         view: captures.crop(captures.read_image(frames, view), size)
@@ -281,7 +280,7 @@ def assemble(
     def chosen(which: np.ndarray) -> Views:
         rgb, boxes = zip(*(crops[view] for view in views[which].tolist()), strict=True)
         fxfycxcy = cameras.crop_intrinsics(frames.fxfycxcy[views[which]], np.stack(boxes))
-        seen_by = Cameras(c2w=c2w[which].astype(np.float32), fxfycxcy=fxfycxcy)
+        seen_by = Cameras(c2w=c2w[which], fxfycxcy=fxfycxcy)
         return Views(rgb=np.stack(rgb), cameras=seen_by)
 
     return Batch(source=chosen(sources), target=chosen(targets))

@@ -276,6 +276,7 @@ def image_size(image: Path) -> tuple[int, int]:
 
 
 def load_json(path: Path, name: str) -> dict:
+    """The JSON object in a file. Raises InputError, which calls the file `name`, if it is missing or something else."""
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError:
@@ -288,6 +289,7 @@ def load_json(path: Path, name: str) -> dict:
 
 
 def inverse(w2c: np.ndarray) -> np.ndarray:
+    """Inverts poses [V 4 4]. Raises InputError if one is singular."""
     try:
         return np.linalg.inv(w2c)
     except np.linalg.LinAlgError:

@@ -72,3 +72,10 @@ def scene_motion(
     if farthest <= 1e-9 * max(1.0, np.abs(c2w[:, :3, 3]).max()):
         raise InputError("the cameras all stand at one place: there is no length to normalise by")
     return motion, 1 / (MARGIN * farthest)
+
+
+def apply(motion: np.ndarray, scale: float, c2w: np.ndarray) -> np.ndarray:
+    """Poses [N 4 4] in the world of `scene_motion`, float32."""
+    c2w = motion @ c2w
+    c2w[:, :3, 3] *= scale
+    return c2w.astype(np.float32)

@@ -141,7 +141,7 @@ def test_a_file_that_cannot_be_loaded_does_not_look_right_and_a_missing_one_is_n
 
 
 def test_weights_for_posed_images_are_checked_with_a_folder_of_them(check, tmp_path):
-    module, params = init("lvsm", 16)
+    module, params = init("lvsm")
     params = jax.tree.map(np.abs, params)  # a norm's scale is positive
     model_file.save_model(tmp_path / "lvsm.safetensors", module, params, {})
     text = "looks right, judging by the tensors alone"

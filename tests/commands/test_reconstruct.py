@@ -19,7 +19,7 @@ from PIL import Image
 from tiny_reconstruction import ball, random_model
 
 from lrm_jax import __main__, api
-from lrm_jax.commands import reconstruct
+from lrm_jax.commands import arguments, reconstruct
 from lrm_jax.images import cutout, load
 from lrm_jax.mesh import surface
 from lrm_jax.ops import cameras
@@ -335,8 +335,8 @@ def test_the_bundled_examples_are_used_without_arguments(tmp_path, monkeypatch):
     save(tmp_path / "b.png", ball())
     save(tmp_path / "a.png", ball())
     (tmp_path / "LICENSE").write_text("CC0")
-    monkeypatch.setattr(reconstruct, "EXAMPLES", tmp_path)
-    assert load.find_images([reconstruct.EXAMPLES]) == [tmp_path / "a.png", tmp_path / "b.png"]
+    monkeypatch.setattr(arguments, "EXAMPLES", tmp_path)
+    assert load.find_images([arguments.EXAMPLES]) == [tmp_path / "a.png", tmp_path / "b.png"]
 
 
 def test_a_family_without_a_surface_is_an_error():

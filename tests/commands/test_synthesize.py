@@ -16,7 +16,7 @@ from lrm_jax import __main__, api, models
 from lrm_jax.images import captures
 from lrm_jax.ops import cameras, conventions, normalization
 from lrm_jax.types import Views
-from lrm_jax.weights import model_file
+from lrm_jax.weights import model_file, references
 
 
 @pytest.fixture(autouse=True)
@@ -38,12 +38,9 @@ def lrm(tmp_path, monkeypatch, capfd):
     return run
 
 
-def init(name: str, size: int):
+def init(name: str):
     model = models.build(name, "tiny")
-    source = Views(rgb=jnp.zeros((1, 1, size, size, 3)), cameras=cameras.orbit(1, 2.0, 0.0, 40.0))
-    source = source.replace(cameras=jax.tree.map(lambda x: x[None], source.cameras))
-    rays = cameras.pixel_rays(source.cameras, 8, 8)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), source, rays)["params"]
+    shapes = references.param_shapes(model)
     rng = np.random.default_rng(0)
     # Larger than at the start of training, so that the images depend on the rays.
     params = jax.tree.map(lambda x: np.float32(rng.normal(scale=0.3, size=x.shape)), shapes)
@@ -53,7 +50,7 @@ def init(name: str, size: int):
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("weights") / "lvsm.safetensors"
-    model_file.save_model(path, *init("lvsm", 16), {})
+    model_file.save_model(path, *init("lvsm"), {})
     return str(path)
 
 
@@ -247,7 +244,7 @@ def test_equal_poses_are_an_error_on_every_path(lrm, weights):
 
 def test_a_family_of_single_images_is_sent_to_reconstruct(lrm, tmp_path):
     path = tmp_path / "triposr.safetensors"
-    model_file.save_model(path, *init("triposr", 32), {})
+    model_file.save_model(path, *init("triposr"), {})
     write_transforms("scene", ring())
     code, errors = lrm("--weights", str(path))
     assert code == 2 and "triposr reconstructs from one image: use `reconstruct`" in errors[0]
