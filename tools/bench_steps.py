@@ -18,7 +18,7 @@ import numpy as np
 from lrm_jax import models
 from lrm_jax.commands import train
 from lrm_jax.kernels import attention as kernels_attention
-from lrm_jax.models.parts import triplane
+from lrm_jax.kernels import field as kernels_field
 from lrm_jax.ops import cameras, grids
 from lrm_jax.parallel import batch_axes, sharding
 from lrm_jax.training import flops, setup
@@ -75,12 +75,11 @@ def products(num_points: int, width: int, num_layers: int, gradient: bool) -> di
 
 
 def field(num_points: int, side: int, width: int, num_layers: int, gradient: bool) -> dict:
-    """The lookup and the products, or the gradient with respect to float32 planes and the layers."""
-    dtype = jnp.float32 if gradient else jnp.bfloat16
-    planes, kernels, xyz = _field(num_points, side, width, num_layers, dtype)
+    """The lookup and the products, or the gradient with respect to the planes and the layers."""
+    planes, kernels, xyz = _field(num_points, side, width, num_layers, jnp.bfloat16)
 
     def evaluate(planes, kernels, xyz):
-        return triplane.evaluate(planes, kernels, xyz, AXES, jax.nn.silu)
+        return kernels_field.field(planes, kernels, xyz, AXES, "silu")
 
     return timed(_gradient(evaluate, (0, 1)) if gradient else evaluate, planes, kernels, xyz)
 
@@ -109,13 +108,18 @@ def _gradient(function, argnums):
 
 
 def _field(num_points, side, width, num_layers, dtype):
-    """Planes, layers, and points along rays with 128 samples, as in a view."""
+    """Planes, layers, and points of views of 64 x 64 rays by 128 samples, in the order in which a view is rendered."""
     planes = measure.normal(jax.ShapeDtypeStruct((3, side, side, width), dtype))
-    rng, num_rays = np.random.default_rng(1), num_points // 128
-    origins = rng.uniform(-1, 1, (num_rays, 1, 3))
-    steps = 0.01 * rng.standard_normal((num_rays, 1, 3)) * np.arange(128)[None, :, None]
-    xyz = np.clip(origins + steps, -1, 1).reshape(-1, 3).astype(np.float32)
-    return planes, _layers(width, num_layers), jnp.asarray(xyz)
+    rng, num_views = np.random.default_rng(1), max(num_points // (64 * 64 * 128), 1)
+    # Rays are half a cell apart, and samples two thirds of one.
+    right, down, forward = rng.standard_normal((3, num_views, 1, 1, 3)) * 3**-0.5
+    column, row = np.meshgrid(np.arange(64) - 31.5, np.arange(64) - 31.5)
+    origins = (column[..., None] * right + row[..., None] * down) / side
+    steps = 4 / 3 / side * (np.arange(128) - 63.5)[:, None] * forward[:, 0]
+    rays = kernels_field.in_tiles(jnp.asarray(origins, jnp.float32))
+    xyz_RS3 = rays[:, None] + jnp.repeat(jnp.asarray(steps, jnp.float32), 64 * 64, axis=0)
+    xyz = kernels_field.samples_in_tiles(xyz_RS3)[:num_points]
+    return planes, _layers(width, num_layers), xyz
 
 
 def _layers(width, num_layers):

@@ -15,6 +15,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from lrm_jax.images import cutout, recentre
+from lrm_jax.kernels import field
 from lrm_jax.models.parts import encoders, torch_layout, triplane, vit
 from lrm_jax.models.parts.layers import MLP, Attention, layer_norm, stack, torch_linear_init
 from lrm_jax.ops import cameras, resize, sampling, volrend
@@ -129,11 +130,11 @@ class LRM(nn.Module):
     ) -> tuple[Float[Array, "B Q"], Float[Array, "B Q 3"]]:
         """Density and sRGB colour of the field at points."""
 
-        def field(projected, layers, xyz_Q3):
+        def field_of(projected, layers, xyz_Q3):
             raw_density, rgb = self._raw_field(projected, layers, xyz_Q3)
             return nn.softplus(raw_density - 1.0), rgb
 
-        return triplane.query(field, scene["triplane"], self.decoder(), self.dtype, xyz)
+        return triplane.query(field_of, scene["triplane"], self.decoder(), self.dtype, xyz)
 
     def prepare(self, rgba: list[np.ndarray]) -> Views:
         """Images as the reference prepares them: padded to a square, on white, resized without antialiasing."""
@@ -148,12 +149,11 @@ class LRM(nn.Module):
         )
         return Views(rgb=rgb[:, None], cameras=seen_by)
 
-    def _raw_field(self, projected, layers, xyz_Q3):
-        raw_density, raw_rgb = triplane.evaluate(
-            projected, layers, xyz_Q3 / self.radius, PLANE_AXES, nn.relu
-        )
+    def _raw_field(self, projected, layers, xyz_X3, at=field.field):
+        """Raw density and colour at points: with `at=field.along_rays`, at [R S] of them."""
+        raw_X4 = at(projected, layers, xyz_X3 / self.radius, PLANE_AXES, "relu")
         # The range of colours is widened by 0.001 at both ends: EG3D, after MipNeRF (https://arxiv.org/abs/2103.13415, appendix).
-        return raw_density, nn.sigmoid(raw_rgb) * 1.002 - 0.001
+        return raw_X4[..., 0], nn.sigmoid(raw_X4[..., 1:]) * 1.002 - 0.001
 
     def _march(self, projected, layers, rays: Rays, key) -> Rendering:
         near, far = sampling.ray_box(rays.origins, rays.dirs, self.radius)
@@ -163,11 +163,11 @@ class LRM(nn.Module):
 
         def field_at(t_RS):
             xyz_RS3 = rays.origins[:, None] + t_RS[..., None] * rays.dirs[:, None]
-            density, rgb = self._raw_field(projected, layers, xyz_RS3.reshape(-1, 3))
+            density, rgb = self._raw_field(projected, layers, xyz_RS3, field.along_rays)
             inside = jnp.all(jnp.abs(xyz_RS3) <= self.radius, axis=-1)
             # Parity: outside the box colour is 0, and raw density so low that its mean with any neighbour gives no density.
-            density = jnp.where(inside, density.reshape(t_RS.shape), jnp.finfo(jnp.float32).min / 8)
-            return density, jnp.where(inside[..., None], rgb.reshape(*t_RS.shape, 3), 0.0)
+            density = jnp.where(inside, density, jnp.finfo(jnp.float32).min / 8)
+            return density, jnp.where(inside[..., None], rgb, 0.0)
 
         t_RS = sampling.stratified(near, far, self.num_samples, keys[0])
         density_RS, rgb_RS3 = field_at(t_RS)

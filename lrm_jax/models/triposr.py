@@ -13,6 +13,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from lrm_jax.images import cutout, recentre
+from lrm_jax.kernels import field
 from lrm_jax.kernels.tokens import by_tokens
 from lrm_jax.models.parts import encoders, torch_layout, triplane, vit
 from lrm_jax.models.parts.layers import Attention, gelu, layer_norm, sincos_code, sincos_grid, stack
@@ -139,12 +140,11 @@ class TripoSR(nn.Module):
         seen_by = jax.tree.map(lambda x: np.broadcast_to(x, (len(rgba), *x.shape)), camera)
         return Views(rgb=rgb[:, None], cameras=seen_by)
 
-    def _field(self, projected, layers, xyz_Q3):
-        raw_density, raw_rgb = triplane.evaluate(
-            projected, layers, xyz_Q3 / self.radius, PLANE_AXES, nn.silu
-        )
+    def _field(self, projected, layers, xyz_X3, at=field.field):
+        """Density and colour at points: with `at=field.along_rays`, at [R S] of them."""
+        raw_X4 = at(projected, layers, xyz_X3 / self.radius, PLANE_AXES, "silu")
         # An infinite density would have a NaN gradient; exp(80) is just as opaque.
-        return jnp.exp(jnp.minimum(raw_density - 1.0, 80.0)), nn.sigmoid(raw_rgb)
+        return jnp.exp(jnp.minimum(raw_X4[..., 0] - 1.0, 80.0)), nn.sigmoid(raw_X4[..., 1:])
 
     def _march(self, projected, layers, rays: Rays, key) -> Rendering:
         # Parity: the box is shrunk by 0.1%, and a ray that crosses less than 0.01 of it is a miss.
@@ -158,9 +158,9 @@ class TripoSR(nn.Module):
             fractions += (jax.random.uniform(key, fractions.shape) - 0.5) / self.num_samples
         t_RS = near[:, None] + length[:, None] * fractions
         xyz_RS3 = rays.origins[:, None] + t_RS[..., None] * rays.dirs[:, None]
-        density, rgb = self._field(projected, layers, xyz_RS3.reshape(-1, 3))
-        density_RS = jnp.where(hit[:, None], density.reshape(t_RS.shape), 0.0)
-        rendering = volrend.composite(density_RS, rgb.reshape(*t_RS.shape, 3), edges)
+        density_RS, rgb_RS3 = self._field(projected, layers, xyz_RS3, field.along_rays)
+        density_RS = jnp.where(hit[:, None], density_RS, 0.0)
+        rendering = volrend.composite(density_RS, rgb_RS3, edges)
         return rendering.replace(depth=near + length * rendering.depth)
 
 

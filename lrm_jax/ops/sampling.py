@@ -60,7 +60,7 @@ def importance(
       key: draws u uniformly. None: u = (i + 0.5) / I.
 
     Returns:
-      I distances, not merged with `t`, without gradient.
+      I increasing distances, not merged with `t`, without gradient.
     """
     # Parity: EG3D's max filter of 2, mean filter of 2 and floor of 0.01; then only the inner weights, on bins that start at
     # the first midpoint, so that bins and weights are off by one.
@@ -75,7 +75,7 @@ def importance(
     if key is None:
         u = jnp.broadcast_to(((jnp.arange(num_samples) + 0.5) / num_samples).astype(t.dtype), shape)
     else:
-        u = jax.random.uniform(key, shape)
+        u = sorted_uniform(key, t.shape[:-1], num_samples).astype(t.dtype)
     # Finds the interval of u by comparing it with every edge: S is small, so no search is needed.
     above = jnp.sum((u[..., :, None] >= cdf[..., None, :]), axis=-1)
     low, high = jnp.maximum(above - 1, 0), jnp.minimum(above, mass.shape[-1])
@@ -87,3 +87,13 @@ def importance(
     fraction = (u - at(cdf, low)) / jnp.where(span < 1e-5, 1.0, span)
     samples = at(bins, low) + fraction * (at(bins, high) - at(bins, low))
     return jax.lax.stop_gradient(samples)
+
+
+def sorted_uniform(key: jax.Array, shape: tuple[int, ...], count: int) -> Float[Array, "*B I"]:
+    """`count` uniform draws from [0, 1), in increasing order, for each element of `shape`.
+
+    The times of `count` events of a Poisson process, divided by that of the next event, have the distribution of sorted uniform
+    draws (Devroye 1986, Non-Uniform Random Variate Generation, theorem V.2.2).
+    """
+    times = jnp.cumsum(jax.random.exponential(key, (*shape, count + 1)), axis=-1)
+    return times[..., :-1] / times[..., -1:]

@@ -105,3 +105,12 @@ def test_importance_samples_have_no_gradient():
     t = jnp.linspace(0.0, 1.0, 17)[None]
     grad = jax.grad(lambda w: sampling.importance(t, w, 8, None).sum())(jnp.ones((1, 16)))
     assert not np.asarray(grad).any()
+
+
+def test_sorted_uniform_draws_are_sorted_and_uniform():
+    u = np.asarray(sampling.sorted_uniform(jax.random.key(0), (4000,), 3))
+    assert (np.diff(u) >= 0).all() and u.min() >= 0 and u.max() < 1
+    # The i-th of n has the mean i / (n + 1), and the variance i (n + 1 - i) / ((n + 1)^2 (n + 2)).
+    np.testing.assert_allclose(u.mean(0), [0.25, 0.5, 0.75], atol=0.01)
+    np.testing.assert_allclose(u.var(0), [3 / 80, 4 / 80, 3 / 80], rtol=0.08)
+    assert abs(np.mean(u < 0.1) - 0.1) < 0.01

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from lrm_jax.kernels import field
 from lrm_jax.models.parts import torch_layout
 from lrm_jax.models.parts.layers import torch_linear_init
-from lrm_jax.ops import grids
 from lrm_jax.parallel import batch_axes, sharding
 from lrm_jax.types import Rays, Rendering
 
@@ -75,41 +75,6 @@ def project_planes(
     return jnp.einsum("phwc,pcf->phwf", triplane_PhwC.astype(dtype), kernel_PCF.astype(dtype))
 
 
-def evaluate(
-    projected_PhwF: Float[Array, "P h w F"],
-    layers: list,
-    xyz: Float[Array, "Q 3"],
-    axes: tuple,
-    activation: Callable,
-) -> tuple[Float[Array, "Q"], Float[Array, "Q 3"]]:
-    """Raw density and raw colour of the field at points in [-1, 1]^3, in float32."""
-    (_, bias_F), *rest = layers
-    x_QF = grids.sample_triplane(projected_PhwF, xyz, axes)
-    x_QF = x_QF + bias_F.astype(x_QF.dtype)[None]
-    for kernel, bias in rest:
-        x_QF = _matmul(activation(x_QF), kernel.astype(x_QF.dtype)) + bias.astype(x_QF.dtype)[None]
-    x_Q4 = x_QF.astype(jnp.float32)
-    return x_Q4[:, 0], x_Q4[:, 1:]
-
-
-@jax.custom_vjp
-def _matmul(x_QF, kernel_FG):
-    """A matrix product whose gradient is fast in XLA's CPU backend: JAX's own transposes a Q x F array in each layer."""
-    return x_QF @ kernel_FG
-
-
-def _matmul_forward(x_QF, kernel_FG):
-    return x_QF @ kernel_FG, (x_QF, kernel_FG)
-
-
-def _matmul_backward(residuals, grad_QG):
-    x_QF, kernel_FG = residuals
-    return grad_QG @ kernel_FG.T, (grad_QG.T @ x_QF).T
-
-
-_matmul.defvjp(_matmul_forward, _matmul_backward)
-
-
 def render(
     march: Callable,
     triplane_BPhwC: Float[Array, "B P h w C"],
@@ -123,35 +88,45 @@ def render(
 
     On a CPU each device renders its scenes one after another, so that one scene's planes and their gradient stay in the cache.
     """
+    tiled = field.orders_rays()
 
     def one_scene(layers, triplane_PhwC, rays, key):
         projected = project_planes(triplane_PhwC, layers, dtype)
-        return render_in_chunks(functools.partial(march, projected, layers), rays, key, chunk)
+        in_order = jax.tree.map(field.in_tiles, rays) if tiled else rays
+        march_one = functools.partial(march, projected, layers)
+        rendering = render_in_chunks(march_one, in_order, key, chunk)
+        if not tiled:
+            return rendering
+        shape = rays.origins.shape[:-1]
+        return jax.tree.map(lambda x: field.from_tiles(x, shape), rendering)
+
+    def own_scenes(layers, scenes):
+        one = functools.partial(one_scene, layers)
+        if sharding.platform() == "cpu":
+            return jax.lax.map(lambda scene: one(*scene), scenes)
+        return jax.vmap(one)(*scenes)
 
     keys = None if key is None else jax.random.split(key, triplane_BPhwC.shape[0])
-    scenes = (triplane_BPhwC, rays, keys)
-    if sharding.platform() != "cpu":
-        return jax.vmap(lambda scene: one_scene(layers, *scene))(scenes)
-    return batch_axes.split_batch(
-        lambda layers, scenes: jax.lax.map(lambda scene: one_scene(layers, *scene), scenes),
-        layers,
-        scenes,
-    )
+    # Each device renders its own scenes: the compiler cannot split a kernel.
+    return batch_axes.split_batch(own_scenes, layers, (triplane_BPhwC, rays, keys))
 
 
 def query(
-    field: Callable,
+    field_of: Callable,
     triplane_BPhwC: Float[Array, "B P h w C"],
     layers: list,
     dtype: str,
     xyz: Float[Array, "B Q 3"],
 ) -> tuple[Float[Array, "B Q"], Float[Array, "B Q 3"]]:
-    """Evaluates `field(projected_PhwF, layers, xyz[Q 3])` for B scenes."""
+    """Evaluates `field_of(projected_PhwF, layers, xyz[Q 3])` for B scenes."""
 
-    def one_scene(triplane_PhwC, xyz_Q3):
-        return field(project_planes(triplane_PhwC, layers, dtype), layers, xyz_Q3)
+    def own_scenes(layers, scenes):
+        def one(triplane_PhwC, xyz_Q3):
+            return field_of(project_planes(triplane_PhwC, layers, dtype), layers, xyz_Q3)
 
-    return jax.vmap(one_scene)(triplane_BPhwC, xyz)
+        return jax.vmap(one)(*scenes)
+
+    return batch_axes.split_batch(own_scenes, layers, (triplane_BPhwC, xyz))
 
 
 def render_in_chunks(
@@ -178,6 +153,7 @@ def render_in_chunks(
     num_rays = flat.origins.shape[0]
     num_chunks = -(-num_rays // chunk) if num_rays > chunk else 1
     size = -(-num_rays // num_chunks)
+    size += -size % field.TILE_SIDE**2 if field.orders_rays() else 0
     # Padding repeats the last ray: a zero direction would make NaNs in the backward pass.
     flat = jax.tree.map(
         lambda x: jnp.pad(x, ((0, num_chunks * size - num_rays), (0, 0)), mode="edge"), flat
