@@ -7,7 +7,7 @@ import einops
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lrm_jax.kernels import field_plain
+from lrm_jax.kernels import field_cuda, field_plain
 from lrm_jax.parallel import sharding
 
 # Neighbouring points lie in few cells of a plane. So along rays, points are ordered in tiles: of 8 x 8 neighbouring rays by 16
@@ -36,6 +36,8 @@ def field(
       axes: the two coordinates along each plane's width and height.
       activation: "relu" or "silu", before each layer but the first.
     """
+    if sharding.platform() == "gpu" and field_cuda.can(projected_PhwF):
+        return field_cuda.field_by_triton(projected_PhwF, layers, xyz_Q3, axes, activation)
     return field_plain.field_by_xla(projected_PhwF, layers, xyz_Q3, axes, activation)
 
 
