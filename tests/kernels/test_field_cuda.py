@@ -212,3 +212,4 @@ def test_both_kernels_become_triton_programs(dtype):
         traced = jax.jit(jax.vmap(gradient, (None, None, 0))).trace(planes, layers, xyz)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("@__gpu$xla.gpu.triton") == 2
+    assert "stablehlo.scatter" not in text
