@@ -67,7 +67,9 @@ def train_step(
             {"params": params}, source, rays, render_key
         )
         seen = blend(rendering, background)
-        terms = losses.terms(seen, wanted, loss_weights, scene=scene, networks=networks)
+        terms = losses.terms(
+            seen, wanted, loss_weights, scene=scene, networks=networks, dtype=model.dtype
+        )
         total = sum(loss_weights[name] * value for name, value in terms.items())
         return total, {"loss": total, **terms, "square_error": losses.mse(seen, wanted)}
 

@@ -105,6 +105,24 @@ def test_a_poisoned_batch_is_skipped_and_counted():
     assert int(after.step) == 1
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_loss_network_computes_in_the_dtype_of_the_model(monkeypatch, dtype):
+    """Tests only dtypes. Nothing is computed."""
+    scenes, given = batch(0, 2, 1, 32, 16), []
+
+    def distance(params, x, y, dtype):
+        given.append(dtype)
+        return jnp.square(x - y).mean((-3, -2, -1)) * params["scale"]
+
+    monkeypatch.setattr(losses.lpips, "distance", distance)
+    init, update = functions(scenes.source, loss_weights={"lpips": 1.0})
+    update = partial(update, model=build("triposr", "tiny", dtype=dtype))
+    networks = {"lpips": {"scale": jnp.float32(1)}}
+    _, scalars = jax.eval_shape(update, jax.eval_shape(init), scenes, networks)
+    assert given == [dtype]
+    assert scalars["train/lpips"].dtype == jnp.float32
+
+
 @pytest.mark.parametrize("foreground", [False, True])
 def test_a_crop_is_what_its_camera_sees(foreground):
     target = batch(0, 2, 3, 8, 32).target
