@@ -87,6 +87,36 @@ def test_terminated_and_resumed_equals_uninterrupted_to_the_bit(
         train.main([*TINY, "--workdir", str(tmp_path / "straight"), *NANO])
 
 
+def test_between_reports_a_step_is_waited_for_only_after_the_next_has_started(
+    balls_source, tmp_path, monkeypatch
+):
+    """Also after a report: while the device runs a step, the host has the time to prepare the next."""
+    make_run, wait, started, waited = train.make_run, jax.block_until_ready, [], []
+
+    def counted(config, device_mesh):
+        run = make_run(config, device_mesh)
+
+        def step(*arguments):
+            state, scalars = run.step(*arguments)
+            started.append(scalars)
+            return state, scalars
+
+        return run._replace(step=step)
+
+    def count(x):
+        number = next((i for i, scalars in enumerate(started, 1) if scalars is x), None)
+        waited.append((number, len(started)))
+        return wait(x)
+
+    monkeypatch.setattr(train, "make_run", counted)
+    monkeypatch.setattr(jax, "block_until_ready", count)
+    arguments = ["--config.train.log_every=2", "--config.train.save_every=4"]
+    assert train.main([*TINY, "--workdir", str(tmp_path / "run"), *arguments]) == 0
+    assert [row["step"] for row in rows(tmp_path / "run")] == [2, 4, 4]
+    assert len(started) == 4
+    assert [pair for pair in waited if pair[0]] == [(1, 2), (2, 3), (3, 4)]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
