@@ -25,6 +25,8 @@ STEP = dict(
     accumulate=1,
     ema_decay=0.99,
 )
+# Only windows and backgrounds are random. Here there is one grey, and each window is the whole view.
+WHOLE_VIEWS = dict(patch=16, backgrounds=(1.0,), loss_weights={"mse": 1.0})
 
 
 def functions(source, **changed):
@@ -41,27 +43,34 @@ def functions(source, **changed):
     return init, update
 
 
-def started(device_mesh, source, **changed):
-    """A state and the compiled step."""
+def compiled(device_mesh, source, **changed):
+    """`init_state` and `train_step`, compiled when they are first called."""
     init, update = functions(source, **changed)
     shardings = sharding.infer(jax.eval_shape(init), device_mesh)
     update = jax.jit(update, donate_argnums=0, out_shardings=(shardings, None))
-    return jax.jit(init, out_shardings=shardings)(), update
+    return jax.jit(init, out_shardings=shardings), update
 
 
-def test_one_step_on_two_by_four_devices_equals_one_device_and_the_loss_falls():
-    scenes = batch(0, 4, 2, 32, 16)
-    device_meshes = (
-        sharding.make_device_mesh(1, 2, 4),
-        sharding.make_device_mesh(1, 1, 1, jax.devices()[:1]),
-    )
-    results = []
-    for device_mesh in device_meshes:
+@pytest.fixture(scope="module")
+def on_one_device():
+    """A device mesh, and `compiled` for it and four scenes with two target views of 16 pixels."""
+    device_mesh = sharding.make_device_mesh(1, 1, 1, jax.devices()[:1])
+    return device_mesh, *compiled(device_mesh, batch(0, 4, 2, 32, 16).source)
+
+
+def test_one_step_on_two_by_four_devices_equals_one_device_and_the_loss_falls(on_one_device):
+    scenes, results = batch(0, 4, 2, 32, 16), []
+    two_by_four = sharding.make_device_mesh(1, 2, 4)
+    for device_mesh, init, update in (
+        (two_by_four, *compiled(two_by_four, scenes.source)),
+        on_one_device,
+    ):
         with jax.set_mesh(device_mesh):
-            state, update = started(device_mesh, scenes.source)
+            state = init()
             kernel = state.params["backbone"]["blocks"]["fc1"]["kernel"]
             assert kernel.addressable_shards[0].data.size * device_mesh.size == kernel.size
-            state, first = update(state, batch_axes.global_batch(scenes, device_mesh), {})
+            on_device = batch_axes.global_batch(scenes, device_mesh)
+            state, first = update(state, on_device, {})
             results.append(jax.device_get((first, state.opt_state)))
             params = jax.device_get(state.params)
             results[-1] += (params,)
@@ -71,9 +80,9 @@ def test_one_step_on_two_by_four_devices_equals_one_device_and_the_loss_falls():
     for name, value in results[0][0].items():
         np.testing.assert_allclose(value, results[1][0][name], rtol=1e-5, err_msg=name)
 
-    with jax.set_mesh(device_meshes[1]):
+    with jax.set_mesh(device_mesh):
         for _ in range(80):
-            state, last = update(state, scenes, {})
+            state, last = update(state, on_device, {})
     assert last["train/loss"] < 0.5 * first["train/loss"]
     assert last["train/psnr"] > first["train/psnr"] + 3
     assert int(state.step) == 81 and int(last["skipped"]) == 0
@@ -82,25 +91,26 @@ def test_one_step_on_two_by_four_devices_equals_one_device_and_the_loss_falls():
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch():
-    # Only windows and backgrounds are random. Here there is one grey, and each window is the whole view.
-    fixed = dict(patch=16, backgrounds=(1.0,), loss_weights={"mse": 1.0})
     scenes, norms = batch(0, 4, 1, 32, 16), []
     for accumulate in (1, 2):
-        init, update = functions(scenes.source, **fixed, accumulate=accumulate)
+        init, update = functions(scenes.source, **WHOLE_VIEWS, accumulate=accumulate)
         state, scalars = jax.jit(update)(jax.jit(init)(), scenes, {})
         norms.append((scalars["grad_norm"], scalars["train/loss"]))
     # Samples along the rays are jittered with other keys, which hardly matters for 8 samples per ray of a small model.
     np.testing.assert_allclose(norms[0], norms[1], rtol=0.05)
 
 
-def test_a_poisoned_batch_is_skipped_and_counted():
-    scenes = batch(0, 2, 1, 32, 16)
-    init, update = functions(scenes.source)
-    before = jax.jit(init)()
-    poisoned = scenes.replace(target=scenes.target.replace(rgb=scenes.target.rgb * np.nan))
-    after, scalars = jax.jit(update)(before, poisoned, {})
+def test_a_poisoned_batch_is_skipped_and_counted(on_one_device):
+    device_mesh, init, update = on_one_device
+    scenes = batch(0, 4, 2, 32, 16)
+    poisoned = scenes.replace(
+        target=scenes.target.replace(rgb=scenes.target.rgb * np.float32(np.nan))
+    )
+    with jax.set_mesh(device_mesh):
+        before = jax.device_get(init().params)
+        after, scalars = update(init(), batch_axes.global_batch(poisoned, device_mesh), {})
     assert int(scalars["skipped"]) == 1 and not np.isfinite(scalars["grad_norm"])
-    for a, b in zip(*map(jax.tree.leaves, (before.params, after.params)), strict=True):
+    for a, b in zip(*map(jax.tree.leaves, (before, after.params)), strict=True):
         np.testing.assert_array_equal(a, b)
     assert int(after.step) == 1
 
@@ -314,13 +324,16 @@ def test_all_images_of_a_scene_change_colour_alike_and_every_other_scene_stays()
 
 
 def test_train_psnr_comes_from_the_mean_error_and_not_from_empty_windows():
-    """Half of the windows show only the background, which a model without density renders perfectly."""
-    scenes = batch(0, 4, 2, 32, 16)
-    alpha = np.asarray(scenes.target.alpha) * np.array([1, 0])[None, :, None, None]
+    """Half of the windows show only the background, which a model without density renders perfectly.
+
+    The programs are those of the test of accumulated gradients.
+    """
+    scenes = batch(0, 4, 1, 32, 16)
+    alpha = scenes.target.alpha * np.float32([1, 0, 1, 0])[:, None, None, None]
     scenes = scenes.replace(target=scenes.target.replace(alpha=alpha))
     psnr = {}
     for accumulate in (1, 2):
-        init, update = functions(scenes.source, accumulate=accumulate, patch=16)
+        init, update = functions(scenes.source, **WHOLE_VIEWS, accumulate=accumulate)
         _, scalars = jax.jit(update)(jax.jit(init)(), scenes, {})
         psnr[accumulate] = scalars["train/psnr"]
         np.testing.assert_allclose(
