@@ -240,9 +240,10 @@ def test_images_never_become_float_all_at_once(antialias):
         )  # fmt: skip
         compiled = jax.jit(crops).lower(jax.random.key(0), views).compile()
         used[low] = compiled.memory_analysis().temp_size_in_bytes
-    # Besides a copy of the bytes, one of eight views as floats, which the resize may copy. Then only windows of 19 x 19 pixels.
-    assert used[16] < pixels * (4 + 16 / 8 * 3)
-    assert used[128] < pixels * (4 + 16 / 8)
+    # All images as floats are 16 bytes a pixel. One of eight views is 2, and the resize may copy it; windows of 19 x 19 pixels are
+    # hardly any. The rest is copies of the bytes: at most two, as this compiler without optimisation makes them.
+    assert used[16] < 10 * pixels
+    assert used[128] < 8 * pixels
 
 
 def test_without_antialiasing_a_window_is_points_with_gaps():
