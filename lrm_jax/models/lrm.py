@@ -100,9 +100,9 @@ class LRM(nn.Module):
             3 * self.plane_channels, self.decoder_width, self.decoder_layers
         )
 
-    def __call__(self, source: Views, rays: Rays, key: jax.Array | None = None) -> Rendering:
+    def __call__(self, source: Views, rays: Rays, keys_B: jax.Array | None = None) -> Rendering:
         """Reconstructs the source view and renders rays [B V H W]."""
-        return self.render(self.encode(source), rays, key)
+        return self.render(self.encode(source), rays, keys_B)
 
     def encode(self, source: Views) -> dict[str, Float[Array, "B 3 h w C"]]:
         """The planes of one view on white, [B 1 H W 3], with its normalised camera."""
@@ -118,10 +118,10 @@ class LRM(nn.Module):
         x_BLD = self.transformer(queries_BLD, tokens_BMD, camera_BD)
         return {"triplane": self.upsampler(x_BLD.reshape(B, 3, side, side, self.width))}
 
-    def render(self, scene: dict, rays: Rays, key: jax.Array | None = None) -> Rendering:
-        """Marches rays [B V H W] through the field; with a key, both passes are jittered."""
+    def render(self, scene: dict, rays: Rays, keys_B: jax.Array | None = None) -> Rendering:
+        """Marches rays [B V H W] through the field; with a key for each scene, both passes are jittered."""
         return triplane.render(
-            self._march, scene["triplane"], self.decoder(), self.dtype, rays, key, self.ray_chunk
+            self._march, scene["triplane"], self.decoder(), self.dtype, rays, keys_B, self.ray_chunk
         )
 
     def query(

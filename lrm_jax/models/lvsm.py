@@ -90,9 +90,9 @@ class LVSM(nn.Module):
     def _stack(self, depth):
         return stack(Block, depth, self.remat, num_heads=self.num_heads, dtype=self.dtype)
 
-    def __call__(self, source: Views, rays: Rays, key: jax.Array | None = None) -> Rendering:
+    def __call__(self, source: Views, rays: Rays, keys_B: jax.Array | None = None) -> Rendering:
         """Encodes the source views and renders rays [B V H W]."""
-        return self.render(self.encode(source), rays, key)
+        return self.render(self.encode(source), rays, keys_B)
 
     def encode(
         self, source: Views, num_views: Int[Array, "B"] | None = None
@@ -124,8 +124,8 @@ class LVSM(nn.Module):
             num_tokens = None
         return {"tokens": self._normed(tokens_BMD), "num_tokens": num_tokens}
 
-    def render(self, scene: dict, rays: Rays, key: jax.Array | None = None) -> Rendering:
-        """Renders rays [B V H W], each view independently; H and W are multiples of `patch`. `key` has no effect.
+    def render(self, scene: dict, rays: Rays, keys_B: jax.Array | None = None) -> Rendering:
+        """Renders rays [B V H W], each view independently; H and W are multiples of `patch`. `keys_B` has no effect.
 
         Views are rendered `ray_chunk` rays at a time, so that memory does not grow with their number.
 

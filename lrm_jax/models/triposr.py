@@ -88,9 +88,9 @@ class TripoSR(nn.Module):
             3 * self.plane_channels, self.decoder_width, self.decoder_layers
         )
 
-    def __call__(self, source: Views, rays: Rays, key: jax.Array | None = None) -> Rendering:
+    def __call__(self, source: Views, rays: Rays, keys_B: jax.Array | None = None) -> Rendering:
         """Reconstructs the source view and renders rays [B V H W]."""
-        return self.render(self.encode(source), rays, key)
+        return self.render(self.encode(source), rays, keys_B)
 
     def encode(self, source: Views) -> dict[str, Float[Array, "B 3 h w C"]]:
         """The planes of one view on grey, [B 1 H W 3]; its camera is ignored.
@@ -115,10 +115,10 @@ class TripoSR(nn.Module):
         x_BLD = self.backbone(queries_BLD, tokens_BMD)
         return self.upsampler(x_BLD.reshape(B, 3, side, side, self.width))
 
-    def render(self, scene: dict, rays: Rays, key: jax.Array | None = None) -> Rendering:
-        """Marches rays [B V H W] through the field; with a key, samples are jittered within their intervals."""
+    def render(self, scene: dict, rays: Rays, keys_B: jax.Array | None = None) -> Rendering:
+        """Marches rays [B V H W] through the field; with a key for each scene, samples are jittered within their intervals."""
         return triplane.render(
-            self._march, scene["triplane"], self.decoder(), self.dtype, rays, key, self.ray_chunk
+            self._march, scene["triplane"], self.decoder(), self.dtype, rays, keys_B, self.ray_chunk
         )
 
     def query(

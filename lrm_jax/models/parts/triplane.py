@@ -116,7 +116,7 @@ def render(
     layers: list,
     dtype: str,
     rays: Rays,
-    key: jax.Array | None,
+    keys_B: jax.Array | None,
     chunk: int | None,
 ) -> Rendering:
     """Renders rays [B V H W] of B scenes: maps `march(projected_PhwF, layers, rays[R], key)` over scenes and chunks of rays.
@@ -128,8 +128,7 @@ def render(
         projected = project_planes(triplane_PhwC, layers, dtype)
         return render_in_chunks(functools.partial(march, projected, layers), rays, key, chunk)
 
-    keys = None if key is None else jax.random.split(key, triplane_BPhwC.shape[0])
-    scenes = (triplane_BPhwC, rays, keys)
+    scenes = (triplane_BPhwC, rays, keys_B)
     if sharding.platform() != "cpu":
         return jax.vmap(lambda scene: one_scene(layers, *scene))(scenes)
     return batch_axes.split_batch(
