@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from lrm_jax.images import cutout, recentre
 from lrm_jax.models.parts import encoders, torch_layout, triplane, vit
-from lrm_jax.models.parts.layers import MLP, Attention, layer_norm, stack, torch_linear_init
+from lrm_jax.models.parts.layers import MLP, Attention, dense, layer_norm, stack, torch_linear_init
 from lrm_jax.ops import cameras, resize, sampling, volrend
 from lrm_jax.types import Cameras, Rays, Rendering, Views
 
@@ -84,7 +84,7 @@ class LRM(nn.Module):
     # which OpenLRM release's parameter names `to_torch` writes: "1.0" or "1.1"
     release: str = "1.1"
     ray_chunk: int | None = None  # rays rendered at a time; None: chosen for the device
-    remat: bool = True  # False: for a small model, whose activations fit in memory
+    remat: str = "blocks"  # what is kept for the backward pass, one of `layers.REMAT`
     dtype: str = "float32"
 
     def setup(self):
@@ -225,7 +225,7 @@ class Transformer(nn.Module):
 
     depth: int
     num_heads: int
-    remat: bool
+    remat: str
     dtype: str
 
     @nn.compact
@@ -267,7 +267,7 @@ class ModLN(nn.Module):
         condition_BD = nn.silu(camera_BD)
 
         def modulation(name):
-            layer = nn.Dense(
+            layer = dense(
                 x_BLD.shape[-1], dtype=self.dtype, kernel_init=torch_linear_init, name=name
             )
             return layer(condition_BD)[:, None]
