@@ -53,22 +53,31 @@ def train_step(
       gradient norm before clipping, the number of updates skipped so far, and the learning rate.
     """
 
-    def total_loss(params, part: Batch, key):
-        crop_key, background_key, render_key = jax.random.split(key, 3)
+    def total_loss(params, networks, part: Batch, keys_B):
+        crop_keys, background_keys, render_keys, color_keys = jax.vmap(
+            lambda key: jax.random.split(key, 4), out_axes=1
+        )(keys_B)
         source = part.source
-        target, cameras = random_crops(
-            crop_key, part.target, patch, render_size, antialias, foreground_crops
+        target, cameras = by_scene(
+            lambda key, views: random_crops(
+                key, views, patch, render_size, antialias, foreground_crops
+            ),
+            crop_keys,
+            part.target,
         )
         if recolor:
-            change_B33 = random_recoloring(jax.random.fold_in(key, 3), source.rgb.shape[0])
+            change_B33 = by_scene(lambda key: random_recoloring(key, 1), color_keys)
             source = source.replace(rgb=recolored(source.rgb, change_B33))
             target = target.replace(rgb=recolored(target.rgb, change_B33))
         source = on_background(source, source_background)
         rays = ops_cameras.pixel_rays(cameras, patch, patch)
-        background = random_backgrounds(background_key, target.alpha.shape[:2], backgrounds)
+        shape = (1, target.alpha.shape[1])
+        background = by_scene(
+            lambda key: random_backgrounds(key, shape, backgrounds), background_keys
+        )
         wanted = blend(target, background)
         scene, rendering = nn.apply(_encode_and_render, model)(
-            {"params": params}, source, rays, render_key
+            {"params": params}, source, rays, render_keys
         )
         seen = blend(rendering, background)
         terms = losses.terms(
@@ -77,16 +86,17 @@ def train_step(
         total = sum(loss_weights[name] * value for name, value in terms.items())
         return total, {"loss": total, **terms, "square_error": losses.mse(seen, wanted)}
 
-    def gradient(part: Batch, key):
+    def gradient(params, networks, part_and_keys):
         return jax.grad(total_loss, has_aux=True)(
-            state.params, batch_axes.constrain_batch(part), key
+            params, networks, *batch_axes.constrain_batch(part_and_keys)
         )
 
-    key = jax.random.fold_in(state.key, state.step)
+    # A scene's draws follow from its place in the whole batch, however that is split.
+    keys_B = jax.random.split(jax.random.fold_in(state.key, state.step), batch.source.rgb.shape[0])
     if accumulate == 1:
-        grads, scalars = gradient(batch, key)
+        grads, scalars = gradient(state.params, networks, (batch, keys_B))
     else:
-        grads, scalars = _accumulated(gradient, batch, key, accumulate)
+        grads, scalars = _accumulated(gradient, state.params, networks, (batch, keys_B), accumulate)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema_params = running_mean(state.ema_params, params, state.step, ema_decay)
@@ -303,21 +313,33 @@ def random_backgrounds(key: jax.Array, shape: tuple[int, int], greys: tuple[floa
     return jnp.broadcast_to(grey, (*shape, 1, 1, 3))
 
 
-def _encode_and_render(model, source, rays, key):
+def by_scene(function, keys_B: jax.Array, *trees):
+    """`function(key, *trees)` for each scene alone, with its own key. Its arrays and results have the leading axis [1]."""
+
+    def one(key, *trees):
+        results = function(key, *jax.tree.map(lambda x: x[None], trees))
+        return jax.tree.map(lambda x: x[0], results)
+
+    return jax.vmap(one)(keys_B, *trees)
+
+
+def _encode_and_render(model, source, rays, keys_B):
     scene = model.encode(source)
-    return scene, model.render(scene, rays, key)
+    return scene, model.render(scene, rays, keys_B)
 
 
-def _accumulated(gradient, batch: Batch, key, count: int):
+def _accumulated(gradient, params, networks, batch_and_keys, count: int):
     """The mean gradient and scalars over `count` parts of the batch, processed in turn."""
-    parts = batch_axes.micro_batches(batch, count)
 
-    def add(total, inputs):
-        part, index = inputs
-        new = gradient(part, jax.random.fold_in(key, index))
-        return jax.tree.map(lambda a, b: a + b / count, total, new), None
+    def mean(params, networks, parts):
+        def add(total, part):
+            new = gradient(params, networks, part)
+            return jax.tree.map(lambda a, b: a + b / count, total, new), None
 
-    shapes = jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], parts), key)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    total, _ = jax.lax.scan(add, zeros, (parts, jnp.arange(count)))
-    return total
+        first = jax.tree.map(lambda x: x[0], parts)
+        shapes = jax.eval_shape(gradient, params, networks, first)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return jax.lax.scan(add, zeros, parts)[0]
+
+    parts = batch_axes.micro_batches(batch_and_keys, count)
+    return batch_axes.gradient_over_shards(mean, params, networks, parts)
