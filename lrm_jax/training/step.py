@@ -43,7 +43,7 @@ def train_step(
       networks: parameters of the frozen networks of losses, see `losses.terms`.
       source_background: grey level behind the source views.
       patch, render_size, antialias, foreground_crops: see `random_crops`.
-      recolor: change the colours of half of the scenes, at random: see `random_recoloring`.
+      recolor: change the colours of half of the scenes, at random: see `recolored`.
       backgrounds: grey levels; each target view gets one at random (OpenLRM: 0, 0.5, 1). Empty: any colour.
       accumulate: number of equal parts that the batch is split into. They are processed in turn; the gradient is their mean.
       ema_decay: decay of the running mean of the parameters. It is reached after about 10 / (1 - ema_decay) steps.
@@ -66,9 +66,7 @@ def train_step(
             part.target,
         )
         if recolor:
-            change_B33 = by_scene(lambda key: random_recoloring(key, 1), color_keys)
-            source = source.replace(rgb=recolored(source.rgb, change_B33))
-            target = target.replace(rgb=recolored(target.rgb, change_B33))
+            source, target = by_scene(recolored, color_keys, source, target)
         source = on_background(source, source_background)
         rays = ops_cameras.pixel_rays(cameras, patch, patch)
         shape = (1, target.alpha.shape[1])
@@ -100,17 +98,23 @@ def train_step(
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema_params = running_mean(state.ema_params, params, state.step, ema_decay)
-    # PSNR of the mean error: empty windows, which soon become perfect, would dominate a mean of PSNRs.
-    scalars["psnr"] = image_metrics.decibels(scalars.pop("square_error"))
-    scalars = {f"train/{name}": value for name, value in scalars.items()} | {
-        "grad_norm": optim.grad_norm(opt_state),
-        "skipped": optim.num_skipped(opt_state),
-        "learning_rate": schedule(state.step),
-    }
+    scalars = _named(scalars, opt_state, schedule(state.step))
     state = state.replace(
         step=state.step + 1, params=params, ema_params=ema_params, opt_state=opt_state
     )
     return state, scalars
+
+
+def _named(scalars, opt_state, learning_rate):
+    """The scalars of a step under the names of a report."""
+    # PSNR of the mean error: empty windows, which soon become perfect, would dominate a mean of PSNRs.
+    psnr = image_metrics.decibels(scalars["square_error"])
+    terms = {name: value for name, value in scalars.items() if name != "square_error"}
+    return {f"train/{name}": value for name, value in (terms | {"psnr": psnr}).items()} | {
+        "grad_norm": optim.grad_norm(opt_state),
+        "skipped": optim.num_skipped(opt_state),
+        "learning_rate": learning_rate,
+    }
 
 
 def running_mean(ema_params, params, step, decay: float):
@@ -288,21 +292,26 @@ def _around_foreground(key, alpha_BVHW, place_BV2, patch, free_BV1):
     return jnp.where(anywhere, place_BV2, around_BV2)
 
 
-def random_recoloring(key: jax.Array, count: int) -> jax.Array:
-    """A change of colour for each scene, [B 3 3]: for half, at random, none; others permute the channels and darken each by 0.6 to 1."""
+def recolored(key: jax.Array, source: Views, target: Rendering) -> tuple[Views, Rendering]:
+    """In half of the scenes, at random, permutes the colour channels and darkens each by a factor from 0.6 to 1.
+
+    The change is linear, so the colour may be straight, premultiplied or resized.
+    """
     which_key, order_key, factor_key = jax.random.split(key, 3)
+    count = source.rgb.shape[0]
     order_B3 = jax.random.permutation(
         order_key, jnp.tile(jnp.arange(3), (count, 1)), axis=1, independent=True
     )
     factor_B3 = jax.random.uniform(factor_key, (count, 3), minval=0.6, maxval=1.0)
     change_B33 = jax.nn.one_hot(order_B3, 3) * factor_B3[:, None]
     keep = jax.random.bernoulli(which_key, 0.5, (count, 1, 1))
-    return jnp.where(keep, jnp.eye(3), change_B33)
+    change_B33 = jnp.where(keep, jnp.eye(3), change_B33)
 
+    def changed(x):
+        rgb = as_float(x.rgb)
+        return x.replace(rgb=jnp.einsum("bvhwc,bcd->bvhwd", rgb, change_B33, precision="highest"))
 
-def recolored(rgb_BVHW3: jax.Array, change_B33: jax.Array) -> jax.Array:
-    """Float images in other colours. The change is linear, so the colour may be straight, premultiplied or resized."""
-    return jnp.einsum("bvhwc,bcd->bvhwd", as_float(rgb_BVHW3), change_B33, precision="highest")
+    return changed(source), changed(target)
 
 
 def random_backgrounds(key: jax.Array, shape: tuple[int, int], greys: tuple[float, ...]):

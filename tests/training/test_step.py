@@ -341,14 +341,13 @@ def test_bytes_and_floats_are_the_same_images():
 
 def test_all_images_of_a_scene_change_colour_alike_and_every_other_scene_stays():
     scenes = batch(0, 64, 2, 8, 8)
-    images = scenes.source.rgb, scenes.target.rgb
-    change_B33 = step.random_recoloring(jax.random.key(0), 64)
-    changed = [jax.jit(step.recolored)(rgb, change_B33) for rgb in images]
+    given = scenes.source, compositing.premultiplied(scenes.target)
+    changed = jax.jit(step.recolored)(jax.random.key(0), *given)
     kept = 0
     for i in range(64):
         before, after = (
-            np.concatenate([np.asarray(rgb)[i].reshape(-1, 3) for rgb in x])
-            for x in (images, changed)
+            np.concatenate([np.asarray(images.rgb)[i].reshape(-1, 3) for images in x])
+            for x in (given, changed)
         )
         change, *_ = np.linalg.lstsq(before, after)
         np.testing.assert_allclose(before @ change, after, atol=1e-5)
@@ -358,6 +357,8 @@ def test_all_images_of_a_scene_change_colour_alike_and_every_other_scene_stays()
             assert ((np.abs(change) > 1e-4).sum(0) == 1).all()  # channels are permuted
             assert 0.6 - 1e-4 < change.max(0).min() and change.max() < 1 + 1e-4
     assert 20 < kept < 44
+    for x, y in zip(given, changed, strict=True):
+        np.testing.assert_array_equal(x.alpha, y.alpha)
 
 
 def test_train_psnr_comes_from_the_mean_error_and_not_from_empty_windows():
