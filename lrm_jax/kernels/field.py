@@ -7,9 +7,10 @@ import einops
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lrm_jax.kernels import field_plain
+from lrm_jax.kernels import field_plain, field_tpu
 from lrm_jax.parallel import sharding
 
+RAW = field_tpu.RAW
 # Neighbouring points lie in few cells of a plane. So along rays, points are ordered in tiles: of 8 x 8 neighbouring rays by 16
 # samples, and in each, of 4 x 4 rays by 8 samples.
 TILE_SIDE, TILE_SAMPLES = 8, 16
@@ -36,6 +37,8 @@ def field(
       axes: the two coordinates along each plane's width and height.
       activation: "relu" or "silu", before each layer but the first.
     """
+    if sharding.platform() == "tpu":
+        return field_tpu.field_by_windows(projected_PhwF, layers, xyz_Q3, axes, activation)
     return field_plain.field_by_xla(projected_PhwF, layers, xyz_Q3, axes, activation)
 
 

@@ -160,7 +160,10 @@ def render_in_chunks(
     )
     chunks = jax.tree.map(lambda x: x.reshape(num_chunks, size, 3), flat)
 
-    @jax.checkpoint
+    # A kernel's result is kept, because its gradient needs none of the activations that rendering again would make.
+    @functools.partial(
+        jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(field.RAW)
+    )
     def one(index_and_rays):
         index, rays = index_and_rays
         return march(rays, None if key is None else jax.random.fold_in(key, index))
