@@ -169,11 +169,11 @@ def _cells(x, size):
 
 def _extent(x_Tt, touches_Tt, size, cells, window):
     """The first unit of `cells` cells, and the number of windows along an axis, for each tile. 0 windows: all points miss."""
-    low = jnp.clip(jnp.floor(x_Tt), 0, size - 1)
-    high = jnp.clip(jnp.floor(x_Tt) + 1, 0, size - 1)
-    first = jnp.min(jnp.where(touches_Tt, low, size), axis=-1).astype(jnp.int32) // cells
-    last = jnp.max(jnp.where(touches_Tt, high, -1), axis=-1).astype(jnp.int32) // cells
-    number = jnp.where(jnp.any(touches_Tt, axis=-1), (last - first) // window + 1, 0)
+    low_T = jnp.floor(jnp.min(x_Tt, axis=-1, initial=size, where=touches_Tt))
+    high_T = jnp.floor(jnp.max(x_Tt, axis=-1, initial=-1, where=touches_Tt)) + 1
+    first = jnp.clip(low_T, 0, size - 1).astype(jnp.int32) // cells
+    last = jnp.clip(high_T, 0, size - 1).astype(jnp.int32) // cells
+    number = jnp.where(low_T < high_T, (last - first) // window + 1, 0)
     whole = -(-size // (cells * window)) * window  # units of the padded plane
     return jnp.minimum(first, whole - number * window), number
 
