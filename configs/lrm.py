@@ -22,8 +22,7 @@ def get_config(size: str = ""):
     """The config; `size` is "" or "tiny"."""
     check_size(size)
     config = base()
-    # 512 rays of each scene at a time: with 16 scenes on a chip, one decoder layer takes 0.13 GB.
-    config.model = dict(name="lrm", variant="lrm", dtype="bfloat16", ray_chunk=512)
+    config.model = dict(name="lrm", variant="lrm", dtype="bfloat16")
     config.data.update(
         name="records",
         batch_size=1024,

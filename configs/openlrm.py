@@ -28,7 +28,7 @@ def get_config(size: str = "small"):
     config = base()
     name = "small" if size == "tiny" else size
     source_size, render_size, patch = IMAGES[name]
-    config.model = dict(name="lrm", variant=f"openlrm-{name}-1.1", dtype="bfloat16", ray_chunk=1024)
+    config.model = dict(name="lrm", variant=f"openlrm-{name}-1.1", dtype="bfloat16")
     config.data.update(
         name="records",
         batch_size=128,

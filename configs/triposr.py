@@ -17,8 +17,7 @@ def get_config(size: str = ""):
     """The config; `size` is "" or "tiny"."""
     check_size(size)
     config = base()
-    # 512 rays of each scene at a time: with 16 scenes on a chip, one decoder layer takes 0.13 GB.
-    config.model = dict(name="triposr", variant="triposr", dtype="bfloat16", ray_chunk=512)
+    config.model = dict(name="triposr", variant="triposr", dtype="bfloat16")
     config.data.update(name="records", batch_size=1024, num_workers=16, num_target=3)
     config.losses = dict(mse=1.0, lpips=2.0, mask=0.05)
     config.networks.lpips = "lpips_vgg16.safetensors"

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from lrm_jax.commands import train
-from lrm_jax.kernels import attention_cuda, attention_plain
+from lrm_jax.kernels import attention_cuda, attention_plain, field_cuda
 from lrm_jax.parallel import sharding
 from lrm_jax.training import losses, reports, setup
 from lrm_jax.training.step import needed_flops
@@ -135,6 +135,8 @@ def test_no_gradient_of_a_16_bit_step_on_a_gpu_is_scattered_in_16_bits(case, mon
     monkeypatch.setattr(sharding, "platform", lambda: "gpu")
     # Without a GPU, cuDNN's attention cannot be lowered.
     monkeypatch.setattr(attention_cuda, "attention_by_cudnn", attention_plain.attention_by_xla)
+    # The fused field adds in float32: see tests/kernels/test_field_cuda.py.
+    monkeypatch.setattr(field_cuda, "can", lambda planes: False)
     config = load(case)
     assert config.model.dtype == "bfloat16"
     device_mesh = sharding.make_device_mesh(data=-1)

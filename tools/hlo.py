@@ -94,7 +94,7 @@ class Costs:
     lookups: collections.Counter[Lookup] = dataclasses.field(default_factory=collections.Counter)
     calls: dict[str, Calls] = dataclasses.field(
         default_factory=lambda: collections.defaultdict(Calls)
-    )  # cuDNN's calls by kind, and scatters that combine by dtype
+    )  # cuDNN's calls by kind, Pallas kernels by name, and scatters that combine by dtype
     collectives: dict[str, Traffic] = dataclasses.field(
         default_factory=lambda: collections.defaultdict(Traffic)
     )
@@ -215,6 +215,8 @@ class Program:
                 total.calls[_cudnn_kind(name)] = Calls(1, 1.0)
             if _KERNELS.fullmatch(name):
                 self._add_kernel(total, i, body)
+                if named := re.search(r'op_name="[^"]*?(\w+)/pallas_call', i.attributes):
+                    total.calls[f"kernel {named[1]}"] = Calls(1, 1.0)
         elif i.opcode.removesuffix("-start") in COLLECTIVES:
             self._add_collective(total, i, body)
         return total

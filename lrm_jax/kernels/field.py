@@ -7,10 +7,10 @@ import einops
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lrm_jax.kernels import field_plain, field_tpu
+from lrm_jax.kernels import field_cuda, field_plain, field_tpu
 from lrm_jax.parallel import sharding
 
-RAW = field_tpu.RAW
+RAW = field_tpu.RAW  # the name of a result that is worth keeping, see `field_tpu`
 # Neighbouring points lie in few cells of a plane. So along rays, points are ordered in tiles: of 8 x 8 neighbouring rays by 16
 # samples, and in each, of 4 x 4 rays by 8 samples.
 TILE_SIDE, TILE_SAMPLES = 8, 16
@@ -37,6 +37,8 @@ def field(
       axes: the two coordinates along each plane's width and height.
       activation: "relu" or "silu", before each layer but the first.
     """
+    if is_fused(projected_PhwF):
+        return field_cuda.field_by_triton(projected_PhwF, layers, xyz_Q3, axes, activation)
     if sharding.platform() == "tpu":
         return field_tpu.field_by_windows(projected_PhwF, layers, xyz_Q3, axes, activation)
     return field_plain.field_by_xla(projected_PhwF, layers, xyz_Q3, axes, activation)
@@ -64,6 +66,11 @@ def samples_in_tiles(xyz_RS3: Float[Array, "R S 3"]) -> Float[Array, "Q 3"]:
     return einops.rearrange(xyz_RS3, f"{_SAMPLES} -> {_SAMPLES_IN_TILES}", **_SAMPLE_SIZES)
 
 
+def is_fused(projected_PhwF: Float[Array, "P h w F"]) -> bool:
+    """Whether `field` is the kernel of GPUs, which keeps nothing for its gradient but its arguments."""
+    return sharding.platform() == "gpu" and field_cuda.can(projected_PhwF)
+
+
 def orders_rays() -> bool:
     """Whether rays should come in tiles: not on a CPU, whose cache holds the planes."""
     return sharding.platform() != "cpu"
@@ -83,7 +90,7 @@ def in_tiles(image_VHWX: Float[Array, "V H W *X"]) -> Float[Array, "R *X"]:
 def from_tiles(
     tiled_RX: Float[Array, "R *X"], shape: tuple[int, int, int]
 ) -> Float[Array, "V H W *X"]:
-    """The images [V H W] of which `in_tiles` made `tiled_RX`."""
+    """The images of which `in_tiles` made `tiled_RX`."""
     V, H, W = shape
     h, w = -(-H // TILE_SIDE), -(-W // TILE_SIDE)
     return einops.rearrange(tiled_RX, f"{_PIXELS_IN_TILES} -> {_PIXELS}", V=V, h=h, w=w, **_PIXEL_SIZES)[:, :H, :W]  # fmt: skip

@@ -31,7 +31,10 @@ REMEDY = (
 
 
 def distance(
-    params: Mapping, x: Float[Array, "*B H W 3"], y: Float[Array, "*B H W 3"]
+    params: Mapping,
+    x: Float[Array, "*B H W 3"],
+    y: Float[Array, "*B H W 3"],
+    dtype: str = "float32",
 ) -> Float[Array, "*B"]:
     """The distance between each pair of images, in float32; its gradient is finite everywhere.
 
@@ -42,25 +45,31 @@ def distance(
       params: from `load`.
       x: sRGB in [0, 1], opaque; at least 16 pixels wide and high.
       y: the same for the other images.
+      dtype: of the convolutions and their features: "float32", or "bfloat16" for a loss. All else is float32.
 
     Raises:
       InputError: the images are smaller.
     """
     total = jnp.zeros(x.shape[:-3], jnp.float32)
-    for i, (fx, fy) in enumerate(zip(_features(params, x), _features(params, y), strict=True), 1):
+    features = (_features(params, images, dtype) for images in (x, y))
+    for i, (fx, fy) in enumerate(zip(*features, strict=True), 1):
         weighted = jnp.square(_unit(fx) - _unit(fy)) * params[f"linear{i}"][None, None, None]
         total += weighted.sum(-1).mean((-2, -1)).reshape(total.shape)
     return total
 
 
-def _features(params, rgb):
+def _features(params, rgb, dtype):
     rgb = rgb.astype(jnp.float32).reshape(-1, *rgb.shape[-3:])
     x = (2 * rgb - 1 - jnp.array(SHIFT)[None, None, None]) / jnp.array(SCALE)[None, None, None]
-    return vgg.features(params, x, NUM_CONVS, NUM_CONVS, vgg.max_pool)
+    return vgg.features(params, x.astype(dtype), NUM_CONVS, NUM_CONVS, vgg.max_pool)
 
 
 def _unit(x):
-    """Parity: the reference adds 1e-10 to the length. The lower bound keeps the root's gradient finite if all are zero."""
+    """Features of unit length, in float32.
+
+    Parity: the reference adds 1e-10 to the length. The lower bound keeps the root's gradient finite if all are zero.
+    """
+    x = x.astype(jnp.float32)
     length = jnp.sqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-30))
     return x / (length + 1e-10)
 

@@ -32,7 +32,10 @@ REMEDY = (
 
 
 def distance(
-    params: Mapping, x: Float[Array, "*B H W 3"], y: Float[Array, "*B H W 3"]
+    params: Mapping,
+    x: Float[Array, "*B H W 3"],
+    y: Float[Array, "*B H W 3"],
+    dtype: str = "float32",
 ) -> Float[Array, "*B"]:
     """The mean absolute difference of each pair of images and of their features, in float32.
 
@@ -40,23 +43,24 @@ def distance(
       params: from `load`.
       x: sRGB in [0, 1], opaque; at least 16 pixels wide and high.
       y: the same for the other images.
+      dtype: of the convolutions and their features: "float32", or "bfloat16" for a loss. All else is float32.
 
     Raises:
       InputError: the images are smaller.
     """
     total = jnp.zeros(x.shape[:-3], jnp.float32)
-    for divisor, fx, fy in zip(
-        (1.0, *DIVISORS), _features(params, x), _features(params, y), strict=True
-    ):
-        total += jnp.abs(fx - fy).mean((-3, -2, -1)).reshape(total.shape) / divisor
+    features = (_features(params, images, dtype) for images in (x, y))
+    for divisor, fx, fy in zip((1.0, *DIVISORS), *features, strict=True):
+        difference = jnp.abs(fx.astype(jnp.float32) - fy.astype(jnp.float32))
+        total += difference.mean((-3, -2, -1)).reshape(total.shape) / divisor
     return total / 255
 
 
-def _features(params, rgb):
-    """The images in VGG's input range (0 to 255, minus the mean), and the five activations."""
+def _features(params, rgb, dtype):
+    """The images in VGG's input range (0 to 255, minus the mean) in float32, and the five activations."""
     rgb = rgb.astype(jnp.float32).reshape(-1, *rgb.shape[-3:])
     x = 255 * rgb - jnp.array(MEAN)[None, None, None]
-    return [x, *vgg.features(params, x, NUM_CONVS, TAPS, vgg.average_pool)]
+    return [x, *vgg.features(params, x.astype(dtype), NUM_CONVS, TAPS, vgg.average_pool)]
 
 
 # -- weights

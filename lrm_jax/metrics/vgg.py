@@ -27,14 +27,14 @@ def features(
     taps: tuple[int, ...],
     pool: Callable[[jax.Array], jax.Array],
 ) -> list[jax.Array]:
-    """The activations after one convolution of each block, [N H/2^i W/2^i C], in float32.
+    """The activations after one convolution of each block, [N H/2^i W/2^i C], computed in the dtype of `x`.
 
-    TPUs multiply in bfloat16 and GPUs in TF32, which is enough for a loss. For a metric, use
+    With float32 images, TPUs still multiply in bfloat16 and GPUs in TF32, which is enough for a loss. For a metric, use
     `jax.default_matmul_precision("highest")`.
 
     Args:
-      params: of one network.
-      x: images in the network's input range.
+      params: of one network, float32.
+      x: images in the network's input range, float32 or bfloat16.
       num_convs: the number of convolutions in each block; those after its tap are needed only for the next block.
       taps: for each block, the number, from 1, of the convolution whose activation is returned.
       pool: halves height and width between the blocks.
@@ -59,10 +59,11 @@ def features(
 
 
 def _conv(params, x):
+    kernel, bias = (params[name].astype(x.dtype) for name in ("kernel", "bias"))
     x = jax.lax.conv_general_dilated(
-        x, params["kernel"], window_strides=(1, 1), padding="SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        x, kernel, window_strides=(1, 1), padding="SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )  # fmt: skip
-    return x + params["bias"][None, None, None]
+    return x + bias[None, None, None]
 
 
 def max_pool(x: Float[Array, "N H W C"]) -> Float[Array, "N H/2 W/2 C"]:

@@ -76,6 +76,7 @@ def fit(
     writer = metric_writer.open_writer(workdir, first, train.tensorboard)
     tally = Tally(skipped=int(optim.num_skipped(state.opt_state)))
     work = None  # operations needed for one step
+    previous = {}  # scalars of the step before
     with (
         terminated() as stop,
         contextlib.closing(writer),
@@ -92,8 +93,9 @@ def fit(
             profile(step - first)
             state, scalars = run.step(state, batch, networks)
             tally.scalars.append(scalars)
-            # Keep at most two steps in flight, so that batches do not pile up.
-            jax.block_until_ready(tally.scalars[-2:][0])
+            # Keep two steps in flight: the next batch is read and copied while this step runs, but batches do not pile up.
+            jax.block_until_ready(previous)
+            previous = scalars
             last = step == train.steps or asked_to_stop(stop, step, train.log_every)
             evaluating = step % train.eval_every == 0 or step == train.steps
             # Also save before an evaluation: if it crashes, no training is lost.

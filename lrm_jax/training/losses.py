@@ -27,6 +27,7 @@ def terms(
     *,
     scene=None,
     networks: Mapping[str, Mapping] | None = None,
+    dtype: str = "float32",
 ) -> dict[str, jax.Array]:
     """The value of every term with a non-zero weight, not multiplied by the weight. Other terms are not computed.
 
@@ -36,21 +37,25 @@ def terms(
       weights: weights by term.
       scene: the result of `encode`, for "tv".
       networks: parameters by term, for "lpips" and "perceptual". Pass them as arguments of the step, not as constants.
+      dtype: of the convolutions of these networks: that of the model. All else is float32.
 
     Raises:
       InputError: a term does not exist, or lacks something that it needs. The message names the config key.
     """
     networks = networks or {}
     check(weights, networks)
+
+    def of_features(name):
+        network = NETWORKS[name]
+        return network.distance(networks[name], rendering.rgb, target.rgb, dtype).mean()
+
     compute = {
         "mse": lambda: mse(rendering, target),
         "mask": lambda: mask(rendering, target),
         "mask_mse": lambda: mask_mse(rendering, target),
         "tv": lambda: tv(scene),
-        "lpips": lambda: lpips.distance(networks["lpips"], rendering.rgb, target.rgb).mean(),
-        "perceptual": lambda: perceptual.distance(
-            networks["perceptual"], rendering.rgb, target.rgb
-        ).mean(),
+        "lpips": lambda: of_features("lpips"),
+        "perceptual": lambda: of_features("perceptual"),
     }
     return {name: compute[name]() for name, weight in weights.items() if weight}
 

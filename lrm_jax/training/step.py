@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen as nn
 
@@ -42,7 +43,7 @@ def train_step(
       networks: parameters of the frozen networks of losses, see `losses.terms`.
       source_background: grey level behind the source views.
       patch, render_size, antialias, foreground_crops: see `random_crops`.
-      recolor: change the colours of half of the scenes, at random: see `recolored`.
+      recolor: change the colours of half of the scenes, at random: see `random_recoloring`.
       backgrounds: grey levels; each target view gets one at random (OpenLRM: 0, 0.5, 1). Empty: any colour.
       accumulate: number of equal parts that the batch is split into. They are processed in turn; the gradient is their mean.
       ema_decay: decay of the running mean of the parameters. It is reached after about 10 / (1 - ema_decay) steps.
@@ -54,12 +55,15 @@ def train_step(
 
     def total_loss(params, part: Batch, key):
         crop_key, background_key, render_key = jax.random.split(key, 3)
-        if recolor:
-            part = recolored(jax.random.fold_in(key, 3), part)
-        source = on_background(part.source, source_background)
+        source = part.source
         target, cameras = random_crops(
             crop_key, part.target, patch, render_size, antialias, foreground_crops
         )
+        if recolor:
+            change_B33 = random_recoloring(jax.random.fold_in(key, 3), source.rgb.shape[0])
+            source = source.replace(rgb=recolored(source.rgb, change_B33))
+            target = target.replace(rgb=recolored(target.rgb, change_B33))
+        source = on_background(source, source_background)
         rays = ops_cameras.pixel_rays(cameras, patch, patch)
         background = random_backgrounds(background_key, target.alpha.shape[:2], backgrounds)
         wanted = blend(target, background)
@@ -67,7 +71,9 @@ def train_step(
             {"params": params}, source, rays, render_key
         )
         seen = blend(rendering, background)
-        terms = losses.terms(seen, wanted, loss_weights, scene=scene, networks=networks)
+        terms = losses.terms(
+            seen, wanted, loss_weights, scene=scene, networks=networks, dtype=model.dtype
+        )
         total = sum(loss_weights[name] * value for name, value in terms.items())
         return total, {"loss": total, **terms, "square_error": losses.mse(seen, wanted)}
 
@@ -189,6 +195,8 @@ def random_crops(
 ) -> tuple[Rendering, Cameras]:
     """A random window of `patch` x `patch` pixels from each view, premultiplied, and the camera that sees exactly this window.
 
+    8-bit images become float one view of each scene at a time, and only where the windows need them.
+
     Args:
       views: [B V], square.
       render_size: (low, high). First, the whole image is resized to a side drawn from this range for each scene, so that the
@@ -199,38 +207,61 @@ def random_crops(
         (https://arxiv.org/abs/2403.02151, section 2.3) crops "to focus on the foreground", without saying how.
     """
     size_key, corner_key, pixel_key = jax.random.split(key, 3)
-    whole, shape = premultiplied(views), views.rgb.shape[:2]
-    height, width = views.rgb.shape[2:4]
+    shape = views.rgb.shape[:2]
     low, high = render_size
     side_B1 = jax.random.randint(size_key, (shape[0], 1), low, high + 1)
     free_BV1 = jnp.broadcast_to(side_B1, shape)[..., None] - patch  # room for the corner
     place_BV2 = jax.random.uniform(corner_key, (*shape, 2))
     if foreground:
-        place_BV2 = _around_foreground(pixel_key, whole.alpha, place_BV2, patch, free_BV1)
+        alpha_BVHW = premultiplied(views).alpha
+        place_BV2 = _around_foreground(pixel_key, alpha_BVHW, place_BV2, patch, free_BV1)
     corner_BV2 = jnp.minimum(jnp.floor(place_BV2 * (free_BV1 + 1)), free_BV1)
-
-    def crop(image_HWC, corner, side):
-        scale = side / jnp.array([height, width], jnp.float32)
-        return jax.image.scale_and_translate(
-            image_HWC,
-            (patch, patch, image_HWC.shape[-1]),
-            (0, 1),
-            scale,
-            -corner,
-            "linear",
-            antialias,
-        )
-
-    stacked = jnp.concatenate([whole.rgb, whole.alpha[..., None]], axis=-1)
     sides_BV = jnp.broadcast_to(side_B1, shape)
-    cropped = jax.vmap(jax.vmap(crop))(stacked, corner_BV2, sides_BV)
+
+    def window(view):
+        return _window(*view, patch=patch, low=low, antialias=antialias)
+
+    # One view of each scene at a time, not one scene: the device mesh splits the scenes.
+    windows = jax.vmap(lambda scene: jax.lax.map(window, scene))(
+        (views.rgb, views.alpha, corner_BV2, sides_BV)
+    )
     extent_BV1 = 1.0 / sides_BV[..., None].astype(jnp.float32)
     cameras = ops_cameras.crop_cameras(
         views.cameras,
         corner_BV2 * extent_BV1,
         jnp.broadcast_to(patch * extent_BV1, corner_BV2.shape),
     )
-    return Rendering(rgb=cropped[..., :3], alpha=cropped[..., 3]), cameras
+    return windows, cameras
+
+
+def _window(rgb_HW3, alpha_HW, corner_2, side, *, patch: int, low: int, antialias: bool):
+    """The window at `corner_2` (row, column) of an image that is resized to `side` >= `low` pixels: a Rendering [patch patch]."""
+    size = np.array(rgb_HW3.shape[:2])
+    scale_2 = side / size
+    # The filter reaches this many pixels of the image beyond the centres of the window's outer pixels. Most if side = low.
+    reach_2 = jnp.maximum(1 / scale_2, 1) if antialias else 1
+    most_2 = np.maximum(size / low, 1) if antialias else 1
+    support = np.minimum(size, np.ceil((patch - 1) * size / low + 2 * most_2) + 2).astype(int)
+    first_2 = jnp.floor((corner_2 + 0.5) / scale_2 - 0.5 - reach_2)
+    start_2 = jnp.clip(first_2, 0, size - support).astype(int)
+
+    def cut(x):
+        if x is None or (support == size).all():
+            return x
+        rest = x.ndim - 2
+        return jax.lax.dynamic_slice(x, (*start_2, *[0] * rest), (*support, *x.shape[2:]))
+
+    whole = premultiplied(Views(rgb=cut(rgb_HW3), alpha=cut(alpha_HW), cameras=None))
+    resized = jax.image.scale_and_translate(
+        jnp.concatenate([whole.rgb, whole.alpha[..., None]], axis=-1),
+        (patch, patch, 4),
+        (0, 1),
+        scale_2,
+        start_2 * scale_2 - corner_2,
+        "linear",
+        antialias,
+    )
+    return Rendering(rgb=resized[..., :3], alpha=resized[..., 3])
 
 
 def _around_foreground(key, alpha_BVHW, place_BV2, patch, free_BV1):
@@ -247,22 +278,21 @@ def _around_foreground(key, alpha_BVHW, place_BV2, patch, free_BV1):
     return jnp.where(anywhere, place_BV2, around_BV2)
 
 
-def recolored(key: jax.Array, batch: Batch) -> Batch:
-    """In half of the scenes, at random, permutes the colour channels and darkens each by a factor from 0.6 to 1."""
+def random_recoloring(key: jax.Array, count: int) -> jax.Array:
+    """A change of colour for each scene, [B 3 3]: for half, at random, none; others permute the channels and darken each by 0.6 to 1."""
     which_key, order_key, factor_key = jax.random.split(key, 3)
-    count = batch.source.rgb.shape[0]
     order_B3 = jax.random.permutation(
         order_key, jnp.tile(jnp.arange(3), (count, 1)), axis=1, independent=True
     )
     factor_B3 = jax.random.uniform(factor_key, (count, 3), minval=0.6, maxval=1.0)
     change_B33 = jax.nn.one_hot(order_B3, 3) * factor_B3[:, None]
     keep = jax.random.bernoulli(which_key, 0.5, (count, 1, 1))
-    change_B33 = jnp.where(keep, jnp.eye(3), change_B33)
+    return jnp.where(keep, jnp.eye(3), change_B33)
 
-    def views(x: Views) -> Views:
-        return x.replace(rgb=jnp.einsum("bvhwc,bcd->bvhwd", as_float(x.rgb), change_B33))
 
-    return batch.replace(source=views(batch.source), target=views(batch.target))
+def recolored(rgb_BVHW3: jax.Array, change_B33: jax.Array) -> jax.Array:
+    """Float images in other colours. The change is linear, so the colour may be straight, premultiplied or resized."""
+    return jnp.einsum("bvhwc,bcd->bvhwd", as_float(rgb_BVHW3), change_B33, precision="highest")
 
 
 def random_backgrounds(key: jax.Array, shape: tuple[int, int], greys: tuple[float, ...]):

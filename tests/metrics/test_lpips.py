@@ -1,10 +1,14 @@
 """LPIPS and LVSM's perceptual loss, compared with their references, and their files. A formula gives the weights of the goldens."""
 
+import functools
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.io
+from PIL import Image
 from safetensors.numpy import load_file
 from tolerances import tolerance
 
@@ -15,6 +19,7 @@ from lrm_jax.types import InputError
 from lrm_jax.weights import tensor_files
 
 VGG19_CONVS = (2, 2, 4, 4, 4)
+EXAMPLES = Path(vgg.__file__).parents[1] / "assets" / "examples"
 
 
 def convolutions(num_convs):
@@ -79,14 +84,15 @@ def perceptual_params(vgg19):
 def jitted():
     """The gradient of the sum with respect to x, and the values. Compiled once for all tests of this file."""
 
-    def of(distance):
+    @functools.cache
+    def of(module, dtype="float32"):
         def total(params, x, y):
-            values = distance(params, x, y)
+            values = module.distance(params, x, y, dtype)
             return values.sum(), values
 
         return jax.jit(jax.grad(total, argnums=1, has_aux=True))
 
-    return {module: of(module.distance) for module in (lpips, perceptual)}
+    return of
 
 
 def images(golden, name):
@@ -96,7 +102,7 @@ def images(golden, name):
 def test_lpips_and_its_gradient_are_the_references(goldens, lpips_params, jitted):
     golden = load_file(goldens / "lpips_vgg16.safetensors")
     x, y = images(golden, "in.x"), images(golden, "in.y")
-    grad, values = jitted[lpips](lpips_params, x, y)
+    grad, values = jitted(lpips)(lpips_params, x, y)
     np.testing.assert_allclose(
         values, golden["out.lpips"], rtol=tolerance(1e-4)
     )  # stated with the goldens
@@ -106,7 +112,7 @@ def test_lpips_and_its_gradient_are_the_references(goldens, lpips_params, jitted
 def test_perceptual_loss_and_its_gradient_are_lvsms(goldens, perceptual_params, jitted):
     golden = load_file(goldens / "lvsm_vgg19.safetensors")
     x, y = images(golden, "in.pred"), images(golden, "in.target")
-    grad, values = jitted[perceptual](perceptual_params, x, y)
+    grad, values = jitted(perceptual)(perceptual_params, x, y)
     assert values.shape == (2,)
     np.testing.assert_allclose(values.mean(), golden["out.loss"][0], rtol=tolerance(1e-4))
     assert_same_gradient(grad / 2, golden["grad.pred"])  # the reference takes the mean over two
@@ -117,15 +123,46 @@ def assert_same_gradient(grad, expected):
     np.testing.assert_allclose(grad, expected, atol=tolerance(1e-4) * np.abs(expected).max())
 
 
+@pytest.fixture(scope="module")
+def photos():
+    """Two of the bundled images on white, [2 64 64 3]."""
+
+    def photo(name):
+        rgba = Image.open(EXAMPLES / name).convert("RGBA").resize((64, 64))
+        rgba = np.asarray(rgba, np.float32) / 255
+        return rgba[..., :3] * rgba[..., 3:] + 1 - rgba[..., 3:]
+
+    return np.stack([photo("hydrant.png"), photo("plant.png")])
+
+
+@pytest.mark.parametrize("module", [lpips, perceptual], ids=["lpips", "perceptual"])
+def test_bfloat16_gives_nearly_the_distance_and_gradient_of_float32(
+    module, jitted, photos, lpips_params, perceptual_params
+):
+    params = lpips_params if module is lpips else perceptual_params
+    noise = 0.05 * np.random.default_rng(0).standard_normal(photos.shape, np.float32)
+    for x in (photos[::-1], np.clip(photos + noise, 0, 1)):
+        (low_grad, low), (grad, values) = (
+            jitted(module, dtype)(params, x, photos) for dtype in ("bfloat16", "float32")
+        )
+        assert low.dtype == low_grad.dtype == jnp.float32
+        assert (np.asarray(low) != np.asarray(values)).all()  # it was computed differently
+        np.testing.assert_allclose(low, values, rtol=0.02)
+        # Rounding moves maxima of LPIPS's pools to neighbours, and their gradient with them: compare means over 8 x 8 pixels.
+        low_grad, grad = (g.reshape(2, 8, 8, 8, 8, 3).mean((2, 4)) for g in (low_grad, grad))
+        assert np.linalg.norm(low_grad - grad) < 0.2 * np.linalg.norm(grad)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("module", [lpips, perceptual], ids=["lpips", "perceptual"])
 def test_equal_images_have_distance_0_and_a_finite_gradient(
-    module, jitted, lpips_params, perceptual_params
+    module, dtype, jitted, lpips_params, perceptual_params
 ):
     params = lpips_params if module is lpips else perceptual_params
     flat = jnp.broadcast_to(jnp.array([0.0, 1.0])[:, None, None, None], (2, 64, 64, 3))
-    grad, values = jitted[module](params, flat, flat)
+    grad, values = jitted(module, dtype)(params, flat, flat)
     # Not exactly 0, because the differentiated side may be compiled differently, and so rounded differently.
-    np.testing.assert_allclose(values, 0, atol=1e-6)
+    np.testing.assert_allclose(values, 0, atol=1e-6 if dtype == "float32" else 1e-4)
     assert np.isfinite(grad).all()
 
 
@@ -135,16 +172,19 @@ def test_lpips_gradient_is_finite_where_all_features_are_zero(jitted, lpips_para
         if name.startswith("conv"):  # with negative biases, every ReLU gives 0 for a black image
             params[name] = layer | {"bias": jnp.full_like(layer["bias"], -100.0)}
     x, y = jnp.zeros((2, 64, 64, 3)), jnp.ones((2, 64, 64, 3))
-    grad, values = jitted[lpips](params, x, y)
-    assert np.isfinite(values).all() and np.isfinite(grad).all()
+    for dtype in ("float32", "bfloat16"):
+        grad, values = jitted(lpips, dtype)(params, x, y)
+        assert np.isfinite(values).all() and np.isfinite(grad).all()
 
 
-def test_leading_axes_are_kept_and_bfloat16_is_widened(lpips_params, perceptual_params):
+def test_leading_axes_are_kept_and_distances_are_float32(lpips_params, perceptual_params):
     """Tests only shapes. Nothing is computed."""
     x = jax.ShapeDtypeStruct((2, 3, 16, 20, 3), jnp.bfloat16)
     for module, params in ((lpips, lpips_params), (perceptual, perceptual_params)):
-        out = jax.eval_shape(module.distance, params, x, x)
-        assert out.shape == (2, 3) and out.dtype == jnp.float32
+        for dtype in ("float32", "bfloat16"):
+            distance = functools.partial(module.distance, dtype=dtype)
+            out = jax.eval_shape(distance, params, x, x)
+            assert out.shape == (2, 3) and out.dtype == jnp.float32
         with pytest.raises(InputError, match="15 x 64 pixels are too small.*16 or larger"):
             small = jax.ShapeDtypeStruct((1, 15, 64, 3), jnp.float32)
             jax.eval_shape(module.distance, params, small, small)

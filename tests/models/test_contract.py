@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -179,19 +178,18 @@ def test_the_model_and_its_gradient_lower_for(name, platform, dtype, monkeypatch
         return q_BLNK
 
     monkeypatch.setattr(attention_cuda, "attention_by_cudnn", cudnn)
-    device_mesh = sharding.abstract_device_mesh((1, 1, 1), platform)
+    target, kind = {"tpu": ("tpu", ""), "gpu": ("cuda", "NVIDIA H100 80GB HBM3")}[platform]
 
     def loss(params, source, rays):
         return jnp.mean(model.apply({"params": params}, source, rays).rgb)
 
-    target = {"tpu": "tpu", "gpu": "cuda"}[platform]
-    with jax.sharding.use_abstract_mesh(device_mesh):
-        exported = jax.export.export(jax.jit(jax.grad(loss)), platforms=[target])(
-            params, source, rays
-        )
-    assert exported.platforms == (target,)
-    assert len(exported.out_avals) == len(jax.tree.leaves(params))
+    with jax.sharding.use_abstract_mesh(sharding.abstract_device_mesh((1, 1, 1), platform, kind)):
+        traced = jax.jit(jax.grad(loss)).trace(params, source, rays)
+        lowered = traced.lower(lowering_platforms=(target,))
+    assert len(jax.tree.leaves(lowered.out_info)) == len(jax.tree.leaves(params))
     assert bool(calls) == (dtype == "bfloat16" and platform == "gpu")
+    fused = "xla.gpu.triton" in lowered.as_text()
+    assert fused == (platform == "gpu" and name in ("lrm", "triposr"))
 
 
 @pytest.mark.parametrize(("name", "variant"), VARIANTS)

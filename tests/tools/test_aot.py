@@ -77,7 +77,7 @@ def test_aot_compiles_for_tpus(topology, capsys):
 
 
 @pytest.mark.slow
-def test_aot_compiles_for_a_gpu_with_cudnns_attention_and_scatters_in_float32():
+def test_aot_compiles_for_a_gpu_with_cudnns_attention_and_the_fused_field():
     """Runs in a separate process, because the plugin's settings are read when JAX starts."""
     pytest.importorskip("jax_plugins.xla_cuda13")
     command = [sys.executable, "tools/aot.py", "--topology", "h100:1", "--config", "configs/openlrm.py:tiny"]  # fmt: skip
@@ -93,7 +93,8 @@ def test_aot_compiles_for_a_gpu_with_cudnns_attention_and_scatters_in_float32():
     assert written(step, "cuDNN attention forward") >= 2  # it is called again for rematerialisation
     assert written(step, "cuDNN attention backward") >= 1
     assert written(evaluation, "cuDNN attention forward") >= 1
-    assert written(step, "scatter-add of f32") >= 1
+    assert written(step, "kernel field_forward") >= 1
+    assert written(step, "kernel field_backward") >= 1
     assert written(step, "scatter-add of bf16") == written(step, "scatter-add of f16") == 0
     assert "bound by" in step
 

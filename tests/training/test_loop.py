@@ -28,10 +28,20 @@ NANO = ["--config.model.variant=nano", "--config.data.assumed_camera=(3.0,40.0)"
 TIMES = ("samples_per_second", "mfu", "data_wait")
 
 
-@pytest.fixture
-def balls_source(monkeypatch):
-    monkeypatch.setitem(sys.modules, "lrm_jax.data.balls", balls)
-    monkeypatch.setitem(inputs.SOURCES, "balls", "balls")
+@pytest.fixture(scope="module")
+def balls_source():
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(sys.modules, "lrm_jax.data.balls", balls)
+        patched.setitem(inputs.SOURCES, "balls", "balls")
+        yield
+
+
+@pytest.fixture(scope="module")
+def straight(balls_source, tmp_path_factory):
+    """The folder of a run of the tiny config, from its start to its end."""
+    workdir = tmp_path_factory.mktemp("straight")
+    assert train.main([*TINY, "--workdir", str(workdir)]) == 0
+    return workdir
 
 
 def rows(workdir):
@@ -45,14 +55,8 @@ def equal_to_the_bit(a, b):
 
 
 def test_terminated_and_resumed_equals_uninterrupted_to_the_bit(
-    balls_source, tmp_path, monkeypatch, capsys
+    straight, tmp_path, monkeypatch, capsys
 ):
-    assert train.main([*TINY, "--workdir", str(tmp_path / "straight")]) == 0
-    assert "step 4/4  loss" in capsys.readouterr().err
-
-    def terminate():
-        os.kill(os.getpid(), signal.SIGTERM)
-
     with monkeypatch.context() as patched:
         patched.setattr(balls, "sample", after(2, terminate))
         assert train.main([*TINY, "--workdir", str(tmp_path / "resumed")]) == loop.INTERRUPTED
@@ -63,28 +67,62 @@ def test_terminated_and_resumed_equals_uninterrupted_to_the_bit(
     with (tmp_path / "resumed" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "train/loss": 7.0}\n{"step": 5, "tr')
     assert train.main([*TINY, "--workdir", str(tmp_path / "resumed")]) == 0
+    assert "step 4/4  loss" in capsys.readouterr().err
 
-    straight, resumed = rows(tmp_path / "straight"), rows(tmp_path / "resumed")
+    whole, resumed = rows(straight), rows(tmp_path / "resumed")
     assert [row["step"] for row in resumed] == [1, 2, 3, 4, 4]
-    for a, b in zip(straight[:-1], resumed[:-1], strict=True):
+    for a, b in zip(whole[:-1], resumed[:-1], strict=True):
         assert set(TIMES) <= set(a)
         assert a | dict.fromkeys(TIMES) == b | dict.fromkeys(TIMES)
-    assert straight[-1] == resumed[-1]
-    assert set(straight[-1]) == {"step", "val/psnr", "val/iou", "val/source_psnr"}
+    assert whole[-1] == resumed[-1]
+    assert set(whole[-1]) == {"step", "val/psnr", "val/iou", "val/source_psnr"}
     models = [
-        model_file.load_model(tmp_path / name / "model.safetensors")[1]
-        for name in ("straight", "resumed")
+        model_file.load_model(workdir / "model.safetensors")[1]
+        for workdir in (straight, tmp_path / "resumed")
     ]
     assert equal_to_the_bit(*models)
-    assert [p.name for p in (tmp_path / "straight" / "grids").iterdir()] == ["0000004.png"]
 
-    assert "backbone/blocks/fc1/kernel" in (tmp_path / "straight" / "parameters.txt").read_text()
-    assert list((tmp_path / "straight" / "tensorboard").iterdir())
+
+def test_a_run_leaves_its_grids_parameters_and_model(straight, tmp_path):
+    assert [p.name for p in (straight / "grids").iterdir()] == ["0000004.png"]
+    assert "backbone/blocks/fc1/kernel" in (straight / "parameters.txt").read_text()
+    assert list((straight / "tensorboard").iterdir())
     exported = tmp_path / "exported.safetensors"
-    assert convert.main([str(tmp_path / "straight"), str(exported)]) == 0
-    assert equal_to_the_bit(model_file.load_model(exported)[1], models[0])
+    assert convert.main([str(straight), str(exported)]) == 0
+    models = [model_file.load_model(x)[1] for x in (straight / "model.safetensors", exported)]
+    assert equal_to_the_bit(*models)
     with pytest.raises(InputError, match="another model"):
-        train.main([*TINY, "--workdir", str(tmp_path / "straight"), *NANO])
+        train.main([*TINY, "--workdir", str(straight), *NANO])
+
+
+def test_between_reports_a_step_is_waited_for_only_after_the_next_has_started(
+    balls_source, tmp_path, monkeypatch
+):
+    """Also after a report: while the device runs a step, the host has the time to prepare the next."""
+    make_run, wait, started, waited = train.make_run, jax.block_until_ready, [], []
+
+    def counted(config, device_mesh):
+        run = make_run(config, device_mesh)
+
+        def step(*arguments):
+            state, scalars = run.step(*arguments)
+            started.append(scalars)
+            return state, scalars
+
+        return run._replace(step=step)
+
+    def count(x):
+        number = next((i for i, scalars in enumerate(started, 1) if scalars is x), None)
+        waited.append((number, len(started)))
+        return wait(x)
+
+    monkeypatch.setattr(train, "make_run", counted)
+    monkeypatch.setattr(jax, "block_until_ready", count)
+    arguments = ["--config.train.log_every=2", "--config.train.save_every=4"]
+    assert train.main([*TINY, "--workdir", str(tmp_path / "run"), *arguments]) == 0
+    assert [row["step"] for row in rows(tmp_path / "run")] == [2, 4, 4]
+    assert len(started) == 4
+    assert [pair for pair in waited if pair[0]] == [(1, 2), (2, 3), (3, 4)]
 
 
 @pytest.mark.parametrize(
@@ -154,6 +192,10 @@ def after(num_batches, act):
     return counted
 
 
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 @pytest.fixture
 def poisoned(monkeypatch):
     """A list. While it is not empty, `balls.sample` gives NaN."""
@@ -181,9 +223,13 @@ def test_a_loss_that_is_never_finite_stops_the_run_and_is_not_saved(
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
-def test_one_skipped_update_after_a_resume_does_not_stop_the_run(balls_source, poisoned, tmp_path):
+def test_one_skipped_update_after_a_resume_does_not_stop_the_run(
+    balls_source, poisoned, tmp_path, monkeypatch
+):
     arguments = [*TINY, "--workdir", str(tmp_path / "run")]
-    assert train.main([*arguments, "--config.train.steps=3"]) == 0
+    monkeypatch.setattr(balls, "sample", after(2, terminate))
+    assert train.main(arguments) == loop.INTERRUPTED
+    assert rows(tmp_path / "run")[-1]["step"] == 3
     poisoned.append(True)
     assert train.main(arguments) == 0
     last = rows(tmp_path / "run")[-2]  # the last row is from the evaluation
@@ -210,25 +256,25 @@ def test_a_broken_config_is_one_line(tmp_path, line):
     assert "Error" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_run_that_skips_every_update_fails(balls_source, tmp_path):
-    arguments = ["--workdir", str(tmp_path / "run"), "--config.optim.skip_norm=1e-9"]
+def test_a_run_that_skips_every_update_fails(balls_source, poisoned, tmp_path):
+    poisoned.append(True)
     with pytest.raises(InputError, match="all of the last 4 updates were skipped.*skip_norm"):
-        train.main([*TINY, *arguments])
+        train.main([*TINY, "--workdir", str(tmp_path / "run")])
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
-def test_a_run_starts_from_given_weights(balls_source, tmp_path):
-    short = [*TINY, "--config.train.steps=2", "--config.train.eval_every=2"]
-    assert train.main([*short, "--workdir", str(tmp_path / "first")]) == 0
-    weights = tmp_path / "first" / "model.safetensors"
-    # With a learning rate near zero, the output weights equal the input weights.
-    again = [*short, f"--config.train.init_from={weights}", "--config.schedule.learning_rate=1e-12"]
-    assert train.main([*again, "--workdir", str(tmp_path / "second")]) == 0
-    one, two = (model_file.load_model(tmp_path / name / "model.safetensors")[1] for name in ("first", "second"))  # fmt: skip
-    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-6)
+def test_a_run_starts_from_given_weights(straight, poisoned, tmp_path, monkeypatch):
+    """Its only update is skipped, so that the output weights are the input weights."""
+    weights, output = straight / "model.safetensors", tmp_path / "output.safetensors"
+    arguments = [*TINY, f"--config.train.init_from={weights}"]
+    poisoned.append(True)
+    monkeypatch.setattr(balls, "sample", after(0, terminate))
+    assert train.main([*arguments, "--workdir", str(tmp_path / "run")]) == loop.INTERRUPTED
+    assert rows(tmp_path / "run")[-1]["skipped"] == 1
+    assert convert.main([str(tmp_path / "run"), str(output)]) == 0
+    assert equal_to_the_bit(*(model_file.load_model(path)[1] for path in (weights, output)))
     with pytest.raises(InputError, match="parameters are not those of config.model, the first"):
-        train.main([*again, "--workdir", str(tmp_path / "third"), *NANO])
+        train.main([*arguments, "--workdir", str(tmp_path / "other"), *NANO])
 
 
 def test_a_crash_in_an_evaluation_does_not_come_again(balls_source, tmp_path, monkeypatch):

@@ -55,7 +55,8 @@ def test_tv_counts_each_direction_by_its_own_pairs():
 
 @pytest.mark.parametrize("name", ["lpips", "perceptual"])
 def test_networks_compare_every_view_and_their_parameters_are_arguments(monkeypatch, name):
-    def distance(params, x, y):
+    def distance(params, x, y, dtype):
+        assert dtype == "bfloat16"
         assert x.shape == y.shape == (1, 2, 4, 4, 3)
         return params["scale"] * jnp.abs(x - y).mean((-3, -2, -1)) * jnp.array([[1.0, 3.0]])
 
@@ -64,7 +65,7 @@ def test_networks_compare_every_view_and_their_parameters_are_arguments(monkeypa
     @jax.jit
     def terms(networks):
         pair = rendering(0.5, 1.0), rendering(0.25, 1.0)
-        return losses.terms(*pair, {name: 2.0}, networks=networks)
+        return losses.terms(*pair, {name: 2.0}, networks=networks, dtype="bfloat16")
 
     for scale in (1.0, 10.0):
         value = terms({name: {"scale": jnp.float32(scale)}})[name]

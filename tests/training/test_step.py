@@ -25,6 +25,8 @@ STEP = dict(
     accumulate=1,
     ema_decay=0.99,
 )
+# Only windows and backgrounds are random. Here there is one grey, and each window is the whole view.
+WHOLE_VIEWS = dict(patch=16, backgrounds=(1.0,), loss_weights={"mse": 1.0})
 
 
 def functions(source, **changed):
@@ -41,27 +43,34 @@ def functions(source, **changed):
     return init, update
 
 
-def started(device_mesh, source, **changed):
-    """A state and the compiled step."""
+def compiled(device_mesh, source, **changed):
+    """`init_state` and `train_step`, compiled when they are first called."""
     init, update = functions(source, **changed)
     shardings = sharding.infer(jax.eval_shape(init), device_mesh)
     update = jax.jit(update, donate_argnums=0, out_shardings=(shardings, None))
-    return jax.jit(init, out_shardings=shardings)(), update
+    return jax.jit(init, out_shardings=shardings), update
 
 
-def test_one_step_on_two_by_four_devices_equals_one_device_and_the_loss_falls():
-    scenes = batch(0, 4, 2, 32, 16)
-    device_meshes = (
-        sharding.make_device_mesh(1, 2, 4),
-        sharding.make_device_mesh(1, 1, 1, jax.devices()[:1]),
-    )
-    results = []
-    for device_mesh in device_meshes:
+@pytest.fixture(scope="module")
+def on_one_device():
+    """A device mesh, and `compiled` for it and four scenes with two target views of 16 pixels."""
+    device_mesh = sharding.make_device_mesh(1, 1, 1, jax.devices()[:1])
+    return device_mesh, *compiled(device_mesh, batch(0, 4, 2, 32, 16).source)
+
+
+def test_one_step_on_two_by_four_devices_equals_one_device_and_the_loss_falls(on_one_device):
+    scenes, results = batch(0, 4, 2, 32, 16), []
+    two_by_four = sharding.make_device_mesh(1, 2, 4)
+    for device_mesh, init, update in (
+        (two_by_four, *compiled(two_by_four, scenes.source)),
+        on_one_device,
+    ):
         with jax.set_mesh(device_mesh):
-            state, update = started(device_mesh, scenes.source)
+            state = init()
             kernel = state.params["backbone"]["blocks"]["fc1"]["kernel"]
             assert kernel.addressable_shards[0].data.size * device_mesh.size == kernel.size
-            state, first = update(state, batch_axes.global_batch(scenes, device_mesh), {})
+            on_device = batch_axes.global_batch(scenes, device_mesh)
+            state, first = update(state, on_device, {})
             results.append(jax.device_get((first, state.opt_state)))
             params = jax.device_get(state.params)
             results[-1] += (params,)
@@ -71,9 +80,9 @@ def test_one_step_on_two_by_four_devices_equals_one_device_and_the_loss_falls():
     for name, value in results[0][0].items():
         np.testing.assert_allclose(value, results[1][0][name], rtol=1e-5, err_msg=name)
 
-    with jax.set_mesh(device_meshes[1]):
+    with jax.set_mesh(device_mesh):
         for _ in range(80):
-            state, last = update(state, scenes, {})
+            state, last = update(state, on_device, {})
     assert last["train/loss"] < 0.5 * first["train/loss"]
     assert last["train/psnr"] > first["train/psnr"] + 3
     assert int(state.step) == 81 and int(last["skipped"]) == 0
@@ -82,27 +91,46 @@ def test_one_step_on_two_by_four_devices_equals_one_device_and_the_loss_falls():
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch():
-    # Only windows and backgrounds are random. Here there is one grey, and each window is the whole view.
-    fixed = dict(patch=16, backgrounds=(1.0,), loss_weights={"mse": 1.0})
     scenes, norms = batch(0, 4, 1, 32, 16), []
     for accumulate in (1, 2):
-        init, update = functions(scenes.source, **fixed, accumulate=accumulate)
+        init, update = functions(scenes.source, **WHOLE_VIEWS, accumulate=accumulate)
         state, scalars = jax.jit(update)(jax.jit(init)(), scenes, {})
         norms.append((scalars["grad_norm"], scalars["train/loss"]))
     # Samples along the rays are jittered with other keys, which hardly matters for 8 samples per ray of a small model.
     np.testing.assert_allclose(norms[0], norms[1], rtol=0.05)
 
 
-def test_a_poisoned_batch_is_skipped_and_counted():
-    scenes = batch(0, 2, 1, 32, 16)
-    init, update = functions(scenes.source)
-    before = jax.jit(init)()
-    poisoned = scenes.replace(target=scenes.target.replace(rgb=scenes.target.rgb * np.nan))
-    after, scalars = jax.jit(update)(before, poisoned, {})
+def test_a_poisoned_batch_is_skipped_and_counted(on_one_device):
+    device_mesh, init, update = on_one_device
+    scenes = batch(0, 4, 2, 32, 16)
+    poisoned = scenes.replace(
+        target=scenes.target.replace(rgb=scenes.target.rgb * np.float32(np.nan))
+    )
+    with jax.set_mesh(device_mesh):
+        before = jax.device_get(init().params)
+        after, scalars = update(init(), batch_axes.global_batch(poisoned, device_mesh), {})
     assert int(scalars["skipped"]) == 1 and not np.isfinite(scalars["grad_norm"])
-    for a, b in zip(*map(jax.tree.leaves, (before.params, after.params)), strict=True):
+    for a, b in zip(*map(jax.tree.leaves, (before, after.params)), strict=True):
         np.testing.assert_array_equal(a, b)
     assert int(after.step) == 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_loss_network_computes_in_the_dtype_of_the_model(monkeypatch, dtype):
+    """Tests only dtypes. Nothing is computed."""
+    scenes, given = batch(0, 2, 1, 32, 16), []
+
+    def distance(params, x, y, dtype):
+        given.append(dtype)
+        return jnp.square(x - y).mean((-3, -2, -1)) * params["scale"]
+
+    monkeypatch.setattr(losses.lpips, "distance", distance)
+    init, update = functions(scenes.source, loss_weights={"lpips": 1.0})
+    update = partial(update, model=build("triposr", "tiny", dtype=dtype))
+    networks = {"lpips": {"scale": jnp.float32(1)}}
+    _, scalars = jax.eval_shape(update, jax.eval_shape(init), scenes, networks)
+    assert given == [dtype]
+    assert scalars["train/lpips"].dtype == jnp.float32
 
 
 @pytest.mark.parametrize("foreground", [False, True])
@@ -150,6 +178,72 @@ def test_a_resized_crop_is_what_its_camera_sees(antialias):
         np.testing.assert_allclose(crops.rgb[..., :2][inner], place[inner], atol=2e-3)
         extent = 1 / camera.fxfycxcy[0, 0, 0]
         assert patch / 40 - 1e-6 <= extent <= patch / 16 + 1e-6
+
+
+def windows_of_whole_images(key, views, patch, render_size, antialias, foreground):
+    """A slow oracle of `random_crops`: all images become float, and the resize reads all of their pixels."""
+    size_key, corner_key, pixel_key = jax.random.split(key, 3)
+    whole, shape = compositing.premultiplied(views), views.rgb.shape[:2]
+    side_B = jax.random.randint(size_key, (shape[0], 1), render_size[0], render_size[1] + 1)[:, 0]
+    place_BV2 = jax.random.uniform(corner_key, (*shape, 2))
+    free_BV1 = jnp.tile(side_B[:, None, None] - patch, (1, shape[1], 1))
+    if foreground:
+        place_BV2 = step._around_foreground(pixel_key, whole.alpha, place_BV2, patch, free_BV1)
+    corner_BV2 = jnp.minimum(jnp.floor(place_BV2 * (free_BV1 + 1)), free_BV1)
+    rgba = jnp.concatenate([whole.rgb, whole.alpha[..., None]], -1)
+    windows = [
+        jax.image.scale_and_translate(
+            rgba[b, v], (patch, patch, 4), (0, 1), jnp.tile(side_B[b] / rgba.shape[2], 2), -corner_BV2[b, v], "linear",
+            antialias,
+        )
+        for b in range(shape[0]) for v in range(shape[1])
+    ]  # fmt: skip
+    return np.stack(windows).reshape(*shape, patch, patch, 4)
+
+
+@pytest.mark.parametrize("antialias", [True, False])
+@pytest.mark.parametrize("foreground", [False, True])
+@pytest.mark.parametrize("form", ["uint8", "float32", "opaque"])
+@pytest.mark.parametrize(
+    ("patch", "render_size"), [(8, (8, 24)), (8, (40, 48)), (8, (64, 96)), (48, (48, 48))]
+)
+def test_windows_cut_from_bytes_are_those_of_whole_images(
+    patch, render_size, form, foreground, antialias
+):
+    """The pixels that they need may be all of an image of 48 pixels, a part of it, or less than a window's size."""
+    rng = np.random.default_rng(0)
+    rgba = rng.integers(0, 256, (2, 2, 48, 48, 4)).astype(np.uint8)
+    rgba[..., 3] *= rng.integers(0, 2, (2, 2, 48, 48)).astype(np.uint8)  # some are transparent
+    if form == "float32":
+        rgba = np.float32(rgba / 255)
+    alpha = None if form == "opaque" else rgba[..., 3]
+    views = batch(0, 2, 2, 8, 8).target.replace(rgb=rgba[..., :3], alpha=alpha)
+    key = jax.random.key(patch + foreground)
+    crops, _ = step.random_crops(key, views, patch, render_size, antialias, foreground)
+    whole = windows_of_whole_images(key, views, patch, render_size, antialias, foreground)
+    cut = np.concatenate([crops.rgb, crops.alpha[..., None]], -1)
+    # Places in the image are float32: they differ by up to 1e-5 pixels, and neighbouring pixels by up to 1.
+    np.testing.assert_allclose(cut, whole, atol=1e-4)
+
+
+@pytest.mark.parametrize("antialias", [True, False])
+def test_images_never_become_float_all_at_once(antialias):
+    shape = (4, 8, 128, 128)
+    views = Views(
+        rgb=np.zeros((*shape, 3), np.uint8), alpha=np.zeros(shape, np.uint8),
+        cameras=Cameras(c2w=np.zeros((4, 8, 4, 4)), fxfycxcy=np.ones((4, 8, 4))),
+    )  # fmt: skip
+    used, pixels = {}, np.prod(shape)
+    for low in (16, 128):
+        crops = partial(
+            step.random_crops, patch=16, render_size=(low, 128), antialias=antialias, foreground=False
+        )  # fmt: skip
+        compiled = jax.jit(crops).lower(jax.random.key(0), views).compile()
+        used[low] = compiled.memory_analysis().temp_size_in_bytes
+    # All images as floats are 16 bytes a pixel. One of eight views is 2, and the resize may copy it; windows of 19 x 19 pixels are
+    # hardly any. The rest is copies of the bytes: at most two, as this compiler without optimisation makes them.
+    assert used[16] < 10 * pixels
+    assert used[128] < 8 * pixels
 
 
 def test_without_antialiasing_a_window_is_points_with_gaps():
@@ -211,13 +305,15 @@ def test_bytes_and_floats_are_the_same_images():
 
 def test_all_images_of_a_scene_change_colour_alike_and_every_other_scene_stays():
     scenes = batch(0, 64, 2, 8, 8)
-    changed = jax.jit(step.recolored)(jax.random.key(0), scenes)
+    images = scenes.source.rgb, scenes.target.rgb
+    change_B33 = step.random_recoloring(jax.random.key(0), 64)
+    changed = [jax.jit(step.recolored)(rgb, change_B33) for rgb in images]
     kept = 0
     for i in range(64):
         before, after = (
-            np.concatenate([np.asarray(compositing.as_float(v.rgb))[i].reshape(-1, 3) for v in (x.source, x.target)])
-            for x in (scenes, changed)
-        )  # fmt: skip
+            np.concatenate([np.asarray(rgb)[i].reshape(-1, 3) for rgb in x])
+            for x in (images, changed)
+        )
         change, *_ = np.linalg.lstsq(before, after)
         np.testing.assert_allclose(before @ change, after, atol=1e-5)
         if np.abs(before - after).max() < 1e-6:
@@ -226,18 +322,19 @@ def test_all_images_of_a_scene_change_colour_alike_and_every_other_scene_stays()
             assert ((np.abs(change) > 1e-4).sum(0) == 1).all()  # channels are permuted
             assert 0.6 - 1e-4 < change.max(0).min() and change.max() < 1 + 1e-4
     assert 20 < kept < 44
-    for x, y in ((scenes.source, changed.source), (scenes.target, changed.target)):
-        np.testing.assert_array_equal(x.alpha, y.alpha)
 
 
 def test_train_psnr_comes_from_the_mean_error_and_not_from_empty_windows():
-    """Half of the windows show only the background, which a model without density renders perfectly."""
-    scenes = batch(0, 4, 2, 32, 16)
-    alpha = np.asarray(scenes.target.alpha) * np.array([1, 0])[None, :, None, None]
+    """Half of the windows show only the background, which a model without density renders perfectly.
+
+    The programs are those of the test of accumulated gradients.
+    """
+    scenes = batch(0, 4, 1, 32, 16)
+    alpha = scenes.target.alpha * np.float32([1, 0, 1, 0])[:, None, None, None]
     scenes = scenes.replace(target=scenes.target.replace(alpha=alpha))
     psnr = {}
     for accumulate in (1, 2):
-        init, update = functions(scenes.source, accumulate=accumulate, patch=16)
+        init, update = functions(scenes.source, **WHOLE_VIEWS, accumulate=accumulate)
         _, scalars = jax.jit(update)(jax.jit(init)(), scenes, {})
         psnr[accumulate] = scalars["train/psnr"]
         np.testing.assert_allclose(

@@ -14,6 +14,11 @@ from lrm_jax.models.parts.layers import torch_linear_init
 from lrm_jax.parallel import batch_axes, sharding
 from lrm_jax.types import Rays, Rendering
 
+# Rays that a device renders at a time if nobody says how many. On a CPU, the activations of this number of rays fit in the cache.
+# On a TPU, planes and their gradient pass through memory once for this number, which is little beside the work. The fused field of a GPU has none, and its backward pass needs 120 bytes of
+# a sample.
+RAYS = {"cpu": 128, "tpu": 8192, "gpu": 2**18}
+
 
 class Upsample(nn.Module):
     """Transposed convolution whose kernel equals its stride: every token becomes a `factor` x `factor` block of the plane."""
@@ -88,22 +93,26 @@ def render(
 
     On a CPU each device renders its scenes one after another, so that one scene's planes and their gradient stay in the cache.
     """
-    tiled = field.orders_rays()
+    platform = sharding.platform()
 
-    def one_scene(layers, triplane_PhwC, rays, key):
+    def one_scene(layers, rays_at_a_time, triplane_PhwC, rays, key):
         projected = project_planes(triplane_PhwC, layers, dtype)
-        in_order = jax.tree.map(field.in_tiles, rays) if tiled else rays
         march_one = functools.partial(march, projected, layers)
-        rendering = render_in_chunks(march_one, in_order, key, chunk)
-        if not tiled:
-            return rendering
+        in_chunks = functools.partial(
+            render_in_chunks, march_one, key=key, chunk=rays_at_a_time, remat=not field.is_fused(projected)
+        )  # fmt: skip
+        if not field.orders_rays():
+            return in_chunks(rays)
+        rendering = in_chunks(jax.tree.map(field.in_tiles, rays))
         shape = rays.origins.shape[:-1]
         return jax.tree.map(lambda x: field.from_tiles(x, shape), rendering)
 
     def own_scenes(layers, scenes):
-        one = functools.partial(one_scene, layers)
-        if sharding.platform() == "cpu":
+        if platform == "cpu":
+            one = functools.partial(one_scene, layers, chunk or RAYS[platform])
             return jax.lax.map(lambda scene: one(*scene), scenes)
+        B = scenes[0].shape[0]
+        one = functools.partial(one_scene, layers, chunk or max(RAYS[platform] // B, 64))
         return jax.vmap(one)(*scenes)
 
     keys = None if key is None else jax.random.split(key, triplane_BPhwC.shape[0])
@@ -133,21 +142,20 @@ def render_in_chunks(
     march: Callable[[Rays, jax.Array | None], Rendering],
     rays: Rays,
     key: jax.Array | None,
-    chunk: int | None,
+    chunk: int,
+    remat: bool = True,
 ) -> Rendering:
-    """Applies `march` to chunks of rays in a rematerialised scan, so that memory does not grow with the number of rays.
+    """Applies `march` to chunks of rays in a scan, so that memory does not grow with the number of rays.
 
-    Rematerialisation makes this the deferred back-propagation of ARF (https://arxiv.org/abs/2206.06360): the backward pass
-    renders the chunks again, one at a time.
+    With `remat`, this is the deferred back-propagation of ARF (https://arxiv.org/abs/2206.06360): the backward pass renders the
+    chunks again, one at a time. Without, what the backward pass needs of every chunk is kept.
 
     Args:
       march: renders rays [R] with a key for this chunk.
       rays: any batch shape; their number is padded to a multiple of the chunk.
-      chunk: the most rays in a call of `march`. None: chosen for the device.
       key: None makes every chunk deterministic.
+      chunk: the most rays in a call of `march`.
     """
-    # The activations of 128 rays fit in a CPU's cache; an accelerator needs more rays to be busy.
-    chunk = chunk or (128 if sharding.platform() == "cpu" else 4096)
     shape = rays.origins.shape[:-1]
     flat = jax.tree.map(lambda x: x.reshape(-1, 3), rays)
     num_rays = flat.origins.shape[0]
@@ -160,14 +168,14 @@ def render_in_chunks(
     )
     chunks = jax.tree.map(lambda x: x.reshape(num_chunks, size, 3), flat)
 
-    # A kernel's result is kept, because its gradient needs none of the activations that rendering again would make.
-    @functools.partial(
-        jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(field.RAW)
-    )
     def one(index_and_rays):
         index, rays = index_and_rays
         return march(rays, None if key is None else jax.random.fold_in(key, index))
 
+    if remat:
+        # The kernel of TPUs keeps its result: 16 bytes of a sample, which would be all of its work to compute again.
+        keep = jax.checkpoint_policies.save_only_these_names(field.RAW)
+        one = jax.checkpoint(one, policy=keep)
     rendering = jax.lax.map(one, (jnp.arange(num_chunks), chunks))
     return jax.tree.map(
         lambda x: x.reshape(num_chunks * size, *x.shape[2:])[:num_rays].reshape(
