@@ -15,8 +15,8 @@ from lrm_jax.parallel import batch_axes, sharding
 from lrm_jax.types import Rays, Rendering
 
 # Rays that a device renders at a time if nobody says how many. On a CPU, the activations of this number of rays fit in the cache.
-# On a TPU, planes and their gradient pass through memory once for this number, which is little beside the work. The fused field of a GPU has none, and its backward pass needs 120 bytes of
-# a sample.
+# On a TPU, planes and their gradient pass through memory once for this number, which is little beside the work. The fused field of
+# a GPU has no activations either, and its backward pass needs 120 bytes of a sample.
 RAYS = {"cpu": 128, "tpu": 8192, "gpu": 2**18}
 
 
