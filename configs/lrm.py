@@ -22,7 +22,7 @@ def get_config(size: str = ""):
     """The config; `size` is "" or "tiny"."""
     check_size(size)
     config = base()
-    config.model = dict(name="lrm", variant="lrm", dtype="bfloat16")
+    config.model = dict(name="lrm", variant="lrm", dtype="bfloat16", remat="attention")
     config.data.update(
         name="records",
         batch_size=1024,

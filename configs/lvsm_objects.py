@@ -52,7 +52,7 @@ def get_config(size: str = ""):
         config.train.steps = 10_000
     if size == "nano":
         config.model.update(
-            width=192, num_heads=3, depth=6, patch=16, image_size=128, dtype="float32", remat=False
+            width=192, num_heads=3, depth=6, patch=16, image_size=128, dtype="float32", remat="none"
         )
         config.data.update(
             root="data/kaykit", batch_size=8, num_source=1, num_target=1, num_workers=0, source_size=128, target_size=128,

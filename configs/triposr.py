@@ -17,7 +17,7 @@ def get_config(size: str = ""):
     """The config; `size` is "" or "tiny"."""
     check_size(size)
     config = base()
-    config.model = dict(name="triposr", variant="triposr", dtype="bfloat16")
+    config.model = dict(name="triposr", variant="triposr", dtype="bfloat16", remat="attention")
     config.data.update(name="records", batch_size=1024, num_workers=16, num_target=3)
     config.losses = dict(mse=1.0, lpips=2.0, mask=0.05)
     config.networks.lpips = "lpips_vgg16.safetensors"

@@ -41,7 +41,7 @@ def test_one_object_is_learnt_to_30_db_on_views_that_were_not_shown():
             width=128,
             num_heads=2,
             depth=3,
-            remat=False,
+            remat="none",
             patch=PATCH,
             image_size=SIZE,
             dtype="float32",

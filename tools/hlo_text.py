@@ -117,23 +117,31 @@ def parameter_number(i: Instruction) -> int:
 
 def group(attributes: str) -> list[int]:
     """The devices in the first group of a collective, in any of the three notations of HLO."""
-    if meshed := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", attributes):
+    if meshed := re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? ?\{([^}]*)\}",
+        attributes,
+    ):
         sizes = {name: int(size) for name, size in re.findall(r"'?(\w+)'?=(\d+)", meshed[1])}
-        taking_part = re.findall(r"\w+", meshed[2])
-        devices = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+        taking_part = re.findall(r"\w+", meshed[4])
+        devices = _in_order(meshed[2] or str(math.prod(sizes.values())), meshed[3])
+        devices = devices.reshape(tuple(sizes.values()))
         return devices[tuple(slice(None) if x in taking_part else 0 for x in sizes)].flatten().tolist()  # fmt: skip
     if iota := re.search(
         r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes
     ):
-        sizes = [int(x) for x in iota[3].split(",")]
-        order = [int(x) for x in iota[4].split(",")] if iota[4] else range(len(sizes))
-        devices = np.arange(math.prod(sizes)).reshape(sizes).transpose(order)
-        return devices.reshape(int(iota[1]), int(iota[2]))[0].tolist()
+        return _in_order(iota[3], iota[4]).reshape(int(iota[1]), int(iota[2]))[0].tolist()
     if listed := re.search(
         r"(?:replica_groups|source_target_pairs)=\{\{([\d,]*)\}", attributes
     ):  # a collective-permute has pairs
         return [int(x) for x in listed[1].split(",") if x]
     return []
+
+
+def _in_order(sizes: str, order: str | None) -> np.ndarray:
+    """The numbers of all devices as an array of sizes "2,4", with its axes in an order such as "1,0"."""
+    sizes = [int(x) for x in sizes.split(",")]
+    order = [int(x) for x in order.split(",")] if order else range(len(sizes))
+    return np.arange(math.prod(sizes)).reshape(sizes).transpose(order)
 
 
 # -- shapes

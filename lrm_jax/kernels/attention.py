@@ -1,6 +1,7 @@
 """Attention: one function with a kernel for each kind of device."""
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from lrm_jax.kernels import attention_cpu, attention_cuda, attention_plain, attention_tpu
@@ -32,8 +33,19 @@ def attention(
     return batch_axes.split_batch_and_heads(kernel, (q_BLNK, k_BMNK, v_BMNK), num_keys_B)
 
 
+def keep_attention(primitive, *_, **params) -> bool:
+    """A policy of `jax.checkpoint` that keeps what `attention` returns, and the statistics of the softmax that its gradient needs.
+
+    So the backward pass does not run the fused kernels' forward pass again. Without them (by products), it computes the scores again.
+    """
+    return attention_cuda.is_forward(primitive) or _is_named(primitive, **params)
+
+
+_is_named = jax.checkpoint_policies.save_only_these_names(attention_plain.RESULT)
+
+
 def _attention_by_products(q_BLNK, k_BMNK, v_BMNK, num_keys_B):
-    return jax.lax.platform_dependent(
+    out_BLNK = jax.lax.platform_dependent(
         q_BLNK,
         k_BMNK,
         v_BMNK,
@@ -41,3 +53,4 @@ def _attention_by_products(q_BLNK, k_BMNK, v_BMNK, num_keys_B):
         cpu=attention_cpu.attention_by_head,
         default=attention_plain.attention_by_xla,
     )
+    return checkpoint_name(out_BLNK, attention_plain.RESULT)

@@ -28,5 +28,11 @@ def can(q_BLNK) -> bool:
     return q_BLNK.dtype in (jnp.bfloat16, jnp.float16) and width % 8 == 0 and width <= 128
 
 
+def is_forward(primitive) -> bool:
+    """Whether a primitive of JAX is the call of cuDNN's forward kernel. Its results are the output, and in training the statistics of
+    the softmax. They have no names of their own (`jax.ad_checkpoint.checkpoint_name`), so a policy of `jax.checkpoint` asks here."""
+    return primitive.name == "dot_product_attention_fwd_wrapper"
+
+
 def _padded(x_BLNK):
     return jnp.pad(x_BLNK, ((0, 0), (0, -x_BLNK.shape[1] % BLOCK), (0, 0), (0, 0)))

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+RESULT = "attention"  # the name of attention's results, for the policies of `jax.checkpoint`
+
 
 def attention_by_xla(q_BLNK, k_BMNK, v_BMNK, num_keys_B, max_scores=2**20):
     """JAX's attention, with at most `max_scores` scores per head at a time: all of them would not fit a training step."""

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
 
+from lrm_jax.kernels.attention_plain import RESULT
+
 
 def attention_by_splash(q_BLNK, k_BMNK, v_BMNK, num_keys_B, interpret=False):
     """JAX's fused kernel for TPUs, which never writes the scores to memory. Lengths are padded to whole blocks.
@@ -18,6 +20,7 @@ def attention_by_splash(q_BLNK, k_BMNK, v_BMNK, num_keys_B, interpret=False):
         block_sizes=splash_attention.BlockSizes(
             block_q=size_L, block_kv=size_M, block_q_dkv=size_L, block_kv_dkv=size_M, block_q_dq=size_L, block_kv_dq=size_M
         ),
+        residual_checkpoint_name=RESULT,
         interpret=interpret,
     )  # fmt: skip
 

@@ -5,7 +5,7 @@ A family is a linen module in `models/<name>.py` with these members. Rendering, 
 | member | signature | meaning |
 | --- | --- | --- |
 | `encode` | `(source: Views) -> scene` | any pytree with leading axis B: planes, latents, source tokens |
-| `render` | `(scene, rays: Rays[B V H W], key=None) -> Rendering[B V H W]` | premultiplied colour; deterministic without a key |
+| `render` | `(scene, rays: Rays[B V H W], keys_B=None) -> Rendering[B V H W]` | premultiplied colour; a random key for each scene; deterministic without keys |
 | `query` (optional) | `(scene, xyz[B Q 3]) -> (field[B Q], rgb[B Q 3])` | field grows inward; absent means "no surface" |
 | `__call__` | `(source: Views, rays: Rays) -> Rendering` | `render(encode(source), rays)`: for `init` |
 | `prepare` (optional) | `(rgba: list of uint8[H W 4]) -> Views[B 1 H W]` | single-image families: the images as `encode` expects them, with the camera that the family assumes for them |

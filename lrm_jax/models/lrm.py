@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from lrm_jax.images import cutout, recentre
 from lrm_jax.kernels import field
 from lrm_jax.models.parts import encoders, torch_layout, triplane, vit
-from lrm_jax.models.parts.layers import MLP, Attention, layer_norm, stack, torch_linear_init
+from lrm_jax.models.parts.layers import MLP, Attention, dense, layer_norm, stack, torch_linear_init
 from lrm_jax.ops import cameras, resize, sampling, volrend
 from lrm_jax.types import Cameras, Rays, Rendering, Views
 
@@ -85,7 +85,7 @@ class LRM(nn.Module):
     # which OpenLRM release's parameter names `to_torch` writes: "1.0" or "1.1"
     release: str = "1.1"
     ray_chunk: int | None = None  # rays rendered at a time; None: chosen for the device
-    remat: bool = True  # False: for a small model, whose activations fit in memory
+    remat: str = "blocks"  # what is kept for the backward pass, one of `layers.REMAT`
     dtype: str = "float32"
 
     def setup(self):
@@ -101,9 +101,9 @@ class LRM(nn.Module):
             3 * self.plane_channels, self.decoder_width, self.decoder_layers
         )
 
-    def __call__(self, source: Views, rays: Rays, key: jax.Array | None = None) -> Rendering:
+    def __call__(self, source: Views, rays: Rays, keys_B: jax.Array | None = None) -> Rendering:
         """Reconstructs the source view and renders rays [B V H W]."""
-        return self.render(self.encode(source), rays, key)
+        return self.render(self.encode(source), rays, keys_B)
 
     def encode(self, source: Views) -> dict[str, Float[Array, "B 3 h w C"]]:
         """The planes of one view on white, [B 1 H W 3], with its normalised camera."""
@@ -119,10 +119,10 @@ class LRM(nn.Module):
         x_BLD = self.transformer(queries_BLD, tokens_BMD, camera_BD)
         return {"triplane": self.upsampler(x_BLD.reshape(B, 3, side, side, self.width))}
 
-    def render(self, scene: dict, rays: Rays, key: jax.Array | None = None) -> Rendering:
-        """Marches rays [B V H W] through the field; with a key, both passes are jittered."""
+    def render(self, scene: dict, rays: Rays, keys_B: jax.Array | None = None) -> Rendering:
+        """Marches rays [B V H W] through the field; with a key for each scene, both passes are jittered."""
         return triplane.render(
-            self._march, scene["triplane"], self.decoder(), self.dtype, rays, key, self.ray_chunk
+            self._march, scene["triplane"], self.decoder(), self.dtype, rays, keys_B, self.ray_chunk
         )
 
     def query(
@@ -225,7 +225,7 @@ class Transformer(nn.Module):
 
     depth: int
     num_heads: int
-    remat: bool
+    remat: str
     dtype: str
 
     @nn.compact
@@ -267,7 +267,7 @@ class ModLN(nn.Module):
         condition_BD = nn.silu(camera_BD)
 
         def modulation(name):
-            layer = nn.Dense(
+            layer = dense(
                 x_BLD.shape[-1], dtype=self.dtype, kernel_init=torch_linear_init, name=name
             )
             return layer(condition_BD)[:, None]

@@ -30,7 +30,7 @@ from jaxtyping import Array, Float, Int
 from lrm_jax.kernels.attention import attention
 from lrm_jax.kernels.tokens import by_tokens
 from lrm_jax.models.parts import torch_layout
-from lrm_jax.models.parts.layers import gelu, stack
+from lrm_jax.models.parts.layers import dense, gelu, stack
 from lrm_jax.ops import cameras
 from lrm_jax.types import InputError, Rays, Rendering, Views
 
@@ -67,7 +67,7 @@ class LVSM(nn.Module):
         256  # in training; images of any multiple of `patch` can be given and rendered
     )
     ray_chunk: int | None = None  # rays rendered at a time, in whole views; None: 8 views of 256 px
-    remat: bool = True
+    remat: str = "blocks"  # what is kept for the backward pass, one of `layers.REMAT`
     dtype: str = "float32"
 
     def setup(self):
@@ -90,9 +90,9 @@ class LVSM(nn.Module):
     def _stack(self, depth):
         return stack(Block, depth, self.remat, num_heads=self.num_heads, dtype=self.dtype)
 
-    def __call__(self, source: Views, rays: Rays, key: jax.Array | None = None) -> Rendering:
+    def __call__(self, source: Views, rays: Rays, keys_B: jax.Array | None = None) -> Rendering:
         """Encodes the source views and renders rays [B V H W]."""
-        return self.render(self.encode(source), rays, key)
+        return self.render(self.encode(source), rays, keys_B)
 
     def encode(
         self, source: Views, num_views: Int[Array, "B"] | None = None
@@ -124,8 +124,8 @@ class LVSM(nn.Module):
             num_tokens = None
         return {"tokens": self._normed(tokens_BMD), "num_tokens": num_tokens}
 
-    def render(self, scene: dict, rays: Rays, key: jax.Array | None = None) -> Rendering:
-        """Renders rays [B V H W], each view independently; H and W are multiples of `patch`. `key` has no effect.
+    def render(self, scene: dict, rays: Rays, keys_B: jax.Array | None = None) -> Rendering:
+        """Renders rays [B V H W], each view independently; H and W are multiples of `patch`. `keys_B` has no effect.
 
         Views are rendered `ray_chunk` rays at a time, so that memory does not grow with their number.
 
@@ -201,22 +201,22 @@ class Block(nn.Module):
             scale = _deviation(width) / jnp.sqrt(2 * (index + 1))
             return jax.random.normal(key, shape, dtype) * scale
 
-        def dense(features, name):
-            return nn.Dense(features, use_bias=False, kernel_init=init, dtype=self.dtype, name=name)
+        def linear(features, name):
+            return dense(features, use_bias=False, kernel_init=init, dtype=self.dtype, name=name)
 
         def heads(name):
-            return dense(width, name)(y_BLD).reshape(*x_BLD.shape[:-1], self.num_heads, -1)
+            return linear(width, name)(y_BLD).reshape(*x_BLD.shape[:-1], self.num_heads, -1)
 
         def normed_heads(name):
             norm = nn.RMSNorm(epsilon=1e-5, dtype=jnp.float32, name=f"{name}_norm")
             return norm(heads(name)).astype(self.dtype)
 
         def mlp(_, y_BLD):
-            return dense(width, "fc2")(gelu(dense(4 * width, "fc1")(y_BLD)))
+            return linear(width, "fc2")(gelu(linear(4 * width, "fc1")(y_BLD)))
 
         y_BLD = _norm("norm1")(x_BLD)
         out_BLNK = attention(normed_heads("q"), normed_heads("k"), heads("v"), num_keys)
-        x_BLD = x_BLD + dense(width, "out")(out_BLNK.reshape(x_BLD.shape))
+        x_BLD = x_BLD + linear(width, "out")(out_BLNK.reshape(x_BLD.shape))
         x_BLD = x_BLD + by_tokens(self, mlp, _norm("norm2")(x_BLD))
         return (x_BLD, index + 1), None
 

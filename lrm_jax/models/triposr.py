@@ -16,7 +16,15 @@ from lrm_jax.images import cutout, recentre
 from lrm_jax.kernels import field
 from lrm_jax.kernels.tokens import by_tokens
 from lrm_jax.models.parts import encoders, torch_layout, triplane, vit
-from lrm_jax.models.parts.layers import Attention, gelu, layer_norm, sincos_code, sincos_grid, stack
+from lrm_jax.models.parts.layers import (
+    Attention,
+    dense,
+    gelu,
+    layer_norm,
+    sincos_code,
+    sincos_grid,
+    stack,
+)
 from lrm_jax.ops import cameras, resize, sampling, volrend
 from lrm_jax.types import Rays, Rendering, Views
 
@@ -27,7 +35,7 @@ NANO = dict(
     encoder=dict(patch=16, width=192, depth=3, num_heads=3, grid=8, resize="dino", norm_epsilon=1e-6),
     width=192, depth=4, num_heads=3, plane_tokens=8, upsample=4, plane_channels=24, decoder_width=32, decoder_layers=4,
     radius=1.1, num_samples=32, surface_level=5.0, source_distance=3.0, source_fov=40.0,
-    source_elevation=20.0, remat=False,
+    source_elevation=20.0, remat="none",
 )  # fmt: skip
 NANO_FINE = {**NANO, "encoder": {**NANO["encoder"], "patch": 8, "grid": 16}, "plane_tokens": 12}
 
@@ -74,7 +82,7 @@ class TripoSR(nn.Module):
     foreground_ratio: float | None = 0.85  # None: objects keep their place in the image
     background: float = 0.5
     ray_chunk: int | None = None  # rays rendered at a time; None: chosen for the device
-    remat: bool = True  # False: for a small model, whose activations fit in memory
+    remat: str = "blocks"  # what is kept for the backward pass, one of `layers.REMAT`
     dtype: str = "float32"
 
     def setup(self):
@@ -89,9 +97,9 @@ class TripoSR(nn.Module):
             3 * self.plane_channels, self.decoder_width, self.decoder_layers
         )
 
-    def __call__(self, source: Views, rays: Rays, key: jax.Array | None = None) -> Rendering:
+    def __call__(self, source: Views, rays: Rays, keys_B: jax.Array | None = None) -> Rendering:
         """Reconstructs the source view and renders rays [B V H W]."""
-        return self.render(self.encode(source), rays, key)
+        return self.render(self.encode(source), rays, keys_B)
 
     def encode(self, source: Views) -> dict[str, Float[Array, "B 3 h w C"]]:
         """The planes of one view on grey, [B 1 H W 3]; its camera is ignored.
@@ -116,10 +124,10 @@ class TripoSR(nn.Module):
         x_BLD = self.backbone(queries_BLD, tokens_BMD)
         return self.upsampler(x_BLD.reshape(B, 3, side, side, self.width))
 
-    def render(self, scene: dict, rays: Rays, key: jax.Array | None = None) -> Rendering:
-        """Marches rays [B V H W] through the field; with a key, samples are jittered within their intervals."""
+    def render(self, scene: dict, rays: Rays, keys_B: jax.Array | None = None) -> Rendering:
+        """Marches rays [B V H W] through the field; with a key for each scene, samples are jittered within their intervals."""
         return triplane.render(
-            self._march, scene["triplane"], self.decoder(), self.dtype, rays, key, self.ray_chunk
+            self._march, scene["triplane"], self.decoder(), self.dtype, rays, keys_B, self.ray_chunk
         )
 
     def query(
@@ -205,7 +213,7 @@ class Backbone(nn.Module):
     depth: int
     num_heads: int
     norm_groups: int
-    remat: bool
+    remat: str
     dtype: str
 
     @nn.compact
@@ -253,9 +261,9 @@ class Block(nn.Module):
 def _geglu(block, x_BLD):
     """Equation 6 of https://arxiv.org/abs/2002.05202, with biases."""
     width = x_BLD.shape[-1]
-    hidden = nn.Dense(8 * width, dtype=block.dtype, name="fc1")(x_BLD)
+    hidden = dense(8 * width, dtype=block.dtype, name="fc1")(x_BLD)
     value, gate = jnp.split(hidden, 2, axis=-1)
-    return nn.Dense(width, dtype=block.dtype, name="fc2")(value * gelu(gate))
+    return dense(width, dtype=block.dtype, name="fc2")(value * gelu(gate))
 
 
 MODEL = TripoSR

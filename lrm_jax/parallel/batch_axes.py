@@ -10,7 +10,7 @@ from jax.sharding import (
     PartitionSpec,
 )
 
-from lrm_jax.parallel.sharding import AXES, BATCH_AXES
+from lrm_jax.parallel.sharding import AXES, BATCH_AXES, infer
 from lrm_jax.types import InputError
 
 
@@ -22,10 +22,11 @@ def num_batch_shards(device_mesh: Mesh) -> int:
 def constrain_batch(tree: Any) -> Any:
     """Pins the leading axis of every array to the batch axes of the current device mesh; the compiler decides the other axes.
 
-    The identity outside `jax.set_mesh`, and for arrays whose leading axis is not divisible by the batch axes.
+    The identity outside `jax.set_mesh`, where each device already has its part, and for arrays whose leading axis is not
+    divisible by the batch axes.
     """
     device_mesh = jax.sharding.get_abstract_mesh()
-    if device_mesh.empty:
+    if device_mesh.empty or device_mesh.manual_axes:
         return tree
     shards = num_batch_shards(device_mesh)
 
@@ -70,6 +71,36 @@ def split_batch(function, shared: Any, batch: Any) -> Any:
     split = PartitionSpec(None if B % device_mesh.size else AXES)
     specs = (PartitionSpec(), split)
     return jax.shard_map(function, in_specs=specs, out_specs=split, check_vma=False)(shared, batch)
+
+
+def gradient_over_shards(function, params: Any, shared: Any, parts: Any) -> tuple[Any, Any]:
+    """`function(params, shared, parts [C B ...])` -> (a tree like `params`, scalars), both of them means over scenes.
+
+    Each device computes them for its scenes: it gathers the parameters once, and the sums of its gradients are reduced once,
+    to the parts that `sharding.infer` gives each device. Unlike where the compiler decides, a loop in `function` communicates
+    nothing, but a device holds all parameters and their gradient. If `tensor` splits the parameters, the compiler decides.
+    """
+    device_mesh = jax.sharding.get_abstract_mesh()
+    if device_mesh.empty or device_mesh.shape["tensor"] > 1:
+        return function(params, shared, parts)
+    specs = jax.tree.map(lambda x: x.spec, infer(params, device_mesh))
+    axes = [axis for axis in BATCH_AXES if device_mesh.shape[axis] > 1]
+
+    def reduced(x, spec):
+        if "fsdp" in spec:
+            x = jax.lax.psum_scatter(x, "fsdp", scatter_dimension=spec.index("fsdp"), tiled=True)
+        return jax.lax.psum(x, [axis for axis in axes if axis not in spec])
+
+    def local(params, shared, parts):
+        gradient, scalars = function(params, shared, parts)
+        shards = num_batch_shards(device_mesh)
+        gradient = jax.tree.map(lambda x, spec: reduced(x / shards, spec), gradient, specs)
+        return gradient, jax.lax.pmean(scalars, axes)
+
+    whole, split = PartitionSpec(), PartitionSpec(None, BATCH_AXES)
+    return jax.shard_map(
+        local, in_specs=(whole, whole, split), out_specs=(specs, whole), check_vma=False
+    )(params, shared, parts)
 
 
 def process_slice(device_mesh: Mesh) -> tuple[int, int]:

@@ -43,7 +43,7 @@ def train_step(
       networks: parameters of the frozen networks of losses, see `losses.terms`.
       source_background: grey level behind the source views.
       patch, render_size, antialias, foreground_crops: see `random_crops`.
-      recolor: change the colours of half of the scenes, at random: see `random_recoloring`.
+      recolor: change the colours of half of the scenes, at random: see `recolored`.
       backgrounds: grey levels; each target view gets one at random (OpenLRM: 0, 0.5, 1). Empty: any colour.
       accumulate: number of equal parts that the batch is split into. They are processed in turn; the gradient is their mean.
       ema_decay: decay of the running mean of the parameters. It is reached after about 10 / (1 - ema_decay) steps.
@@ -53,22 +53,29 @@ def train_step(
       gradient norm before clipping, the number of updates skipped so far, and the learning rate.
     """
 
-    def total_loss(params, part: Batch, key):
-        crop_key, background_key, render_key = jax.random.split(key, 3)
+    def total_loss(params, networks, part: Batch, keys_B):
+        crop_keys, background_keys, render_keys, color_keys = jax.vmap(
+            lambda key: jax.random.split(key, 4), out_axes=1
+        )(keys_B)
         source = part.source
-        target, cameras = random_crops(
-            crop_key, part.target, patch, render_size, antialias, foreground_crops
+        target, cameras = by_scene(
+            lambda key, views: random_crops(
+                key, views, patch, render_size, antialias, foreground_crops
+            ),
+            crop_keys,
+            part.target,
         )
         if recolor:
-            change_B33 = random_recoloring(jax.random.fold_in(key, 3), source.rgb.shape[0])
-            source = source.replace(rgb=recolored(source.rgb, change_B33))
-            target = target.replace(rgb=recolored(target.rgb, change_B33))
+            source, target = by_scene(recolored, color_keys, source, target)
         source = on_background(source, source_background)
         rays = ops_cameras.pixel_rays(cameras, patch, patch)
-        background = random_backgrounds(background_key, target.alpha.shape[:2], backgrounds)
+        shape = (1, target.alpha.shape[1])
+        background = by_scene(
+            lambda key: random_backgrounds(key, shape, backgrounds), background_keys
+        )
         wanted = blend(target, background)
         scene, rendering = nn.apply(_encode_and_render, model)(
-            {"params": params}, source, rays, render_key
+            {"params": params}, source, rays, render_keys
         )
         seen = blend(rendering, background)
         terms = losses.terms(
@@ -77,30 +84,37 @@ def train_step(
         total = sum(loss_weights[name] * value for name, value in terms.items())
         return total, {"loss": total, **terms, "square_error": losses.mse(seen, wanted)}
 
-    def gradient(part: Batch, key):
+    def gradient(params, networks, part_and_keys):
         return jax.grad(total_loss, has_aux=True)(
-            state.params, batch_axes.constrain_batch(part), key
+            params, networks, *batch_axes.constrain_batch(part_and_keys)
         )
 
-    key = jax.random.fold_in(state.key, state.step)
+    # A scene's draws follow from its place in the whole batch, however that is split.
+    keys_B = jax.random.split(jax.random.fold_in(state.key, state.step), batch.source.rgb.shape[0])
     if accumulate == 1:
-        grads, scalars = gradient(batch, key)
+        grads, scalars = gradient(state.params, networks, (batch, keys_B))
     else:
-        grads, scalars = _accumulated(gradient, batch, key, accumulate)
+        grads, scalars = _accumulated(gradient, state.params, networks, (batch, keys_B), accumulate)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema_params = running_mean(state.ema_params, params, state.step, ema_decay)
-    # PSNR of the mean error: empty windows, which soon become perfect, would dominate a mean of PSNRs.
-    scalars["psnr"] = image_metrics.decibels(scalars.pop("square_error"))
-    scalars = {f"train/{name}": value for name, value in scalars.items()} | {
-        "grad_norm": optim.grad_norm(opt_state),
-        "skipped": optim.num_skipped(opt_state),
-        "learning_rate": schedule(state.step),
-    }
+    scalars = _named(scalars, opt_state, schedule(state.step))
     state = state.replace(
         step=state.step + 1, params=params, ema_params=ema_params, opt_state=opt_state
     )
     return state, scalars
+
+
+def _named(scalars, opt_state, learning_rate):
+    """The scalars of a step under the names of a report."""
+    # PSNR of the mean error: empty windows, which soon become perfect, would dominate a mean of PSNRs.
+    psnr = image_metrics.decibels(scalars["square_error"])
+    terms = {name: value for name, value in scalars.items() if name != "square_error"}
+    return {f"train/{name}": value for name, value in (terms | {"psnr": psnr}).items()} | {
+        "grad_norm": optim.grad_norm(opt_state),
+        "skipped": optim.num_skipped(opt_state),
+        "learning_rate": learning_rate,
+    }
 
 
 def running_mean(ema_params, params, step, decay: float):
@@ -278,21 +292,26 @@ def _around_foreground(key, alpha_BVHW, place_BV2, patch, free_BV1):
     return jnp.where(anywhere, place_BV2, around_BV2)
 
 
-def random_recoloring(key: jax.Array, count: int) -> jax.Array:
-    """A change of colour for each scene, [B 3 3]: for half, at random, none; others permute the channels and darken each by 0.6 to 1."""
+def recolored(key: jax.Array, source: Views, target: Rendering) -> tuple[Views, Rendering]:
+    """In half of the scenes, at random, permutes the colour channels and darkens each by a factor from 0.6 to 1.
+
+    The change is linear, so the colour may be straight, premultiplied or resized.
+    """
     which_key, order_key, factor_key = jax.random.split(key, 3)
+    count = source.rgb.shape[0]
     order_B3 = jax.random.permutation(
         order_key, jnp.tile(jnp.arange(3), (count, 1)), axis=1, independent=True
     )
     factor_B3 = jax.random.uniform(factor_key, (count, 3), minval=0.6, maxval=1.0)
     change_B33 = jax.nn.one_hot(order_B3, 3) * factor_B3[:, None]
     keep = jax.random.bernoulli(which_key, 0.5, (count, 1, 1))
-    return jnp.where(keep, jnp.eye(3), change_B33)
+    change_B33 = jnp.where(keep, jnp.eye(3), change_B33)
 
+    def changed(x):
+        rgb = as_float(x.rgb)
+        return x.replace(rgb=jnp.einsum("bvhwc,bcd->bvhwd", rgb, change_B33, precision="highest"))
 
-def recolored(rgb_BVHW3: jax.Array, change_B33: jax.Array) -> jax.Array:
-    """Float images in other colours. The change is linear, so the colour may be straight, premultiplied or resized."""
-    return jnp.einsum("bvhwc,bcd->bvhwd", as_float(rgb_BVHW3), change_B33, precision="highest")
+    return changed(source), changed(target)
 
 
 def random_backgrounds(key: jax.Array, shape: tuple[int, int], greys: tuple[float, ...]):
@@ -303,21 +322,33 @@ def random_backgrounds(key: jax.Array, shape: tuple[int, int], greys: tuple[floa
     return jnp.broadcast_to(grey, (*shape, 1, 1, 3))
 
 
-def _encode_and_render(model, source, rays, key):
+def by_scene(function, keys_B: jax.Array, *trees):
+    """`function(key, *trees)` for each scene alone, with its own key. Its arrays and results have the leading axis [1]."""
+
+    def one(key, *trees):
+        results = function(key, *jax.tree.map(lambda x: x[None], trees))
+        return jax.tree.map(lambda x: x[0], results)
+
+    return jax.vmap(one)(keys_B, *trees)
+
+
+def _encode_and_render(model, source, rays, keys_B):
     scene = model.encode(source)
-    return scene, model.render(scene, rays, key)
+    return scene, model.render(scene, rays, keys_B)
 
 
-def _accumulated(gradient, batch: Batch, key, count: int):
+def _accumulated(gradient, params, networks, batch_and_keys, count: int):
     """The mean gradient and scalars over `count` parts of the batch, processed in turn."""
-    parts = batch_axes.micro_batches(batch, count)
 
-    def add(total, inputs):
-        part, index = inputs
-        new = gradient(part, jax.random.fold_in(key, index))
-        return jax.tree.map(lambda a, b: a + b / count, total, new), None
+    def mean(params, networks, parts):
+        def add(total, part):
+            new = gradient(params, networks, part)
+            return jax.tree.map(lambda a, b: a + b / count, total, new), None
 
-    shapes = jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], parts), key)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    total, _ = jax.lax.scan(add, zeros, (parts, jnp.arange(count)))
-    return total
+        first = jax.tree.map(lambda x: x[0], parts)
+        shapes = jax.eval_shape(gradient, params, networks, first)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return jax.lax.scan(add, zeros, parts)[0]
+
+    parts = batch_axes.micro_batches(batch_and_keys, count)
+    return batch_axes.gradient_over_shards(mean, params, networks, parts)

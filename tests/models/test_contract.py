@@ -124,13 +124,14 @@ def test_rendering_split_by_views_scenes_or_chunks_equals_rendering_all(name):
 
 
 @pytest.mark.parametrize("name", models.FAMILIES)
-def test_rendering_is_deterministic_without_a_key_and_random_with_one_where_it_samples(name):
+def test_rendering_is_deterministic_without_keys_and_random_with_them_where_it_samples(name):
     model, params, source, rays = tiny(name)
     scene = apply(model, params, source, method="encode")
     first, second = (apply(model, params, scene, rays, method="render") for _ in range(2))
     np.testing.assert_array_equal(first.rgb, second.rgb)
     one, two = (
-        apply(model, params, scene, rays, jax.random.key(k), method="render") for k in range(2)
+        apply(model, params, scene, rays, jax.random.split(jax.random.key(k), 2), method="render")
+        for k in range(2)
     )
     assert (np.abs(one.rgb - two.rgb).max() > 1e-6) == hasattr(model, "query")
     np.testing.assert_allclose(
@@ -154,7 +155,9 @@ def test_gradients_reach_every_parameter_and_are_finite(name):
     model, params, source, rays = tiny(name)
 
     def loss(params):
-        rendering = apply(model, params, source, rays, jax.random.key(1), method="__call__")
+        rendering = apply(
+            model, params, source, rays, jax.random.split(jax.random.key(1), 2), method="__call__"
+        )
         return sum(jnp.sum(x) for x in (rendering.rgb, rendering.alpha) if x is not None)
 
     grads = jax.jit(jax.grad(loss))(params)

@@ -1,19 +1,22 @@
 """Attention: the kernels of all platforms equal plain attention."""
 
 import math
+import re
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.interpreters import partial_eval
 
 from lrm_jax.kernels import attention as kernels_attention
 from lrm_jax.kernels import attention_cpu, attention_cuda, attention_plain, attention_tpu, tokens
-from lrm_jax.models import lvsm, triposr
+from lrm_jax.models import lrm, lvsm, triposr
 from lrm_jax.models.parts import layers
 from lrm_jax.parallel import batch_axes, sharding
 from lrm_jax.training import flops
+from lrm_jax.types import InputError
 
 
 def in_parts(kernel):
@@ -238,3 +241,73 @@ def test_gelu_is_by_erf_in_float32_and_so_is_its_gradient():
     np.testing.assert_array_equal(
         layers.gelu(half), layers.gelu(half.astype(jnp.float32)).astype(jnp.bfloat16)
     )
+
+
+def gradient_of_stack(block, remat, *inputs, dtype="float32"):
+    """The gradient of a stack of three blocks, as a function of its parameters, and these."""
+    stack = layers.stack(block, 3, remat, num_heads=2, dtype=dtype)
+    params = jax.eval_shape(stack.init, jax.random.key(0), *inputs)
+    params = jax.tree.map(lambda x: 0.3 * random(x.size, *x.shape), params)
+
+    def loss(params):
+        return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(stack.apply(params, *inputs)))
+
+    return jax.grad(loss), params
+
+
+@pytest.mark.parametrize(
+    ("block", "inputs"),
+    [
+        (lrm.Block, lambda x: (x, x[:, :5], x[:, 0])),
+        (triposr.Block, lambda x: (x, x[:, :5])),
+        (lvsm.Block, lambda x: ((x, jnp.float32(0)), None)),
+    ],
+    ids=["LRM", "TripoSR", "LVSM"],
+)
+def test_what_is_kept_for_the_backward_pass_changes_its_products_and_not_the_gradient(
+    block, inputs
+):
+    found, work = {}, {}
+    for remat in layers.REMAT:
+        gradient, params = gradient_of_stack(block, remat, *inputs(random(0, 2, 12, 16)))
+        found[remat], work[remat] = jax.jit(gradient)(params), flops.count(gradient, params)
+    for remat, result in found.items():
+        for a, b in zip(*map(jax.tree.leaves, (found["none"], result)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5, err_msg=remat)
+    assert work["none"] <= work["products"] < work["attention"] < work["blocks"]
+
+
+@pytest.mark.parametrize(
+    ("remat", "calls"), [("none", 1), ("products", 1), ("attention", 1), ("blocks", 2)]
+)
+def test_cudnns_forward_kernel_runs_again_in_the_backward_pass_only_if_blocks_alone_are_kept(
+    remat, calls, monkeypatch
+):
+    fused = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91400)
+    x_BLD = jnp.zeros((2, 69, 16), jnp.bfloat16)
+    with jax.sharding.use_abstract_mesh(sharding.abstract_device_mesh((1, 1, 1), "gpu")):
+        gradient, params = gradient_of_stack(
+            lvsm.Block, remat, (x_BLD, jnp.float32(0)), None, dtype="bfloat16"
+        )
+        text = str(jax.make_jaxpr(gradient)(params))
+    assert len(re.findall(r"dot_product_attention_fwd_wrapper\[", text)) == calls
+    assert len(re.findall(r"dot_product_attention_bwd_wrapper\[", text)) == 1
+
+
+@pytest.mark.parametrize(
+    ("remat", "calls"), [("none", 1), ("products", 1), ("attention", 1), ("blocks", 2)]
+)
+def test_so_does_splash_attentions(remat, calls):
+    x_BLD = jnp.zeros((2, 128, 16))
+    with jax.sharding.use_abstract_mesh(sharding.abstract_device_mesh((1, 1, 1), "tpu")):
+        gradient, params = gradient_of_stack(lvsm.Block, remat, (x_BLD, jnp.float32(0)), None)
+        jaxpr = jax.make_jaxpr(gradient)(params).jaxpr
+        # As XLA does: a call whose results have no use stays in the traced program.
+        used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    assert len(re.findall(r"name=splash_mha_fwd", str(used))) == calls
+
+
+def test_an_unknown_choice_of_what_is_kept_names_the_known_ones():
+    with pytest.raises(InputError, match="model.remat=.all.: choose one of none, products, attention, blocks"):  # fmt: skip
+        layers.stack(lvsm.Block, 2, "all", num_heads=2, dtype="float32")

@@ -162,7 +162,7 @@ def scene_of(model, num_source, num_target, num_scenes=1):
 
 def tiny(architecture, num_source=3, num_target=2, num_scenes=1):
     """A model with random parameters as large as trained ones. At initial values, pixels hardly depend on the inputs."""
-    model = models.build("lvsm", "tiny", remat=False, **ARCHITECTURES[architecture])
+    model = models.build("lvsm", "tiny", remat="none", **ARCHITECTURES[architecture])
     rng = np.random.default_rng(0)
 
     def draw(path, x):

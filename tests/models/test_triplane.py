@@ -91,8 +91,12 @@ def test_scenes_one_after_another_on_their_devices_equal_all_at_once(
         raw = field.field(projected, layers, xyz, AXES, "silu")
         return Rendering(rgb=raw[:, 1:], alpha=raw[:, 0], depth=rays.dirs[:, 0])
 
+    keys_B = None if key is None else jax.random.split(key, num_scenes)
+
     def total(planes, decoder_layers):
-        rendering = triplane.render(march, planes, decoder_layers, "float32", rays, key, chunk=64)
+        rendering = triplane.render(
+            march, planes, decoder_layers, "float32", rays, keys_B, chunk=64
+        )
         return (rendering.rgb**2).sum() + (rendering.alpha * rendering.depth).sum()
 
     graded = jax.value_and_grad(total, argnums=(0, 1))

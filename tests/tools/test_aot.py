@@ -90,8 +90,7 @@ def test_aot_compiles_for_a_gpu_with_cudnns_attention_and_the_fused_field():
         (line,) = [line for line in text.splitlines() if kind in line]
         return int(line.split()[-2])
 
-    assert written(step, "cuDNN attention forward") >= 2  # it is called again for rematerialisation
-    assert written(step, "cuDNN attention backward") >= 1
+    assert written(step, "cuDNN attention forward") == written(step, "cuDNN attention backward") > 0
     assert written(evaluation, "cuDNN attention forward") >= 1
     assert written(step, "kernel field_forward") >= 1
     assert written(step, "kernel field_backward") >= 1

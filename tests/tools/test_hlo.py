@@ -100,6 +100,7 @@ def test_collectives_have_the_bytes_of_their_arrays():
         ("replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}", 2),
         ("replica_groups=mesh['axis_0'=8,'axis_1'=2] {'axis_0'}, dimensions={0}", 8),
         ("replica_groups=mesh['axis_0'=8,'axis_1'=2] {'axis_0','axis_1'}, dimensions={0}", 16),
+        ("replica_groups=mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_0'}", 4),
     ],
 )
 def test_group_sizes_are_read_from_every_notation(written, size):

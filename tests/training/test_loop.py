@@ -244,7 +244,7 @@ def test_a_folder_with_other_files_is_not_used_as_a_run(tmp_path):
         with pytest.raises(InputError, match="config.json is not that of a training run"):
             train.claim(tmp_path, config)
         assert path.read_text() == text
-    path.write_text(json.dumps({"model": config.model.to_dict() | {"remat": True}}))
+    path.write_text(json.dumps({"model": config.model.to_dict() | {"remat": "none"}}))
     train.claim(tmp_path, config)  # the same model with other settings of the run
 
 

@@ -1,4 +1,7 @@
+import math
+import sys
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +14,9 @@ from lrm_jax.ops import cameras, compositing
 from lrm_jax.parallel import batch_axes, sharding
 from lrm_jax.training import losses, optim, step
 from lrm_jax.types import Cameras, Rendering, Views
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+import hlo  # noqa: E402
 
 SETTINGS = dict(b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.05, clip_norm=1.0)
 STEP = dict(
@@ -90,14 +96,44 @@ def test_one_step_on_two_by_four_devices_equals_one_device_and_the_loss_falls(on
     assert not all(same)
 
 
-def test_accumulated_gradients_are_those_of_the_whole_batch():
-    scenes, norms = batch(0, 4, 1, 32, 16), []
-    for accumulate in (1, 2):
-        init, update = functions(scenes.source, **WHOLE_VIEWS, accumulate=accumulate)
-        state, scalars = jax.jit(update)(jax.jit(init)(), scenes, {})
-        norms.append((scalars["grad_norm"], scalars["train/loss"]))
-    # Samples along the rays are jittered with other keys, which hardly matters for 8 samples per ray of a small model.
-    np.testing.assert_allclose(norms[0], norms[1], rtol=0.05)
+RANDOM = dict(recolor=True, foreground_crops=True, render_size=(12, 16), backgrounds=(0.0, 1.0))
+
+
+def test_a_step_in_parts_on_eight_devices_equals_one_device_at_once_with_all_that_is_random():
+    scenes = batch(0, 16, 1, 32, 16)
+    results = []
+    for sizes, accumulate in (((2, 4, 1), 2), ((1, 1, 1), 2), ((1, 1, 1), 1)):
+        devices = jax.devices()[: math.prod(sizes)]
+        device_mesh = sharding.make_device_mesh(*sizes, devices)
+        with jax.set_mesh(device_mesh):
+            init, update = compiled(device_mesh, scenes.source, accumulate=accumulate, **RANDOM)
+            state, scalars = update(init(), batch_axes.global_batch(scenes, device_mesh), {})
+            results.append(jax.device_get((scalars, state.params)))
+    for result in results[1:]:
+        for name, value in results[0][0].items():
+            np.testing.assert_allclose(value, result[0][name], rtol=1e-5, err_msg=name)
+        for a, b in zip(*map(jax.tree.leaves, (results[0], result)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)  # sums in another order, float32
+
+
+def test_parameters_are_gathered_and_gradients_reduced_once_a_step_whatever_the_number_of_parts():
+    scenes = batch(0, 32, 1, 32, 16)
+    device_mesh = sharding.make_device_mesh(2, 4, 1)
+    found = {}
+    with jax.set_mesh(device_mesh):
+        for accumulate in (2, 4):
+            init, update = compiled(device_mesh, scenes.source, accumulate=accumulate)
+            state = init()
+            given = batch_axes.global_batch(scenes, device_mesh)
+            text = update.lower(state, given, {}).compile().as_text()
+            found[accumulate] = {
+                kind: (traffic.count, traffic.payload)
+                for kind, traffic in hlo.count(text).collectives.items()
+            }
+    assert found[2] == found[4]
+    params = sharding.infer(state.params, device_mesh)
+    split = sum(x.nbytes for x, s in zip(*map(jax.tree.leaves, (state.params, params)), strict=True) if "fsdp" in s.spec)  # fmt: skip
+    assert found[2]["all-gather"][1] == found[2]["reduce-scatter"][1] == split
 
 
 def test_a_poisoned_batch_is_skipped_and_counted(on_one_device):
@@ -305,14 +341,13 @@ def test_bytes_and_floats_are_the_same_images():
 
 def test_all_images_of_a_scene_change_colour_alike_and_every_other_scene_stays():
     scenes = batch(0, 64, 2, 8, 8)
-    images = scenes.source.rgb, scenes.target.rgb
-    change_B33 = step.random_recoloring(jax.random.key(0), 64)
-    changed = [jax.jit(step.recolored)(rgb, change_B33) for rgb in images]
+    given = scenes.source, compositing.premultiplied(scenes.target)
+    changed = jax.jit(step.recolored)(jax.random.key(0), *given)
     kept = 0
     for i in range(64):
         before, after = (
-            np.concatenate([np.asarray(rgb)[i].reshape(-1, 3) for rgb in x])
-            for x in (images, changed)
+            np.concatenate([np.asarray(images.rgb)[i].reshape(-1, 3) for images in x])
+            for x in (given, changed)
         )
         change, *_ = np.linalg.lstsq(before, after)
         np.testing.assert_allclose(before @ change, after, atol=1e-5)
@@ -322,6 +357,8 @@ def test_all_images_of_a_scene_change_colour_alike_and_every_other_scene_stays()
             assert ((np.abs(change) > 1e-4).sum(0) == 1).all()  # channels are permuted
             assert 0.6 - 1e-4 < change.max(0).min() and change.max() < 1 + 1e-4
     assert 20 < kept < 44
+    for x, y in zip(given, changed, strict=True):
+        np.testing.assert_array_equal(x.alpha, y.alpha)
 
 
 def test_train_psnr_comes_from_the_mean_error_and_not_from_empty_windows():

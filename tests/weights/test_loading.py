@@ -61,7 +61,7 @@ def test_a_model_file_describes_itself(tmp_path):
 
 
 def test_settings_for_running_a_model_are_not_in_its_file(tmp_path):
-    model, params = tiny(dtype="bfloat16", ray_chunk=7, remat=False)
+    model, params = tiny(dtype="bfloat16", ray_chunk=7, remat="none")
     model_file.save_model(tmp_path / "m.safetensors", model, params, {})
     back, _, _ = model_file.load_model(tmp_path / "m.safetensors")
     assert back == build("triposr", "tiny")

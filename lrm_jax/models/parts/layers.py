@@ -5,10 +5,23 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from lrm_jax.kernels.attention import attention
+from lrm_jax.kernels.attention import attention, keep_attention
 from lrm_jax.kernels.tokens import by_tokens
+from lrm_jax.types import InputError
+
+_PRODUCT = "product"  # the name of a `dense` layer's result, for the policies of `jax.checkpoint`
+# What the forward pass of a block keeps for the backward pass, besides the block's input. The rest is computed again.
+REMAT = {
+    "none": jax.checkpoint_policies.everything_saveable,  # for small models: memory traffic more than doubles in large ones
+    "products": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.save_only_these_names(_PRODUCT), keep_attention
+    ),
+    "attention": keep_attention,
+    "blocks": jax.checkpoint_policies.nothing_saveable,
+}
 
 torch_linear_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
@@ -19,6 +32,12 @@ def layer_norm(epsilon: float, name: str) -> nn.LayerNorm:
     `epsilon` has no default, because the references use 1e-5, 1e-6 and 1e-12.
     """
     return nn.LayerNorm(epsilon=epsilon, use_fast_variance=False, dtype=jnp.float32, name=name)
+
+
+def dense(features: int, **fields) -> Callable:
+    """`nn.Dense(features, **fields)` for a block: its result can be kept for the backward pass, see REMAT."""
+    layer = nn.Dense(features, **fields)
+    return lambda x: checkpoint_name(layer(x), _PRODUCT)
 
 
 class Attention(nn.Module):
@@ -37,15 +56,15 @@ class Attention(nn.Module):
 
         def project(name, y_BMD):
             init = nn.initializers.lecun_normal() if name == "v" else self.qk_init
-            y = nn.Dense(
-                width, use_bias=self.qkv_bias, kernel_init=init, dtype=self.dtype, name=name
-            )(y_BMD)
+            y = dense(width, use_bias=self.qkv_bias, kernel_init=init, dtype=self.dtype, name=name)(
+                y_BMD
+            )
             return y.reshape(*y.shape[:-1], self.num_heads, width // self.num_heads)
 
         out_BLNK = attention(
             project("q", x_BLD), project("k", context_BMD), project("v", context_BMD)
         )
-        return nn.Dense(width, use_bias=self.out_bias, dtype=self.dtype, name="out")(
+        return dense(width, use_bias=self.out_bias, dtype=self.dtype, name="out")(
             out_BLNK.reshape(x_BLD.shape)
         )
 
@@ -63,8 +82,8 @@ class MLP(nn.Module):
 
 def _mlp(module, x_BLD):
     width = x_BLD.shape[-1]
-    x_BLF = nn.Dense(width * module.expansion, dtype=module.dtype, name="fc1")(x_BLD)
-    return nn.Dense(width, dtype=module.dtype, name="fc2")(gelu(x_BLF))
+    x_BLF = dense(width * module.expansion, dtype=module.dtype, name="fc1")(x_BLD)
+    return dense(width, dtype=module.dtype, name="fc2")(gelu(x_BLF))
 
 
 def gelu(x):
@@ -94,14 +113,21 @@ def sincos_grid(rows: Float[Array, "h C"], columns: Float[Array, "w C"]) -> Floa
     )
 
 
-def stack(block: type[nn.Module], depth: int, remat: bool = True, **fields) -> nn.Module:
+def stack(block: type[nn.Module], depth: int, remat: str = "blocks", **fields) -> nn.Module:
     """A scan over `depth` blocks with stacked parameters, called as (x, *context) -> (x, None).
 
-    A block's `__call__(x, *context)` returns (x, None); `context` is the same for every block. With `remat`, the backward
-    pass recomputes each block, so that only the blocks' inputs are stored.
+    A block's `__call__(x, *context)` returns (x, None); `context` is the same for every block.
+
+    Args:
+      remat: what is kept for the backward pass, one of REMAT.
+
+    Raises:
+      InputError: `remat` is not one of them.
     """
+    if remat not in REMAT:
+        raise InputError(f"model.remat={remat!r}: choose one of {', '.join(REMAT)}")
     scanned = nn.scan(
-        nn.remat(block, prevent_cse=False) if remat else block,
+        block if remat == "none" else nn.remat(block, prevent_cse=False, policy=REMAT[remat]),
         variable_axes={"params": 0},
         split_rngs={"params": True},
         in_axes=nn.broadcast,

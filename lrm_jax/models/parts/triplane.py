@@ -86,7 +86,7 @@ def render(
     layers: list,
     dtype: str,
     rays: Rays,
-    key: jax.Array | None,
+    keys_B: jax.Array | None,
     chunk: int | None,
 ) -> Rendering:
     """Renders rays [B V H W] of B scenes: maps `march(projected_PhwF, layers, rays[R], key)` over scenes and chunks of rays.
@@ -115,9 +115,8 @@ def render(
         one = functools.partial(one_scene, layers, chunk or max(RAYS[platform] // B, 64))
         return jax.vmap(one)(*scenes)
 
-    keys = None if key is None else jax.random.split(key, triplane_BPhwC.shape[0])
     # Each device renders its own scenes: the compiler cannot split a kernel.
-    return batch_axes.split_batch(own_scenes, layers, (triplane_BPhwC, rays, keys))
+    return batch_axes.split_batch(own_scenes, layers, (triplane_BPhwC, rays, keys_B))
 
 
 def query(

@@ -47,7 +47,7 @@ class ViT(nn.Module):
     norm_epsilon: float
     num_registers: int = 0
     layer_scale: bool = False
-    remat: bool = True
+    remat: str = "blocks"  # what is kept for the backward pass, one of `layers.REMAT`
     dtype: str = "float32"
 
     @nn.compact
