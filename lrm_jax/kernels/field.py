@@ -7,9 +7,10 @@ import einops
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lrm_jax.kernels import field_cuda, field_plain
+from lrm_jax.kernels import field_cuda, field_plain, field_tpu
 from lrm_jax.parallel import sharding
 
+RAW = field_tpu.RAW  # the name of a result that is worth keeping, see `field_tpu`
 # Neighbouring points lie in few cells of a plane. So along rays, points are ordered in tiles: of 8 x 8 neighbouring rays by 16
 # samples, and in each, of 4 x 4 rays by 8 samples.
 TILE_SIDE, TILE_SAMPLES = 8, 16
@@ -38,6 +39,8 @@ def field(
     """
     if is_fused(projected_PhwF):
         return field_cuda.field_by_triton(projected_PhwF, layers, xyz_Q3, axes, activation)
+    if sharding.platform() == "tpu":
+        return field_tpu.field_by_windows(projected_PhwF, layers, xyz_Q3, axes, activation)
     return field_plain.field_by_xla(projected_PhwF, layers, xyz_Q3, axes, activation)
 
 
@@ -64,7 +67,7 @@ def samples_in_tiles(xyz_RS3: Float[Array, "R S 3"]) -> Float[Array, "Q 3"]:
 
 
 def is_fused(projected_PhwF: Float[Array, "P h w F"]) -> bool:
-    """Whether `field` is one kernel, which keeps nothing for its gradient but its arguments."""
+    """Whether `field` is the kernel of GPUs, which keeps nothing for its gradient but its arguments."""
     return sharding.platform() == "gpu" and field_cuda.can(projected_PhwF)
 
 

@@ -15,8 +15,8 @@ from lrm_jax.parallel import batch_axes, sharding
 from lrm_jax.types import Rays, Rendering
 
 # Rays that a device renders at a time if nobody says how many. On a CPU, the activations of this number of rays fit in the cache.
-# A TPU's memory holds the activations of all samples. The fused field of a GPU has none, and its backward pass needs 120 bytes of
-# a sample.
+# On a TPU, planes and their gradient pass through memory once for this number, which is little beside the work. The fused field of
+# a GPU has no activations either, and its backward pass needs 120 bytes of a sample.
 RAYS = {"cpu": 128, "tpu": 8192, "gpu": 2**18}
 
 
@@ -171,7 +171,11 @@ def render_in_chunks(
         index, rays = index_and_rays
         return march(rays, None if key is None else jax.random.fold_in(key, index))
 
-    rendering = jax.lax.map(jax.checkpoint(one) if remat else one, (jnp.arange(num_chunks), chunks))
+    if remat:
+        # The kernel of TPUs keeps its result: 16 bytes of a sample, which would be all of its work to compute again.
+        keep = jax.checkpoint_policies.save_only_these_names(field.RAW)
+        one = jax.checkpoint(one, policy=keep)
+    rendering = jax.lax.map(one, (jnp.arange(num_chunks), chunks))
     return jax.tree.map(
         lambda x: x.reshape(num_chunks * size, *x.shape[2:])[:num_rays].reshape(
             *shape, *x.shape[2:]
