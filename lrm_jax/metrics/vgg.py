@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
@@ -67,8 +66,13 @@ def _conv(params, x):
 
 
 def max_pool(x: Float[Array, "N H W C"]) -> Float[Array, "N H/2 W/2 C"]:
-    """The maximum of each 2 x 2 pixels; an odd last row or column is left out."""
-    return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+    """The maximum of each 2 x 2 pixels; an odd last row or column is left out.
+
+    Not `reduce_window`, whose gradient is a scatter: on a GPU in 16 bits, this takes longer than all else in a training step.
+    """
+    N, H, W, C = x.shape
+    blocks = x[:, : H // 2 * 2, : W // 2 * 2].reshape(N, H // 2, 2, W // 2, 2, C)
+    return blocks.max((2, 4))
 
 
 def average_pool(x: Float[Array, "N H W C"]) -> Float[Array, "N H/2 W/2 C"]:

@@ -177,6 +177,17 @@ def test_lpips_gradient_is_finite_where_all_features_are_zero(jitted, lpips_para
         assert np.isfinite(values).all() and np.isfinite(grad).all()
 
 
+def test_no_gradient_is_a_scatter(lpips_params, perceptual_params):
+    """On a GPU, XLA adds the gradient of a pool by `reduce_window` with 16-bit atomics."""
+    images = jnp.zeros((1, 32, 32, 3))
+    for network, params in ((lpips, lpips_params), (perceptual, perceptual_params)):
+
+        def loss(x, network=network, params=params):
+            return network.distance(params, x, images, "bfloat16").sum()
+
+        assert "scatter" not in jax.jit(jax.grad(loss)).lower(images).as_text()
+
+
 def test_leading_axes_are_kept_and_distances_are_float32(lpips_params, perceptual_params):
     """Tests only shapes. Nothing is computed."""
     x = jax.ShapeDtypeStruct((2, 3, 16, 20, 3), jnp.bfloat16)
