@@ -82,6 +82,7 @@ def _forward(axes, activation, interpret, projected_PhwF, layers, xyz_Q3):
     kernel = functools.partial(_forward_kernel, axes, sizes, activation, dtype)
     inputs = (windows, xyz_3Q, _pairs_of_columns(projected_PhwF), *_mlp(layers, dtype))
     out_8Q = _call(
+        "field_forward",
         kernel,
         inputs,
         out_shape=jax.ShapeDtypeStruct((_OUT, xyz_3Q.shape[1]), jnp.float32),
@@ -102,6 +103,7 @@ def _backward(axes, activation, interpret, projected_PhwF, layers, xyz_Q3, grad_
     kernel = functools.partial(_backward_kernel, axes, sizes, activation, dtype)
     inputs = (windows, xyz_3Q, grad_8Q, planes, first_bias, kernels, biases, kernels.mT)
     grad_planes, grad_first, grad_kernels, grad_biases = _call(
+        "field_backward",
         kernel,
         inputs,
         out_shape=[
@@ -126,7 +128,7 @@ def _backward(axes, activation, interpret, projected_PhwF, layers, xyz_Q3, grad_
     return grad_planes.astype(dtype), grads
 
 
-def _call(kernel, inputs, out_shape, scratch_shapes, interpret):
+def _call(name, kernel, inputs, out_shape, scratch_shapes, interpret):
     """Runs a kernel for each tile. Windows and arrays [... T*TILE] are cut into tiles; all others are whole, and stay on the chip."""
     windows, xyz_3Q = inputs[:2]
 
@@ -146,6 +148,7 @@ def _call(kernel, inputs, out_shape, scratch_shapes, interpret):
         scratch_shapes=scratch_shapes,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
         interpret=interpret,
+        name=name,
     )(*inputs)
 
 

@@ -1,5 +1,6 @@
 """The training step of every family: crop -> rays -> model -> losses -> gradient -> optimiser -> running mean. Pure functions."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -54,25 +55,19 @@ def train_step(
     """
 
     def total_loss(params, networks, part: Batch, keys_B):
-        crop_keys, background_keys, render_keys, color_keys = jax.vmap(
-            lambda key: jax.random.split(key, 4), out_axes=1
-        )(keys_B)
+        keys_4B = jax.vmap(lambda key: jax.random.split(key, 4), out_axes=1)(keys_B)
+        crop_keys, background_keys, render_keys, color_keys = keys_4B
         source = part.source
-        target, cameras = by_scene(
-            lambda key, views: random_crops(
-                key, views, patch, render_size, antialias, foreground_crops
-            ),
-            crop_keys,
-            part.target,
-        )
+        windows = partial(
+            random_crops, patch=patch, render_size=render_size, antialias=antialias, foreground=foreground_crops
+        )  # fmt: skip
+        target, cameras = by_scene(windows, crop_keys, part.target)
         if recolor:
             source, target = by_scene(recolored, color_keys, source, target)
         source = on_background(source, source_background)
         rays = ops_cameras.pixel_rays(cameras, patch, patch)
-        shape = (1, target.alpha.shape[1])
-        background = by_scene(
-            lambda key: random_backgrounds(key, shape, backgrounds), background_keys
-        )
+        greys = partial(random_backgrounds, shape=(1, target.alpha.shape[1]), greys=backgrounds)
+        background = by_scene(greys, background_keys)
         wanted = blend(target, background)
         scene, rendering = nn.apply(_encode_and_render, model)(
             {"params": params}, source, rays, render_keys
@@ -85,9 +80,8 @@ def train_step(
         return total, {"loss": total, **terms, "square_error": losses.mse(seen, wanted)}
 
     def gradient(params, networks, part_and_keys):
-        return jax.grad(total_loss, has_aux=True)(
-            params, networks, *batch_axes.constrain_batch(part_and_keys)
-        )
+        inputs = batch_axes.constrain_batch(part_and_keys)
+        return jax.grad(total_loss, has_aux=True)(params, networks, *inputs)
 
     # A scene's draws follow from its place in the whole batch, however that is split.
     keys_B = jax.random.split(jax.random.fold_in(state.key, state.step), batch.source.rgb.shape[0])

@@ -2,6 +2,8 @@
 
 import functools
 import re
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +14,16 @@ from lrm_jax.kernels import field, field_plain, field_tpu
 from lrm_jax.models import lrm, triposr
 from lrm_jax.parallel import batch_axes, sharding
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+import chips  # noqa: E402
+
 AXES = lrm.PLANE_AXES
 kernel = functools.partial(field_tpu.field_by_windows, interpret=True)
 
 
 def make(Q, spread=0.3, F=64, dtype="float32", h=20, w=24, depth=3):
     """Planes, layers, points within `spread` of a place, and a gradient of the result."""
-    keys = iter(jax.random.split(jax.random.key(0), 20))
+    keys = iter(jax.random.split(jax.random.key(0), 32))
     sizes = [(6, F)] + [(F, F)] * (depth - 1) + [(F, 4)]
     layers = [
         (0.15 * jax.random.normal(next(keys), size), jax.random.normal(next(keys), size[1:]))
@@ -183,3 +188,37 @@ def test_tpus_take_the_kernel(monkeypatch):
     monkeypatch.setattr(sharding, "platform", lambda: "tpu")
     traced = jax.make_jaxpr(lambda p: field.field(p, layers, xyz, AXES, "relu"))
     assert "pallas_call" in str(traced(planes))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v6e:2x2"])
+def test_the_kernel_fits_on_chips_and_needs_no_gathers_or_scatters(topology, dtype):
+    pytest.importorskip("libtpu")
+    place = jax.sharding.SingleDeviceSharding(chips.open_topology(topology)[0])
+    planes, layers, xyz, grad = jax.eval_shape(
+        lambda: make(16384, h=64, w=64, depth=10, dtype=dtype)
+    )
+    planes, xyz, grad = (
+        jax.ShapeDtypeStruct((2, *x.shape), x.dtype) for x in (planes, xyz, grad)
+    )  # scenes
+
+    def gradient(planes, layers, xyz, grad):
+        def one(planes, layers, xyz):
+            return field_tpu.field_by_windows(planes, layers, xyz, AXES, "silu")
+
+        field_of = jax.vmap(one, (0, None, 0))
+        value, pull = jax.vjp(lambda p, ls: field_of(p, ls, xyz), planes, layers)
+        return value, pull(grad)
+
+    arguments = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        (planes, layers, xyz, grad),
+    )
+    compiled = jax.jit(gradient).trace(*arguments).lower().compile()
+    assert (
+        compiled.memory_analysis().temp_size_in_bytes < 64e6
+    )  # a layer's activations: 4 MB or 8 MB
+    text = compiled.as_text()
+    assert " gather(" not in text and " scatter(" not in text
+    assert "field_forward" in text and "field_backward" in text
