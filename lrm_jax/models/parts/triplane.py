@@ -16,7 +16,7 @@ from lrm_jax.types import Rays, Rendering
 
 # Rays that a device renders at a time if nobody says how many. On a CPU, the activations of this number of rays fit in the cache.
 # On a TPU, planes and their gradient pass through memory once for this number, which is little beside the work. The fused field of
-# a GPU has no activations either, and its backward pass needs 120 bytes of a sample.
+# a GPU has no activations either, and its backward pass needs about 60 bytes of a sample.
 RAYS = {"cpu": 128, "tpu": 8192, "gpu": 2**18}
 
 
