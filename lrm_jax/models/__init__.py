@@ -10,6 +10,7 @@ A family is a linen module in `models/<name>.py` with these members. Rendering, 
 | `__call__` | `(source: Views, rays: Rays) -> Rendering` | `render(encode(source), rays)`: for `init` |
 | `prepare` (optional) | `(rgba: list of uint8[H W 4]) -> Views[B 1 H W]` | single-image families: the images as `encode` expects them, with the camera that the family assumes for them |
 | `image_size` | class field | side of the source images in pixels |
+| `dtype` | class field | of the products; in a training step, also of the losses' frozen networks |
 | `foreground_ratio` (optional) | class field | with `prepare`: the fraction of the side that it scales the object to; absent or None means that it does not crop |
 | `surface_level`, `radius` | class fields | with `query`: the field's value at the surface, and half the side of the cube around the origin that the field fills |
 | `VARIANTS` | `dict[str, dict]` | field overrides of each published size, and `"tiny"` |
