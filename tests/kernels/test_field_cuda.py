@@ -132,11 +132,11 @@ def rendered(family, jitter, **fields):
     side = 2 * model.plane_tokens
     planes = jax.random.normal(jax.random.key(1), (2, 3, side, side, model.plane_channels))
     decoder = jax.tree.map(lambda x: 0.3 * x, params["decoder"])
-    key = jax.random.key(2) if jitter else None
+    keys = jax.random.split(jax.random.key(2), 2) if jitter else None
 
     def loss(planes, decoder):
         variables = {"params": params | {"decoder": decoder}}
-        rendering = model.apply(variables, {"triplane": planes}, rays, key, method="render")
+        rendering = model.apply(variables, {"triplane": planes}, rays, keys, method="render")
         return jnp.mean((rendering.rgb - 0.3) ** 2) + jnp.mean(rendering.alpha), rendering.rgb
 
     with jax.set_mesh(sharding.make_device_mesh(2, devices=jax.devices()[:2])):
