@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float
 
-from lrm_jax.kernels.field_plain import field_by_xla
+from lrm_jax.kernels.field_plain import gradient_of_points
 
 ROWS, COLUMNS = 8, 16  # of a window
 MAX_PROGRAMS = 132  # of the backward kernel: one for each multiprocessor of an H100
@@ -113,12 +113,9 @@ def _field_backward(options, residuals, grad_Q4):
     if points_move is not None:
         *hidden, last = zip([None, *kernels_LFF], biases_LF, strict=True)
         layers = [*hidden, (last[0][:, :4], last[1][:4])]
-
-        def plain(xyz_Q3):
-            projected = planes_PyxF[:, 1:-1, 1:-1]
-            return field_by_xla(projected, layers, xyz_Q3, options.axes, options.activation)
-
-        (xyz_grad,) = jax.vjp(plain, xyz_Q3)[1](grad_Q4)
+        xyz_grad = gradient_of_points(
+            planes_PyxF[:, 1:-1, 1:-1], layers, xyz_Q3, options.axes, options.activation, grad_Q4
+        )
     return planes_grad, kernels_grad.sum(0), biases_grad.sum(0), xyz_grad
 
 

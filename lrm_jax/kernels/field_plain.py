@@ -24,6 +24,15 @@ def field_by_xla(
     return x_QF.astype(jnp.float32)
 
 
+def gradient_of_points(projected_PhwF, layers, xyz_Q3, axes, activation, grad_Q4) -> jax.Array:
+    """The gradient [Q 3] with respect to the points, for kernels that have none: nothing that is trained moves points."""
+
+    def at(xyz_Q3):
+        return field_by_xla(projected_PhwF, layers, xyz_Q3, axes, activation)
+
+    return jax.vjp(at, xyz_Q3)[1](grad_Q4)[0]
+
+
 @jax.custom_vjp
 def _matmul(x_QF, kernel_FG):
     """A matrix product whose gradient is fast in XLA's CPU backend: JAX's own transposes a Q x F array in each layer."""

@@ -24,9 +24,8 @@ WIDTH = 64  # of the MLP at most; a narrower one is padded
 TILE = 1024  # points
 ROWS, PAIRS = 8, 8  # of a window of 128 cells; two columns make a pair
 RAW = "raw field"  # the name of the result, for policies of rematerialisation: the gradient needs no activations
-_LARGEST = (
-    4 * 2**20
-)  # bytes of planes in float32: a core of a v4 has 16 MiB beside it, for its gradient and a tile's activations
+# Bytes of planes in float32: a core of a v4 has 16 MiB for them, their gradient and a tile's activations.
+_LARGEST = 4 * 2**20
 _OUT = 8  # rows of the result, of which 4 are used: those of a register
 
 
@@ -60,14 +59,13 @@ def _field_forward(axes, activation, interpret, *traced):
 
 def _field_backward(axes, activation, interpret, residuals, grad_Q4):
     (projected_PhwF, layers, xyz_Q3), moves = residuals
+    of_points = None
+    if moves is not None:
+        of_points = field_plain.gradient_of_points(
+            projected_PhwF, layers, xyz_Q3, axes, activation, grad_Q4
+        )
     grads = _backward(axes, activation, interpret, projected_PhwF, layers, xyz_Q3, grad_Q4)
-    if moves is None:
-        return *grads, None
-
-    def of_points(xyz_Q3):
-        return field_plain.field_by_xla(projected_PhwF, layers, xyz_Q3, axes, activation)
-
-    return *grads, jax.vjp(of_points, xyz_Q3)[1](grad_Q4)[0]
+    return *grads, of_points
 
 
 _field.defvjp(_field_forward, _field_backward, symbolic_zeros=True)
@@ -301,9 +299,8 @@ def _unroll(dtype):
 
 def _activate(activation, dtype, x):
     if activation == "silu" and dtype != jnp.float32:
-        return (
-            0.5 * x * (1.0 + jnp.tanh(0.5 * x))
-        )  # a third of the instructions; exact enough for 16 bits
+        # A third of the instructions, and exact enough for 16 bits.
+        return 0.5 * x * (1.0 + jnp.tanh(0.5 * x))
     return getattr(jax.nn, activation)(x)
 
 
