@@ -28,7 +28,7 @@ def get_config(size: str = "small"):
     config = base()
     name = "small" if size == "tiny" else size
     source_size, render_size, patch = IMAGES[name]
-    # "products" takes 22 GB (base) and 37 GB (large) for 16 scenes on one H100.
+    # "products" takes 24 GB (base) and 45 GB (large) for 16 scenes on one H100.
     variant = f"openlrm-{name}-1.1"
     config.model = dict(name="lrm", variant=variant, dtype="bfloat16", remat="products")
     config.data.update(
