@@ -96,4 +96,5 @@ def sorted_uniform(key: jax.Array, shape: tuple[int, ...], count: int) -> Float[
     draws (Devroye 1986, Non-Uniform Random Variate Generation, theorem V.2.2).
     """
     times = jnp.cumsum(jax.random.exponential(key, (*shape, count + 1)), axis=-1)
-    return times[..., :-1] / times[..., -1:]
+    # Stored: XLA would divide again in every comparison with a cumulative weight.
+    return jax.lax.optimization_barrier(times[..., :-1] / times[..., -1:])
