@@ -113,6 +113,31 @@ def orbit_of(camera: Cameras) -> dict[str, float]:
     }
 
 
+def one2345_rig(polar_deg: float) -> Cameras:
+    """The 40 views of One-2-3-45 (https://arxiv.org/abs/2306.16928, sec. 3.2): NumPy Cameras[40], all looking at the origin.
+
+    View 0 is the input. Views 1 to 3 follow it in steps of 90 degrees, counter-clockwise seen from above. Views 4 to 7 are 30
+    degrees farther than these and 30 degrees lower, or higher if that would be more than 15 degrees below the horizon. Views 8
+    to 39 are four neighbours of each: 10 degrees above, below, at the smaller and at the larger azimuth. View 0 is at azimuth
+    -60, which the reference calls 30. All are at distance 1.2, with a focal length of 280 / 256 image sides.
+
+    Args:
+      polar_deg: of view 0, from +z downwards: 90 minus its elevation.
+    """
+    lower = polar_deg + (30 if polar_deg <= 75 else -30)
+    quarters = -60.0 + 90 * np.arange(4)
+    polar = np.repeat([polar_deg, lower], 4)
+    azimuth = np.concatenate([quarters, quarters + 30])
+    steps = np.array([[-10, 0], [10, 0], [0, -10], [0, 10]])
+    polar = np.radians(np.concatenate([polar, (polar[:, None] + steps[:, 0]).ravel()]))
+    azimuth = np.radians(np.concatenate([azimuth, (azimuth[:, None] + steps[:, 1]).ravel()]))
+    flat = np.sin(polar)
+    outward = np.stack([flat * np.cos(azimuth), flat * np.sin(azimuth), np.cos(polar)], axis=-1)
+    eye = jnp.asarray(1.2 * outward, jnp.float32)
+    intrinsics = np.tile(np.float32([280 / 256, 280 / 256, 0.5, 0.5]), (len(outward), 1))
+    return Cameras(c2w=np.asarray(look_at(eye, jnp.zeros_like(eye))), fxfycxcy=intrinsics)
+
+
 def field_of_view(fov_y_deg: float, aspect: float = 1.0) -> Float[Array, "4"]:
     """Intrinsics of a centred camera: full vertical field of view `fov_y_deg`, width / height = `aspect`."""
     focal = 0.5 / np.tan(np.radians(fov_y_deg) / 2)
