@@ -124,13 +124,12 @@ class One2345(nn.Module):
     def render(self, scene: dict, rays: Rays, keys_B: jax.Array | None = None) -> Rendering:
         """Marches rays [B V H W]; with a key for each scene, the first samples are jittered within their intervals."""
 
-        def march(weights, scene, rays, key):
-            samples = self._march(weights, scene, rays, key)
+        def composited(samples):
             alpha_R = samples.weight.sum(-1)
             depth_R = (samples.weight * samples.t).sum(-1) / jnp.maximum(alpha_R, 1e-6)
             return Rendering(_weighted(samples), alpha_R, depth_R)
 
-        return self._by_scene(march, scene, rays, keys_B)
+        return self._march(composited, scene, rays, keys_B)
 
     def query(
         self, scene: dict, xyz: Float[Array, "B Q 3"]
@@ -169,14 +168,11 @@ class One2345(nn.Module):
         )
         anneal = jnp.minimum(step / self.anneal_steps, 1.0)
 
-        def march(weights, scene, rays, key):
-            return ray_sums(self._march(weights, scene, rays, key, anneal))
-
         def random_points(weights, scene, xyz_Q3, _):
             return jnp.exp(-100 * jnp.abs(_signed_distance(weights, scene["volume"], xyz_Q3)[0]))
 
         xyz_BQ3 = jax.vmap(lambda key: jax.random.uniform(key, (1024, 3), minval=-1.0))(keys_3B[2])
-        sums = self._by_scene(march, scene, rays, keys_3B[1])
+        sums = self._march(ray_sums, scene, rays, keys_3B[1], anneal)
         near_BQ = self._by_scene(random_points, scene, xyz_BQ3, None)
         terms_B = jax.vmap(terms)(sums, wanted, near_BQ)
         late = jnp.minimum(step / self.late_steps, 1.0)
@@ -184,13 +180,32 @@ class One2345(nn.Module):
         terms_B["mask_l1"] *= jnp.floor(late)
         return jax.tree.map(jnp.mean, terms_B)
 
+    def _march(self, function, scene, rays: Rays, keys_B, anneal=1.0):
+        """`function(samples of rays [R])`, a tree of arrays [R ...], for rays [B ...]."""
+
+        def distances(weights, scene, rays, key):
+            return self._distances(weights, scene, rays, *bounds(rays), key)
+
+        def shade(weights, scene, rays_and_t, _):
+            rays, t_RS = rays_and_t
+            near_R, far_R = bounds(rays)
+            last_R = (far_R - near_R) / self.num_samples
+            return function(shaded(weights, scene, rays, t_RS, last_R, anneal, self.dtype))
+
+        # First the distances, which have no gradient, so that the backward pass does not find them again.
+        t = jax.lax.stop_gradient(
+            self._by_scene(distances, jax.lax.stop_gradient(scene), rays, keys_B)
+        )
+        return self._by_scene(shade, scene, (rays, t), None)
+
     def _by_scene(self, function, scene, inputs, keys_B):
-        """Maps `function(weights, scene, inputs[R], key)` over scenes and chunks of their inputs [B R 3]."""
+        """Maps `function(weights, scene, inputs[R ...], key)` over scenes and chunks of their inputs."""
         weights = Weights(
             self.sdf(), self.blending(), jnp.clip(jnp.exp(10 * self.log_sharpness), 1e-6, 1e6)
         )
-        per_input = self.num_samples + ROUNDS * self.num_refined if isinstance(inputs, Rays) else 1
-        chunk = self.ray_chunk or max(POINTS[sharding.platform()] // per_input, 1)
+        of_rays = not isinstance(inputs, jax.Array)
+        samples = self.num_samples + ROUNDS * self.num_refined if of_rays else 1
+        chunk = self.ray_chunk or max(POINTS[sharding.platform()] // samples, 1)
 
         def one_scene(weights, scene, inputs, key):
             return chunks.in_chunks(
@@ -201,13 +216,6 @@ class One2345(nn.Module):
             return jax.lax.map(lambda scene: one_scene(weights, *scene), scenes)
 
         return batch_axes.split_batch(own_scenes, weights, (scene, inputs, keys_B))
-
-    def _march(self, weights, scene, rays: Rays, key=None, anneal=1.0) -> Samples:
-        near_R, far_R = bounds(rays)
-        t_RS = jax.lax.stop_gradient(self._distances(weights, scene, rays, near_R, far_R, key))
-        return shaded(
-            weights, scene, rays, t_RS, (far_R - near_R) / self.num_samples, anneal, self.dtype
-        )
 
     def _distances(self, weights, scene, rays: Rays, near_R, far_R, key=None):
         """Distances along rays: even ones, and more near the surface."""

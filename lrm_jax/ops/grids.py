@@ -5,9 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-CORNERS = [
-    np.array([[x, y, z]], np.float32) for x in (0, 1) for y in (0, 1) for z in (0, 1)
-]  # of a cell, in indices
+CORNERS = np.indices((2, 2, 2)).reshape(3, 8).T.astype(np.float32)  # of a cell, in indices
 
 
 def sample_plane(plane: Float[Array, "h w C"], xy: Float[Array, "Q 2"]) -> Float[Array, "Q C"]:
@@ -62,12 +60,8 @@ def sample_volume(
     Args:
       outside: what lies beyond the volume: "zeros", or "edge" for its outermost values.
     """
-    low = jax.lax.stop_gradient(jnp.floor(index))
-    result = 0.0
-    for corner in CORNERS:
-        weight = jnp.prod(1 - corner + (2 * corner - 1) * (index - low), axis=-1)
-        result = result + weight[:, None] * _voxels(volume, low + corner, outside)
-    return result
+    found_Q8C, weights_Q83 = _corners(volume, index, outside)
+    return jnp.einsum("qk,qkc->qc", jnp.prod(weights_Q83, axis=-1), found_Q8C, precision="highest")
 
 
 def sample_volume_with_gradient(
@@ -77,23 +71,25 @@ def sample_volume_with_gradient(
 
     The derivative is a difference of the same eight voxels, so that its own gradient is one more sum, not a scatter of one.
     """
-    low = jax.lax.stop_gradient(jnp.floor(index))
-    value, gradient = 0.0, 0.0
-    for corner in CORNERS:
-        x, y, z = (1 - corner + (2 * corner - 1) * (index - low)).T
-        found_QC = _voxels(volume, low + corner, outside)
-        others_Q3 = jnp.stack([y * z, x * z, x * y], axis=-1) * (2 * corner - 1)
-        value = value + (x * y * z)[:, None] * found_QC
-        gradient = gradient + others_Q3[..., None] * found_QC[:, None]
-    return value, gradient
+    found_Q8C, weights_Q83 = _corners(volume, index, outside)
+    x, y, z = (weights_Q83[..., i] for i in range(3))
+    slopes_Q83 = jnp.stack([y * z, x * z, x * y], axis=-1) * (2 * CORNERS - 1)[None]
+    slope_Q3C = jnp.einsum("qki,qkc->qic", slopes_Q83, found_Q8C, precision="highest")
+    return jnp.einsum("qk,qkc->qc", x * y * z, found_Q8C, precision="highest"), slope_Q3C
 
 
-def _voxels(volume_XYZC, index_Q3, outside):
-    """The values of the voxels with these whole numbers as indices."""
-    size = np.array([volume_XYZC.shape[:3]], np.float32)
-    inside = ((index_Q3 >= 0) & (index_Q3 < size)).all(-1)
-    i, j, k = jnp.clip(index_Q3, 0, size - 1).astype(jnp.int32).T
-    row = (i * volume_XYZC.shape[1] + j) * volume_XYZC.shape[2] + k
+def _corners(volume_XYZC, index_Q3, outside):
+    """The eight voxels around each point, and how near it is to each along the three axes, 0 to 1."""
+    low_Q3 = jax.lax.stop_gradient(jnp.floor(index_Q3))
+    fraction_Q83 = (index_Q3 - low_Q3)[:, None]
+    weights_Q83 = 1 - CORNERS[None] + (2 * CORNERS - 1)[None] * fraction_Q83
+    corner_Q83 = low_Q3[:, None] + CORNERS[None]
+    size = np.array([[volume_XYZC.shape[:3]]], np.float32)
+    i, j, k = jnp.moveaxis(jnp.clip(corner_Q83, 0, size - 1).astype(jnp.int32), -1, 0)
+    row_Q8 = (i * volume_XYZC.shape[1] + j) * volume_XYZC.shape[2] + k
     flat = volume_XYZC.reshape(-1, volume_XYZC.shape[-1])
-    found_QC = flat.at[row].get(mode="promise_in_bounds")
-    return found_QC if outside == "edge" else jnp.where(inside[:, None], found_QC, 0)
+    found_Q8C = flat.at[row_Q8].get(mode="promise_in_bounds")
+    if outside == "zeros":
+        inside_Q8 = ((corner_Q83 >= 0) & (corner_Q83 < size)).all(-1)
+        found_Q8C = jnp.where(inside_Q8[..., None], found_Q8C, 0)
+    return found_Q8C, weights_Q83

@@ -23,15 +23,15 @@ def in_chunks(
     chunks again, one at a time. Without, what the backward pass needs of every chunk is kept.
 
     Args:
-      function: from inputs [R 3] and a key for this chunk to a tree of arrays [R ...].
-      inputs: a tree of arrays [*B 3]; their number is padded to a multiple of the chunk.
+      function: from inputs [R C] and a key for this chunk to a tree of arrays [R ...].
+      inputs: a tree of arrays [*B C] with the same *B; their number is padded to a multiple of the chunk.
       key: None makes every chunk deterministic.
       chunk: the most inputs in a call of `function`.
       keep: with `remat`, the name of values that the forward pass keeps (`checkpoint_name`).
       multiple: of which a chunk's size is made a multiple.
     """
     shape = jax.tree.leaves(inputs)[0].shape[:-1]
-    flat = jax.tree.map(lambda x: x.reshape(-1, 3), inputs)
+    flat = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), inputs)
     count = jax.tree.leaves(flat)[0].shape[0]
     num_chunks = -(-count // chunk) if count > chunk else 1
     size = -(-count // num_chunks)
@@ -40,7 +40,7 @@ def in_chunks(
     flat = jax.tree.map(
         lambda x: jnp.pad(x, ((0, num_chunks * size - count), (0, 0)), mode="edge"), flat
     )
-    chunks = jax.tree.map(lambda x: x.reshape(num_chunks, size, 3), flat)
+    chunks = jax.tree.map(lambda x: x.reshape(num_chunks, size, x.shape[-1]), flat)
 
     def one(index_and_inputs):
         index, some = index_and_inputs
