@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float
 from scipy import ndimage
 
 from lrm_jax import api
-from lrm_jax.images import camera_paths, captures, recentre
+from lrm_jax.images import camera_paths, captures, model_input, recentre
 from lrm_jax.mesh.surface import sample
 from lrm_jax.ops import cameras, image_metrics, resize
 from lrm_jax.ops.compositing import blend
@@ -338,7 +338,7 @@ def views(model: api.Model, capture: captures.Capture) -> tuple[Finding, list[di
     chosen = np.unique(np.linspace(0, count - 1, min(4, count)).round().astype(int))
     path = camera_paths.CameraPath(capture.c2w[chosen], chosen.astype(float))
     frames = model.synthesize(capture, path=path).astype(np.float32) / 255
-    images = api.crop_images(capture, model.module.image_size)[0].astype(np.float32) / 255
+    images = model_input.crop_images(capture, model.module.image_size)[0].astype(np.float32) / 255
     numbers = []
     for frame, i in zip(frames, chosen, strict=True):
         psnr = [decibels(frame, x) for x in images]
