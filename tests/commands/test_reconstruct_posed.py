@@ -117,8 +117,8 @@ def test_a_folder_and_its_arrays_give_the_same_scene(capture, scene, tmp_path):
     write_folder(tmp_path / "capture", *posed())
     for source in (tmp_path / "capture", str(tmp_path / "capture")):
         read = hull().reconstruct(source)
-        same = [np.testing.assert_allclose(a, b, atol=1e-5) for a, b in leaves(read, scene)]
-        assert len(same) == 3
+        for ours, expected in leaves(read, scene):
+            np.testing.assert_allclose(ours, expected, atol=1e-5)
     few = hull().reconstruct(lrm_jax.read_capture(tmp_path / "capture", views=[1, 4, 6]))
     np.testing.assert_array_equal(few.encoded.rgb[0, 1], scene.encoded.rgb[0, 4])
     floats = [x[..., :4] / np.float32(255) for x in posed()[0]]
@@ -204,15 +204,11 @@ def test_the_viewer_shows_the_object_upright_and_from_the_first_camera(lrm):
     assert (red > blue)[height > 6].all() and (red < blue)[height < -6].all()
     distance = float(re.search(r"distance: ([\d.]+)", page)[1])
     np.testing.assert_allclose(distance, 2.5 * SCALE, rtol=1e-3)
-    first = scene_of("capture").facing @ np.append(
+    first = hull().reconstruct("capture").facing @ np.append(
         captures.read_capture("capture").c2w[0, :3, 3], 1
     )
     np.testing.assert_allclose(first[0], 0, atol=1e-3 * distance)
     assert first[1] < -0.99 * distance * np.cos(np.radians(20.1)) and first[2] < 0
-
-
-def scene_of(folder: str) -> lrm_jax.Scene:
-    return hull().reconstruct(folder)
 
 
 def test_the_contact_sheet_has_a_row_of_the_images(lrm):
@@ -236,7 +232,7 @@ def change(function, **fields):
     return write
 
 
-def same(*arrays):
+def as_it_is(*arrays):
     return arrays
 
 
@@ -261,17 +257,13 @@ def reversed_one(images, c2w, fxfycxcy):
     return images, c2w, fxfycxcy
 
 
-def cropped(images, c2w, fxfycxcy):
-    return images, c2w, fxfycxcy
-
-
 def missing():
-    change(same)()
+    change(as_it_is)()
     Path("capture/images/3.png").unlink()
 
 
 def another_shape():
-    change(same)()
+    change(as_it_is)()
     Image.fromarray(np.zeros((40, 40, 4), np.uint8)).save("capture/images/3.png")
 
 
@@ -280,16 +272,16 @@ BAD = {
     "no folder": (lambda: None, [], "capture has neither transforms.json"),
     "an image is missing": (missing, [], "3.png does not exist"),
     "an image of another shape": (another_shape, [], "3.png is 40x40, not the aspect ratio"),
-    "two views": (change(same), ["--source-views", "2"], "2 source views: give 3 or more"),
-    "too many views": (change(same), ["--source-views", "9"], "choose 1 to 8"),
-    "no such view": (change(same), ["--source-views", "0,1,8"], "there is no view 8"),
+    "two views": (change(as_it_is), ["--source-views", "2"], "2 source views: give 3 or more"),
+    "too many views": (change(as_it_is), ["--source-views", "9"], "choose 1 to 8"),
+    "no such view": (change(as_it_is), ["--source-views", "0,1,8"], "there is no view 8"),
     "no mask": (change(noisy), [], "5.png has no alpha channel, and its background is not of one colour: add --remove-background"),  # fmt: skip
     "nothing shown": (change(invisible), [], "5.png shows no object"),
     "parallel axes": (change(parallel), [], "axes do not meet"),
     "one camera looks away": (change(reversed_one), [], "source view 3 looks away"),
-    "a fisheye lens": (change(same, camera_model="OPENCV_FISHEYE"), [], "capture: a OPENCV_FISHEYE camera is not a pinhole"),  # fmt: skip
-    "images as well": (change(same), ["a.png"], "IMAGE has no effect with --source"),
-    "recentred": (change(same), ["--recenter"], "--recenter has no effect with --source"),
+    "a fisheye lens": (change(as_it_is, camera_model="OPENCV_FISHEYE"), [], "capture: a OPENCV_FISHEYE camera is not a pinhole"),  # fmt: skip
+    "images as well": (change(as_it_is), ["a.png"], "IMAGE has no effect with --source"),
+    "recentred": (change(as_it_is), ["--recenter"], "--recenter has no effect with --source"),
 }  # fmt: skip
 
 
