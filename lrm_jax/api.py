@@ -5,6 +5,8 @@
     scene.mesh(resolution=256, texture=1024).export("chair.glb")
     frames = scene.render(lrm_jax.orbit(24), size=512)
 
+Families that take posed images (One-2-3-45) reconstruct from a folder of them: `model.reconstruct("capture/")`.
+
 Programs are compiled once per shape: once for the model's image size, whatever the size of the image; once for each size of
 rendered views; and once for the chunks of points that meshes are made from. All devices of this process share the work.
 """
@@ -23,11 +25,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import UInt8
 from PIL import Image
 
-from lrm_jax.images import camera_paths, captures, cutout, recentre
+from lrm_jax.images import camera_paths, captures, cutout, model_input, recentre
+from lrm_jax.images.camera_paths import Orbit
 from lrm_jax.images.load import load_image
 from lrm_jax.images.png import to_uint8
 from lrm_jax.mesh import lattice
-from lrm_jax.mesh.surface import Surface, decimated, paint, turned
+from lrm_jax.mesh.surface import Surface, decimated, moved, paint
 from lrm_jax.mesh.texture import MAX_FACES, bake_texture
 from lrm_jax.ops import cameras as ops_cameras
 from lrm_jax.ops import normalization
@@ -42,6 +45,7 @@ FRAMES_TOGETHER = (
 )
 RECENTERED = 0.85  # the part of the square's side that a recentred object fills, if its family has no foreground_ratio
 
+IDENTITY = np.eye(4)
 ImageLike = str | Path | Image.Image | np.ndarray
 
 
@@ -58,51 +62,6 @@ def load(weights: str | Path | None = None, *, dtype: str | None = None) -> "Mod
       InputError: the file is missing, damaged, of no known family, or does not have its family's tensors; `dtype` is unknown.
     """
     return Model(*loading.load_weights(None if weights is None else str(weights), dtype))
-
-
-@dataclasses.dataclass(frozen=True)
-class Orbit:
-    """Cameras around an object, the first at the azimuth of the image's assumed camera. A field that is None is that camera's."""
-
-    num_views: int
-    elevation: float | None = None  # degrees above the horizon
-    distance: float | None = None  # from the origin, world units
-    fov: float | None = None  # full vertical field of view, degrees
-
-    def around(self, source: Cameras) -> Cameras:
-        """Cameras[V], the first at the azimuth of `source` (Cameras[]), the others counter-clockwise from it, seen from above."""
-        chosen = {
-            "elevation_deg": self.elevation,
-            "distance": self.distance,
-            "fov_y_deg": self.fov,
-        }
-        chosen = {name: float(value) for name, value in chosen.items() if value is not None}
-        return ops_cameras.orbit(self.num_views, **ops_cameras.orbit_of(source) | chosen)
-
-
-def orbit(
-    num_views: int,
-    *,
-    elevation: float | None = None,
-    distance: float | None = None,
-    fov: float | None = None,
-) -> Orbit:
-    """`num_views` cameras evenly spaced around an object, for `Scene.render`. The first one sees the side that the image shows.
-
-    Args:
-      elevation: degrees above the horizon, -90 to 90. None: the image's.
-      distance: from the origin, in units of the model's world. None: the image's.
-      fov: full vertical field of view in degrees. None: the image's.
-
-    Raises:
-      InputError: a number is out of range.
-    """
-    limits = {"num_views": (1, 100_000), "elevation": (-90, 90), "distance": (1e-3, 1e6), "fov": (0.1, 179)}  # fmt: skip
-    for name, (low, high) in limits.items():
-        value = locals()[name]
-        if value is not None and not low <= value <= high:
-            raise InputError(f"orbit: {name} {value} is out of range: choose {low} to {high}")
-    return Orbit(num_views, elevation, distance, fov)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,11 +105,17 @@ class Model:
         """How many points `query` takes at once: a multiple of the devices."""
         return -(-CHUNK // self._device_mesh.size) * self._device_mesh.size
 
+    @property
+    def normalize(self) -> str | None:
+        """The world that it was trained in, for families that take posed images: `data.normalize` of its training."""
+        default = getattr(self.module, "normalize", None)
+        return loading.training_data(self.info["training"]).get("normalize", default)
+
     # -- from images
 
     def reconstruct(
         self,
-        image: ImageLike | Sequence[ImageLike],
+        image: ImageLike | captures.Capture | Sequence[ImageLike],
         *,
         recenter: bool | None = None,
         remove_background: bool = False,
@@ -159,13 +124,18 @@ class Model:
 
         Args:
           image: a path, a PIL image, or an array [H W 3 or 4], uint8 or floats in [0, 1]. An alpha channel shows what the object
-            is; without one, a background of one colour is removed.
+            is; without one, a background of one colour is removed. For families that take posed images: a folder of three or
+            more with their cameras, as for `synthesize`, of which at most 32 are used; or a capture from
+            `captures.read_capture` or `captures.posed_images`.
           recenter: whether to move the object to the middle and scale it to fill 85% of the image. None: as the original does.
           remove_background: cut the object out with rembg if there is no alpha channel.
 
         Raises:
-          InputError: an image cannot be read or shows no object, or the model needs posed images (`synthesize`).
+          InputError: an image cannot be read or shows no object, cameras are bad or do not look at one point, or the model takes
+            other images.
         """
+        if self.reconstructs_captures or isinstance(image, captures.Capture):
+            return self._reconstruct_capture(image, recenter, remove_background)
         if not isinstance(image, list | tuple):
             return self.encode([self.prepare(image, recenter, remove_background)])[0]
         prepared = [self.prepare(x, recenter, remove_background) for x in image]
@@ -202,19 +172,75 @@ class Model:
         source = jax.tree.map(lambda *x: np.concatenate(x), *padded)
         encoded = self._encode_on_devices(source, size)
         return [
-            Scene(self, x.rgba, jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], encoded), camera)
+            Scene(
+                self,
+                x.rgba,
+                jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], encoded),
+                camera,
+                to_mesh=ops_cameras.z_rotation(-90 - ops_cameras.orbit_of(camera)["azimuth_deg"]),
+                to_model=IDENTITY,
+                upright=IDENTITY,
+            )
             for i, x in enumerate(images)
             for camera in [jax.tree.map(lambda leaf: leaf[0, 0], x.source.cameras)]
         ]
 
     def check_takes_images(self) -> None:
         """Raises InputError if the model does not make scenes from single images."""
+        if self.reconstructs_captures:
+            raise InputError(
+                f"{self._name()} reconstructs from posed images: give a folder of them with `--source`, or other weights"
+            )
         if not (hasattr(self.module, "prepare") and hasattr(self.module, "query")):
             raise InputError(
                 f"{self._name()} renders views from posed images and makes no mesh: use `synthesize`, or weights of another family"
             )
 
     # -- from posed images
+
+    @property
+    def reconstructs_captures(self) -> bool:
+        """Whether the model makes scenes with a surface from posed images (One-2-3-45)."""
+        return hasattr(self.module, "query") and not hasattr(self.module, "prepare")
+
+    def check_reconstructs_captures(self) -> None:
+        """Raises InputError if the model does not make scenes with a surface from posed images."""
+        if hasattr(self.module, "prepare"):
+            raise InputError(
+                f"{self._name()} reconstructs from one image: give it one, without `--source`, or weights of One-2-3-45"
+            )
+        if not self.reconstructs_captures:
+            self.check_takes_images()
+
+    def _reconstruct_capture(self, source, recenter, remove_background) -> "Scene":
+        """`reconstruct` from posed images."""
+        self.check_reconstructs_captures()
+        if isinstance(source, str | Path):
+            source = captures.read_capture(source, most=model_input.MAX_VIEWS)
+        if not isinstance(source, captures.Capture):
+            raise InputError(
+                f"{self._name()} takes posed images: give a folder of them with their cameras, or `lrm_jax.posed_images`"
+            )
+        if recenter is not None:
+            raise InputError("recenter: posed images keep their place: leave it out")
+        return self.encode_capture(model_input.cut_out(source, remove_background))
+
+    def encode_capture(self, capture: captures.Capture) -> "Scene":
+        """The scene, in the capture's own world, of posed images from `model_input.cut_out`.
+
+        Raises:
+          InputError: the cameras do not look at one point.
+        """
+        given, to_model = model_input.source_views(capture, self.module.image_size, self.normalize)
+        return Scene(
+            self,
+            capture.images[0],
+            self._encode_on_devices(given, 1),
+            Cameras(c2w=capture.c2w[0], fxfycxcy=given.cameras.fxfycxcy[0, 0]),
+            to_mesh=np.linalg.inv(to_model),
+            to_model=to_model,
+            upright=normalization.upright(capture.c2w),
+        )
 
     def synthesize(
         self,
@@ -240,7 +266,7 @@ class Model:
           N images of the model's size, on white.
 
         Raises:
-          InputError: cameras or images are bad, the cameras do not determine the path, or the model needs single images
+          InputError: cameras or images are bad, the cameras do not determine the path, or the model makes meshes
             (`reconstruct`).
         """
         self.check_takes_captures()
@@ -248,23 +274,23 @@ class Model:
             source = captures.read_capture(Path(source), views, convention)
         if not isinstance(path, camera_paths.CameraPath):
             path = camera_paths.camera_path(source, str(path), num_frames, convention)
-        motion, scale, _ = capture_world(source, self.info["training"])
-        given = source_views(source, self.module.image_size, motion, scale)
+        size = self.module.image_size
+        given, to_model = model_input.source_views(source, size, self.normalize)
         encoded = self._encode_on_devices(given, 1)
         along = Cameras(
-            c2w=normalization.apply(motion, scale, path.c2w),
+            c2w=ops_cameras.move_poses(to_model, path.c2w).astype(np.float32),
             fxfycxcy=camera_paths.intrinsics_along(path, given.cameras.fxfycxcy[0]),
         )
-        size = self.module.image_size
         frames = self.render_views(encoded, along, size, together, "frames")
         return np.stack([to_uint8(frame.rgb) for frame in frames])
 
     def check_takes_captures(self) -> None:
         """Raises InputError if the model does not render views of scenes from posed images."""
-        if hasattr(self.module, "prepare"):
-            raise InputError(
-                f"{self._name()} reconstructs from one image: use `reconstruct`, or give weights of LVSM"
-            )
+        for member, images in {"prepare": "one image", "query": "posed images"}.items():
+            if hasattr(self.module, member):
+                raise InputError(
+                    f"{self._name()} reconstructs from {images}: use `reconstruct`, or give weights of LVSM"
+                )
 
     # -- on the devices
 
@@ -339,12 +365,19 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """One object in the world of its model, from `Model.reconstruct`. Arrays are NumPy arrays."""
+    """One object, from `Model.reconstruct`. Arrays are NumPy arrays.
+
+    Its cameras are in the model's world. After posed images, they and the mesh are in the world and unit of these.
+    """
 
     model: Model
-    image: np.ndarray  # uint8 [H W 4], the object cut out
+    image: np.ndarray  # uint8 [H W 4], the object cut out; the first one of posed images
     encoded: Any  # the family's scene [1 ...]
-    camera: Cameras  # [] that the family assumes for the image
+    camera: Cameras  # [] of the image: given, or assumed by the family
+    to_mesh: np.ndarray  # [4 4] similarity from the model's world to that of the mesh
+    to_model: np.ndarray  # [4 4] similarity from the world of the cameras to the model's
+    # [4 4] rigid motion from the world of the cameras to one with z up and the object at the origin
+    upright: np.ndarray
 
     def render(
         self, cameras: Orbit | Cameras | None = None, size: int = 256
@@ -352,7 +385,7 @@ class Scene:
         """Renders views, sRGB with straight alpha.
 
         Args:
-          cameras: `lrm_jax.orbit(...)`, or Cameras[V] in the model's world. None: one view from the image's camera.
+          cameras: `lrm_jax.orbit(...)`, or Cameras[V] in the scene's world. None: one view from the image's camera.
           size: pixels along a side.
         """
         return np.stack([to_rgba(x) for x in self.renderings(cameras, size)])
@@ -361,13 +394,30 @@ class Scene:
         self, cameras: Orbit | Cameras | None = None, size: int = 256
     ) -> Iterator[Rendering]:
         """Yields the views of `render` as float32: premultiplied colour, alpha, and depth along the rays in world units."""
-        return self.model.render_views(self.encoded, self.cameras(cameras), size)
+        cameras = move_cameras(self.to_model, self.cameras(cameras))
+        scale = np.float32(np.linalg.norm(self.to_model[:3, 0]))
+        for rendering in self.model.render_views(self.encoded, cameras, size):
+            yield rendering.replace(depth=rendering.depth / scale)
 
     def cameras(self, cameras: Orbit | Cameras | None) -> Cameras:
         """Cameras[V] from the argument of `render`."""
         if cameras is None:
             return jax.tree.map(lambda x: x[None], self.camera)
-        return cameras.around(self.camera) if isinstance(cameras, Orbit) else cameras
+        if isinstance(cameras, Orbit):
+            return move_cameras(np.linalg.inv(self.upright), cameras.around(self.upright_camera))
+        return cameras
+
+    @property
+    def upright_camera(self) -> Cameras:
+        """The image's camera [] in a world with z up and the object at the origin."""
+        return move_cameras(self.upright, self.camera)
+
+    @property
+    def facing(self) -> np.ndarray:
+        """The rigid motion [4 4] from the mesh's world to one with z up, the object at the origin, and the camera over -y."""
+        azimuth = ops_cameras.orbit_of(self.upright_camera)["azimuth_deg"]
+        turn = ops_cameras.z_rotation(-90 - azimuth)
+        return turn @ self.upright @ np.linalg.inv(self.to_mesh @ self.to_model)
 
     def mesh(
         self,
@@ -379,6 +429,8 @@ class Scene:
         dense: bool = False,
     ):
         """The coloured mesh as a `trimesh.Trimesh` (`mesh.mesh.Mesh`), z up. The side that the image shows faces -y.
+
+        From posed images, it is in their world and unit instead.
 
         Args:
           resolution: grid points along a side of the model's cube.
@@ -423,7 +475,13 @@ class Scene:
         if texture_size:
             limit = MAX_FACES if max_faces is None else max_faces
             found = bake_texture(found, color, texture_size, max_faces=limit, **options)
-        return turned(found, -90 - ops_cameras.orbit_of(self.camera)["azimuth_deg"])
+        return moved(found, self.to_mesh)
+
+
+def move_cameras(motion: np.ndarray, cameras: Cameras) -> Cameras:
+    """Cameras after a similarity [4 4] of their world, NumPy float64."""
+    c2w = ops_cameras.move_poses(motion, np.asarray(cameras.c2w, np.float64))
+    return Cameras(c2w=c2w, fxfycxcy=np.asarray(cameras.fxfycxcy))
 
 
 def to_rgba(rendering: Rendering) -> UInt8[np.ndarray, "*B 4"]:
@@ -431,43 +489,3 @@ def to_rgba(rendering: Rendering) -> UInt8[np.ndarray, "*B 4"]:
     alpha = rendering.alpha[..., None]
     straight = np.divide(rendering.rgb, alpha, out=np.zeros_like(rendering.rgb), where=alpha > 0)
     return to_uint8(np.concatenate([straight, alpha], axis=-1))
-
-
-# -- the world of a capture
-
-
-def capture_world(capture: captures.Capture, training: dict) -> tuple[np.ndarray, float, str]:
-    """(rigid motion [4 4] from the capture's world to the model's, scale of positions after it, the model's world in words).
-
-    Raises:
-      InputError: the source cameras do not determine it.
-    """
-    normalize = loading.training_data(training).get("normalize", "source_views")
-    if normalize not in ("all_views", "source_views"):
-        words = f"the poses' own, moved as in training (data.normalize={normalize})"
-        motion = normalization.object_motion(capture.c2w[0], capture.fxfycxcy[0], normalize)
-        return motion.astype(float), 1.0, words
-    if len(capture.c2w) < 2:
-        raise InputError(
-            f"{capture.names[0]} is the only source view: give two or more, because their distance sets the unit of length"
-        )
-    # Not "all_views": a frame would then depend on the other frames.
-    motion, scale = normalization.scene_motion(capture.c2w, len(capture.c2w), "source_views")
-    return motion, scale, "that of the mean source camera"
-
-
-def crop_images(capture: captures.Capture, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The middle squares of the images, uint8 [V size size 3], and their boxes [V 4]: see `captures.crop`."""
-    images, boxes = zip(*(captures.crop(image, size) for image in capture.images), strict=True)
-    return np.stack(images), np.stack(boxes)
-
-
-def source_views(capture: captures.Capture, size: int, motion: np.ndarray, scale: float) -> Views:
-    """The model's input, NumPy [1 V size size 3] in [0, 1]: the middle square of each image."""
-    images, boxes = crop_images(capture, size)
-    seen_by = Cameras(
-        c2w=normalization.apply(motion, scale, capture.c2w),
-        fxfycxcy=ops_cameras.crop_intrinsics(capture.fxfycxcy, boxes),
-    )
-    rgb = images.astype(np.float32) / 255
-    return jax.tree.map(lambda x: x[None], Views(rgb=rgb, cameras=seen_by))

@@ -27,7 +27,7 @@ ALLOWED = {
 }
 ALLOWED["commands"] = set(ALLOWED) | {"__init__"}
 ALLOWED["__main__"] = {"types", "__init__"}  # a command is imported by its name
-ALLOWED["__init__"] = {"types", "api"}  # imported when their names are used
+ALLOWED["__init__"] = {"types", "api", "images"}  # imported when their names are used
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

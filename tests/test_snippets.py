@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from posed_ball import posed, write_folder
 from posed_folder import ring, write_transforms
-from tiny_models import tiny
+from tiny_models import tiny, untrained
 
+from lrm_jax import models
 from lrm_jax.weights import model_file
 
 ROOT = Path(__file__).parents[1]
@@ -43,3 +45,17 @@ def test_the_snippet_of_posed_images_draws_a_video(tmp_path, monkeypatch):
     found = {}
     exec(program, found)
     assert found["video"].shape == (3, 16, 16, 3) and found["video"].dtype == np.uint8
+
+
+def test_the_snippet_of_posed_images_makes_a_mesh(tmp_path, monkeypatch):
+    write_folder(tmp_path / "capture", *posed())
+    path = tmp_path / "one2345.safetensors"
+    model_file.save_model(path, models.build("one2345", "tiny"), untrained("one2345"), {})
+    program = snippet("docs/library.md", "snippet: one2345").replace("size=256", "size=16")
+    for large, small in SMALLER.items():
+        program = program.replace(large, small)
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    exec(program, found)
+    assert found["frames"].shape == (3, 32, 32, 4) and found["again"].shape == (3, 16, 16, 4)
+    assert (tmp_path / "capture.ply").read_bytes()[:3] == b"ply"

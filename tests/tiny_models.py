@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lrm_jax.models import build
+from lrm_jax.ops import cameras
 from lrm_jax.types import Rays, Views
 from lrm_jax.weights import references
 
@@ -32,6 +33,15 @@ def tiny(family="triposr", seed=0, **overrides):
     generator = np.random.default_rng(seed)
     shapes = references.param_shapes(model)
     return model, jax.tree.map(lambda x: generator.normal(size=x.shape).astype(np.float32), shapes)
+
+
+def untrained(family):
+    """The parameters of a tiny model of posed images, as training starts with them."""
+    model = build(family, "tiny")
+    source = cameras.orbit(3, 2.5, 20.0, 40.0)
+    source, rays = jax.tree.map(lambda x: x[None], (source, cameras.pixel_rays(source, 8, 8)))
+    views = Views(rgb=jnp.ones((1, 3, model.image_size, model.image_size, 3)), cameras=source)
+    return jax.jit(model.init)(jax.random.key(0), views, rays)["params"]
 
 
 def tiny_state(family="triposr", **overrides):

@@ -57,7 +57,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     # fmt: off
     add("weights", nargs="?", help=arguments.WEIGHTS)
-    add("image", nargs="?", type=Path, help="an image of an object; for LVSM a folder of posed images (default: a bundled example; for LVSM none)")
+    add("image", nargs="?", type=Path, help="an image of an object; for LVSM and One-2-3-45 a folder of posed images (default: a bundled example; for these none)")
     add("--resolution", type=int, default=64, help="grid points along each axis, for the field and the mesh (default: 64)")
     add("--size", type=int, default=128, help="pixels along a side of the rendered views (default: 128)")
     add("--exchanges", action=argparse.BooleanOptionalAction, help="also try whether exchanging two tensors of an attention helps: ten more encodings (default: for models below 50 million parameters)")

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float
 from scipy import ndimage
 
 from lrm_jax import api
-from lrm_jax.images import camera_paths, captures, recentre
+from lrm_jax.images import camera_paths, captures, model_input, recentre
 from lrm_jax.mesh.surface import sample
 from lrm_jax.ops import cameras, image_metrics, resize
 from lrm_jax.ops.compositing import blend
@@ -332,13 +332,27 @@ def exchanges(model: api.Model, images: list[Path], size: int) -> Finding:
     return Finding(gains[best] <= MAX_GAIN, "exchanges", text, f"{best} look exchanged")
 
 
+def drawn(model: api.Model, capture: captures.Capture, chosen: np.ndarray) -> np.ndarray:
+    """The chosen views [V S S 3] of a capture as the model draws them, in [0, 1], on white."""
+    size = model.module.image_size
+    if not model.reconstructs_captures:
+        path = camera_paths.CameraPath(capture.c2w[chosen], chosen.astype(float))
+        return model.synthesize(capture, path=path).astype(np.float32) / 255
+    _, boxes = model_input.crop_images(capture, size)
+    fxfycxcy = cameras.crop_intrinsics(capture.fxfycxcy, boxes)
+    own = Cameras(c2w=capture.c2w[chosen], fxfycxcy=fxfycxcy[chosen])
+    renderings = model.encode_capture(capture).renderings(own, size)
+    return np.stack([blend(x, 1.0).rgb for x in renderings])
+
+
 def views(model: api.Model, capture: captures.Capture) -> tuple[Finding, list[dict]]:
     """Source views of posed images drawn again, by families that take these."""
     count = len(capture.c2w)
     chosen = np.unique(np.linspace(0, count - 1, min(4, count)).round().astype(int))
-    path = camera_paths.CameraPath(capture.c2w[chosen], chosen.astype(float))
-    frames = model.synthesize(capture, path=path).astype(np.float32) / 255
-    images = api.crop_images(capture, model.module.image_size)[0].astype(np.float32) / 255
+    if model.reconstructs_captures:
+        capture = model_input.cut_out(capture)
+    frames = drawn(model, capture, chosen)
+    images = model_input.crop_images(capture, model.module.image_size)[0].astype(np.float32) / 255
     numbers = []
     for frame, i in zip(frames, chosen, strict=True):
         psnr = [decibels(frame, x) for x in images]

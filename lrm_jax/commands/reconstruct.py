@@ -2,12 +2,17 @@
 
     lrm reconstruct                                              the bundled examples, with the bundled model
     lrm reconstruct chair.png photos/ --weights hf:stabilityai/TripoSR --video
+    lrm reconstruct --source capture/ --weights runs/one2345     one object from posed images
 
 Each image gets a folder `out/<image>/` with `mesh.glb` (or the formats in --formats), `contact_sheet.png` (the image, views
 around the object, depth and normals), `viewer.html` (opens in any browser, without a network) and, with --video, `turntable.mp4`.
 `out/report.json` covers all images. Either all files of an image are written, or none.
 
 The side shown in the image faces -y in `.ply` (z up), and +z in `.glb` and `.obj` (y up).
+
+With --source, three or more posed images of one object give one mesh, in the world and unit of their cameras. `.glb` and `.obj`
+files turn it as if z were up there. Each image shows what the object is by its alpha channel, or by a background of one colour. Its
+middle square is used. The pages, sheets and videos are upright as the images are. A bad image stops the command.
 
 Exit code: 0 all images are done; 1 some failed, the others are done; 2 none is done, or wrong usage.
 """
@@ -24,17 +29,14 @@ import numpy as np
 
 from lrm_jax import api
 from lrm_jax.commands import arguments
+from lrm_jax.commands.object_files import COMPILES, files_of
 from lrm_jax.commands.versions import versions
-from lrm_jax.images import cutout, load, sheets, video
-from lrm_jax.images.png import to_uint8
-from lrm_jax.mesh import formats, viewer
-from lrm_jax.ops import cameras as ops_cameras
-from lrm_jax.ops.compositing import blend
+from lrm_jax.images import captures, cutout, load, model_input
+from lrm_jax.mesh import formats
+from lrm_jax.ops import conventions
 from lrm_jax.parallel import messages, whole_files
 from lrm_jax.types import InputError
 from lrm_jax.weights.loading import DTYPES
-
-COMPILES = "; compiles first, later images are faster"
 
 
 def main(argv: list[str]) -> int:
@@ -42,23 +44,11 @@ def main(argv: list[str]) -> int:
     args = parse(argv)
     stages, failures, done = messages.Stages(), {}, {}
     whole_files.check_writable(args.out)
-    paths = load.find_images(args.images or [arguments.EXAMPLES])
-    batch = min(args.batch or jax.local_device_count(), len(paths))
-    images = read_images(paths, args.remove_background, stages, failures)
-    # Report a mistyped name at once, not after loading the model.
-    first = list(itertools.islice(images, 1))
     summary = {"images": done, "failures": failures}
-    if first:
-        with stages("load", f" {args.weights or 'the bundled model'}"):
-            model = api.load(args.weights, dtype=args.dtype)
-            model.check_takes_images()
-        summary["model"] = model.info | {"parameters": model.num_params}
-        images = itertools.chain(first, images)
-        while group := list(itertools.islice(images, batch)):
-            for (name, path, _), files in reconstruct(model, group, batch, args, stages, failures):
-                with stages("write", f" {args.out / name}"):
-                    whole_files.write_files(args.out / name, files)
-                done[name] = {"source": str(path)} | {file: len(x) for file, x in files.items()}
+    if args.source is None:
+        of_images(args, stages, summary)
+    else:
+        of_capture(args, stages, summary)
     summary["seconds"] = {**stages.seconds, "total": stages.elapsed()}
     summary |= {"arguments": vars(args), "versions": versions()}
     text = json.dumps(summary, indent=2, default=str)
@@ -67,12 +57,65 @@ def main(argv: list[str]) -> int:
     return 0 if not failures else 1 if done else 2
 
 
+def of_images(args, stages: messages.Stages, summary: dict) -> None:
+    """An object from each image. The good ones, the failures and the model go into `summary`."""
+    done, failures = summary["images"], summary["failures"]
+    paths = load.find_images(args.images or [arguments.EXAMPLES])
+    batch = min(args.batch or jax.local_device_count(), len(paths))
+    images = read_images(paths, args.remove_background, stages, failures)
+    # Report a mistyped name at once, not after loading the model.
+    first = list(itertools.islice(images, 1))
+    if not first:
+        return
+    model = load_model(args, stages, summary)
+    model.check_takes_images()
+    images = itertools.chain(first, images)
+    while group := list(itertools.islice(images, batch)):
+        for (name, path, _), files in reconstruct(model, group, batch, args, stages, failures):
+            write(args.out / name, files, stages)
+            done[name] = {"source": str(path)} | {file: len(x) for file, x in files.items()}
+
+
+def of_capture(args, stages: messages.Stages, summary: dict) -> None:
+    """One object from a folder of posed images. It and the model go into `summary`."""
+    with stages("read", f" {args.source}"):
+        limit = model_input.MAX_VIEWS
+        capture = captures.read_capture(args.source, args.source_views, args.convention, limit)
+        capture = model_input.cut_out(capture, args.remove_background)
+    model = load_model(args, stages, summary)
+    model.check_reconstructs_captures()
+    name = folder_name(args.source.resolve().name)
+    with stages("encode", f" {len(capture.views)} views of {name}", COMPILES):
+        scene = model.encode_capture(capture)
+    inputs, _ = model_input.crop_images(capture, args.size)
+    files = files_of(name, scene, args, stages, inputs)
+    write(args.out / name, files, stages)
+    source = {"source": str(args.source), "views": capture.views, "names": capture.names}
+    source["to_model"] = scene.to_model.tolist()
+    summary["images"][name] = source | {file: len(x) for file, x in files.items()}
+
+
+def load_model(args, stages: messages.Stages, summary: dict) -> api.Model:
+    with stages("load", f" {args.weights or 'the bundled model'}"):
+        model = api.load(args.weights, dtype=args.dtype)
+    summary["model"] = model.info | {"parameters": model.num_params}
+    return model
+
+
+def write(folder: Path, files: dict[str, bytes], stages: messages.Stages) -> None:
+    with stages("write", f" {folder}"):
+        whole_files.write_files(folder, files)
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
     """The arguments, checked."""
     parser = arguments.parser("lrm reconstruct", __doc__)
     add = parser.add_argument
     # fmt: off
     add("images", nargs="*", metavar="IMAGE", help="images, or folders of images (default: the bundled examples)")
+    add("--source", type=Path, metavar="DIR", help="instead of images: folder of posed images of one object, with transforms.json, or with COLMAP's sparse/0 and images/; for models that take posed images (One-2-3-45)")
+    add("--source-views", metavar="VIEWS", help=f"which images of --source to use: a number, for as many evenly spread images; or a list such as 0,3,7, counted in order of file name (default: all, at most {model_input.MAX_VIEWS})")
+    add("--convention", choices=tuple(conventions.MEANINGS), help="axes and direction of the poses in --source, if they are not the usual ones of their format: opengl-c2w in transforms.json, opencv-w2c in COLMAP's files")
     add("--out", type=Path, default=Path("out"), help="folder to write to (default: out)")
     add("--weights", help=arguments.WEIGHTS)
     add("--dtype", choices=DTYPES, help="number format that the model computes in (default: float32)")
@@ -92,6 +135,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--batch", type=int, help="number of images to process together (default: one per device)")
     # fmt: on
     args = parser.parse_args(argv)
+    check_kind(args)
     args.formats = [x.strip() for x in args.formats.split(",")]
     if unknown := [x for x in args.formats if x not in formats.FORMATS]:
         raise InputError(
@@ -102,6 +146,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
         size=(16, 4096), elevation=(-90, 90), frames=(2, 10_000), faces=(4, 10_000_000),
     )  # fmt: skip
     return args
+
+
+def check_kind(args: argparse.Namespace) -> None:
+    """Raises InputError if arguments for single images and for posed images are mixed."""
+    of_posed = {"--source-views": args.source_views, "--convention": args.convention}
+    of_single = {"IMAGE": args.images or None, "--recenter": args.recenter, "--batch": args.batch}
+    kind, unused = ("without", of_posed) if args.source is None else ("with", of_single)
+    if given := [name for name, value in unused.items() if value is not None]:
+        raise InputError(f"{given[0]} has no effect {kind} --source: leave it out")
 
 
 def read_images(
@@ -116,11 +169,16 @@ def read_images(
         except InputError as error:
             fail(failures, path, error)
             continue
-        stem = whole_files.printable(path.stem).strip(".") or "image"
+        stem = folder_name(path.stem)
         names = itertools.chain([stem], (f"{stem}-{i}" for i in itertools.count(2)))
         name = next(name for name in names if name not in taken)
         taken.add(name)
         yield name, path, rgba
+
+
+def folder_name(stem: str) -> str:
+    """The name of the output folder of an image or capture."""
+    return whole_files.printable(stem).strip(".") or "image"
 
 
 def fail(failures: dict, path: Path, error: InputError) -> None:
@@ -150,42 +208,3 @@ def reconstruct(
             yield image, files_of(image[0], scene, args, stages)
         except InputError as error:
             fail(failures, image[1], error)
-
-
-def files_of(name: str, scene: api.Scene, args, stages) -> dict[str, bytes]:
-    """All files of one image: name -> content."""
-    frames = args.frames if args.video else args.views
-    path = scene.cameras(api.orbit(frames, elevation=args.elevation))
-    on_sheet = np.arange(args.views) * frames // args.views
-    white, kept = [], []
-    with stages("render", f" {frames} views of {name}", COMPILES):
-        for i, rendering in enumerate(scene.renderings(path, args.size)):
-            white.append(to_uint8(blend(rendering, 1.0).rgb))
-            kept += [rendering] * int((on_sheet == i).sum())
-    with stages("mesh", f" of {name}, {args.resolution}^3 grid", COMPILES):
-        mesh = scene.surface(args.resolution, args.level, args.texture, args.faces, args.dense)
-    with stages("files"):
-        files = {}
-        for kind in args.formats:
-            files |= formats.write(mesh, kind)
-        glb = files.get("mesh.glb") or formats.to_glb(mesh)
-        files["contact_sheet.png"] = contact_sheet(name, scene, path, on_sheet, white, kept)
-        front = ops_cameras.orbit_of(scene.camera)
-        files["viewer.html"] = viewer.viewer_html(glb, name, front["distance"], front["fov_y_deg"])
-        if args.video:
-            files["turntable.mp4"] = video.turntable(np.stack(white))
-    return files
-
-
-def contact_sheet(name: str, scene: api.Scene, path, on_sheet, white, kept) -> bytes:
-    """A PNG of the image, and of the colour, depth and normals of each view on the sheet."""
-    alpha, depth = (np.stack([getattr(x, key) for x in kept]) for key in ("alpha", "depth"))
-    some = jax.tree.map(lambda x: np.asarray(x)[on_sheet], path)
-    rays = jax.tree.map(np.asarray, ops_cameras.pixel_rays(some, *alpha.shape[1:]))
-    rows = {
-        "view": np.stack([white[i] for i in on_sheet]),
-        "depth (near is bright)": sheets.depth_images(depth, alpha),
-        "normal (xyz as rgb)": sheets.normal_images(depth, alpha, rays.origins, rays.dirs),
-    }
-    columns = [f"{360 * i / len(white):.0f}°" for i in on_sheet]
-    return sheets.contact_sheet(cutout.composite(scene.image, 1.0), rows, columns, name)

@@ -30,8 +30,9 @@ import numpy as np
 from lrm_jax import api
 from lrm_jax.commands import arguments
 from lrm_jax.commands.versions import versions
-from lrm_jax.images import camera_paths, captures, png, sheets, video
+from lrm_jax.images import camera_paths, captures, model_input, png, sheets, video
 from lrm_jax.ops import conventions
+from lrm_jax.ops.cameras import crop_intrinsics
 from lrm_jax.parallel import messages, whole_files
 from lrm_jax.weights.loading import DTYPES
 
@@ -47,11 +48,13 @@ def main(argv: list[str]) -> int:
     with stages("load", f" {args.weights}"):
         model = api.load(args.weights, dtype=args.dtype)
         model.check_takes_captures()
-    _, _, world = api.capture_world(capture, model.info["training"])
+    images, boxes = model_input.crop_images(capture, model.module.image_size)
+    fxfycxcy = crop_intrinsics(capture.fxfycxcy, boxes)
+    _, world = model_input.world(capture, fxfycxcy, model.normalize)
     with stages("render", f" {len(path.c2w)} frames from {len(capture.views)} views"):
         frames = model.synthesize(capture, path=path, together=args.batch)
     with stages("write", f" {args.out}"):
-        write(args, capture, api.crop_images(capture, model.module.image_size)[0], frames, path)
+        write(args, capture, images, frames, path)
     summary = {
         "source": {"path": str(args.source), "views": capture.views, "images": capture.names},
         "path": args.path,

@@ -1,4 +1,4 @@
-"""Camera paths through a capture.
+"""Camera paths through a capture, and orbits around an object.
 
 orbit        a full turn around the point that the cameras look at, at their mean height and distance
 spiral       two turns around the mean camera, looking where the cameras look
@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from lrm_jax.images import captures
-from lrm_jax.ops import conventions, normalization, paths
-from lrm_jax.types import InputError
+from lrm_jax.ops import cameras, conventions, normalization, paths
+from lrm_jax.types import Cameras, InputError
 
 PATHS = ("orbit", "spiral", "interpolate")
 
@@ -79,3 +79,48 @@ def intrinsics_along(path: CameraPath, fxfycxcy: np.ndarray) -> np.ndarray:
         return np.tile(fxfycxcy.mean(0), (len(path.c2w), 1))
     columns = [np.interp(path.position, np.arange(len(fxfycxcy)), x) for x in fxfycxcy.T]
     return np.stack(columns, axis=1).astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Orbit:
+    """Cameras around an object, the first at the azimuth of the image's assumed camera. A field that is None is that camera's."""
+
+    num_views: int
+    elevation: float | None = None  # degrees above the horizon
+    distance: float | None = None  # from the origin, world units
+    fov: float | None = None  # full vertical field of view, degrees
+
+    def around(self, source: Cameras) -> Cameras:
+        """Cameras[V], the first at the azimuth of `source` (Cameras[]), the others counter-clockwise from it, seen from above."""
+        chosen = {
+            "elevation_deg": self.elevation,
+            "distance": self.distance,
+            "fov_y_deg": self.fov,
+        }
+        chosen = {name: float(value) for name, value in chosen.items() if value is not None}
+        return cameras.orbit(self.num_views, **cameras.orbit_of(source) | chosen)
+
+
+def orbit(
+    num_views: int,
+    *,
+    elevation: float | None = None,
+    distance: float | None = None,
+    fov: float | None = None,
+) -> Orbit:
+    """`num_views` cameras evenly spaced around an object, for `Scene.render`. The first one sees the side that the image shows.
+
+    Args:
+      elevation: degrees above the horizon, -90 to 90. None: the image's.
+      distance: from the origin, or what posed images look at; in the unit of the scene's world. None: the image's.
+      fov: full vertical field of view in degrees. None: the image's.
+
+    Raises:
+      InputError: a number is out of range.
+    """
+    limits = {"num_views": (1, 100_000), "elevation": (-90, 90), "distance": (1e-3, 1e6), "fov": (0.1, 179)}  # fmt: skip
+    for name, (low, high) in limits.items():
+        value = locals()[name]
+        if value is not None and not low <= value <= high:
+            raise InputError(f"orbit: {name} {value} is out of range: choose {low} to {high}")
+    return Orbit(num_views, elevation, distance, fov)

@@ -47,11 +47,11 @@ class Frames:
 
 @dataclasses.dataclass(frozen=True)
 class Capture:
-    """Posed images that a model gets as its source views."""
+    """Posed images that a model gets as its source views: from `read_capture` or `posed_images`."""
 
     views: list[int]  # V, their indices in the folder
     names: list[str]
-    images: list[np.ndarray]  # V of uint8 [H W 3]
+    images: list[np.ndarray]  # V of uint8 [H W 4], straight alpha; sizes may differ
     c2w: np.ndarray  # [V 4 4] float64, OpenCV axes, in the folder's world
     fxfycxcy: np.ndarray  # [V 4] of the whole images
 
@@ -71,19 +71,23 @@ def read_folder(folder: Path) -> Frames:
 
 
 def read_capture(
-    folder: Path, views: str | int | Sequence[int] | None = None, convention: str | None = None
+    folder: str | Path,
+    views: str | int | Sequence[int] | None = None,
+    convention: str | None = None,
+    most: int = MAX_VIEWS,
 ) -> Capture:
     """The chosen views of a folder, after checking that its cameras are plausible together.
 
     Args:
       views: how many, evenly spread, or the indices of the views; or either as text in the form of `--views` ("4", "0,3,7").
-        None: all, but at most 16 evenly spread.
+        None: all, but at most `most`, evenly spread.
       convention: of the poses, one of `ops.conventions.MEANINGS`. None: the convention of their file format.
 
     Raises:
       InputError: no cameras, bad cameras or cameras in another convention, no such view, or a missing or damaged image. The
         message has the folder's name.
     """
+    folder = Path(folder)
     try:
         frames = read_folder(folder)
         stated = COLMAP_CONVENTION
@@ -91,13 +95,38 @@ def read_capture(
             stated = TRANSFORMS_CONVENTION
         check_rigid(frames.c2w)
         c2w = in_convention(frames.c2w, stated, convention)
-        chosen = choose(views, len(c2w))
-        images = [read_image(frames, view) for view in chosen]
+        chosen = choose(views, len(c2w), most)
+        images = [read_rgba(frames, view) for view in chosen]
     except InputError as error:
         message = str(error)
         raise InputError(message if str(folder) in message else f"{folder}: {message}") from None
     names = [Path(frames.images[view]).name for view in chosen]
     return Capture(chosen, names, images, c2w[chosen], frames.fxfycxcy[chosen])
+
+
+def posed_images(
+    images: Sequence[np.ndarray] | np.ndarray, c2w: np.ndarray, fxfycxcy: np.ndarray
+) -> Capture:
+    """A capture from arrays.
+
+    Args:
+      images: V arrays [H W 3 or 4], uint8 or floats in [0, 1]; an alpha channel shows what the object is. Sizes may differ.
+      c2w: [V 4 4] camera to world, OpenCV axes (x right, y down, z forward), in any world and unit.
+      fxfycxcy: [V 4] focal lengths and principal point as fractions of width, height, width, height.
+
+    Raises:
+      InputError: a shape or range is wrong, or a pose is not a rotation and translation.
+    """
+    rgba = [load_image(np.asarray(image)) for image in images]
+    c2w, fxfycxcy = np.asarray(c2w, float), np.asarray(fxfycxcy, float)
+    if c2w.shape != (len(rgba), 4, 4) or fxfycxcy.shape != (len(rgba), 4):
+        raise InputError(
+            f"{len(rgba)} images with c2w {list(c2w.shape)} and fxfycxcy {list(fxfycxcy.shape)}: must be [V, 4, 4] and [V, 4]"
+        )
+    checked(Frames(tuple(rgba), c2w, fxfycxcy))
+    check_rigid(c2w)
+    names = [f"image {view}" for view in range(len(rgba))]
+    return Capture(list(range(len(rgba))), names, rgba, c2w, fxfycxcy)
 
 
 def check_rigid(matrices: np.ndarray) -> None:
@@ -132,7 +161,7 @@ def in_convention(c2w: np.ndarray, stated: str, convention: str | None) -> np.nd
     return c2w
 
 
-def choose(views: str | int | Sequence[int] | None, count: int) -> list[int]:
+def choose(views: str | int | Sequence[int] | None, count: int, most: int = MAX_VIEWS) -> list[int]:
     """The indices of the chosen views out of `count`: see `read_capture`.
 
     Raises:
@@ -140,47 +169,59 @@ def choose(views: str | int | Sequence[int] | None, count: int) -> list[int]:
     """
     if not isinstance(views, str | int | None):
         views = ",".join(map(str, views)) + ","
-    text = str(min(count, MAX_VIEWS) if views is None else views)
+    text = str(min(count, most) if views is None else views)
     try:
         numbers = [int(x) for x in text.split(",") if x.strip()]
     except ValueError:
         numbers = []
     if not numbers or len(set(numbers)) < len(numbers):
-        raise InputError(f"--views {text!r}: give how many views, or which ones, such as 0,3,7")
+        raise InputError(f"views {text!r}: give how many, or which ones, such as 0,3,7")
     if "," in text:
         if bad := [x for x in numbers if not 0 <= x < count]:
-            raise InputError(f"--views: there is no view {bad[0]}: choose from 0 to {count - 1}")
+            raise InputError(
+                f"views {text!r}: there is no view {bad[0]}: choose from 0 to {count - 1}"
+            )
         return numbers
     if not 1 <= numbers[0] <= count:
-        raise InputError(f"--views {text} is out of range: choose 1 to {count}")
+        raise InputError(f"views {text} is out of range: choose 1 to {count}")
     return np.linspace(0, count - 1, numbers[0]).round().astype(int).tolist()
 
 
 def read_image(frames: Frames, view: int) -> np.ndarray:
-    """[H W 3] uint8 sRGB; transparent pixels become white, as in NeRF (https://arxiv.org/abs/2003.08934).
+    """`read_rgba` on white: [H W 3] uint8 sRGB."""
+    return on_white(read_rgba(frames, view))
+
+
+def on_white(rgba: np.ndarray) -> np.ndarray:
+    """[H W 3] uint8: transparent pixels become white, as in NeRF (https://arxiv.org/abs/2003.08934)."""
+    # Opaque images stay as they are.
+    return to_uint8(blend(rgba, 1.0)) if has_alpha(rgba) else rgba[..., :3]
+
+
+def read_rgba(frames: Frames, view: int) -> np.ndarray:
+    """[H W 4] uint8 sRGB with straight alpha.
 
     Raises:
       InputError: the image is missing, damaged, or not of its camera's aspect ratio.
     """
     image = frames.images[view]
     if isinstance(image, Path):
-        rgba = load_image(image)
-        # Opaque images stay as they are.
-        rgb = to_uint8(blend(rgba, 1.0)) if has_alpha(rgba) else rgba[..., :3]
-        name = image.name
+        rgba, name = load_image(image), image.name
     else:
         name = f"frame {view}"
         try:
-            rgb = np.asarray(Image.open(io.BytesIO(image.tobytes())).convert("RGB"))
+            rgba = np.asarray(
+                Image.open(io.BytesIO(image.tobytes())).convert("RGB").convert("RGBA")
+            )
         except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error ...
             raise InputError(f"{name} cannot be decoded ({type(error).__name__})") from None
     if frames.aspect is not None:
-        ratio = rgb.shape[1] / rgb.shape[0] / frames.aspect[view]
+        ratio = rgba.shape[1] / rgba.shape[0] / frames.aspect[view]
         if abs(ratio - 1) > ASPECT_TOLERANCE:
             raise InputError(
-                f"{name} is {rgb.shape[1]}x{rgb.shape[0]}, not the aspect ratio of its camera: was it rotated or cropped?"
+                f"{name} is {rgba.shape[1]}x{rgba.shape[0]}, not the aspect ratio of its camera: was it rotated or cropped?"
             )
-    return rgb
+    return rgba
 
 
 def is_rotation(matrices: np.ndarray) -> np.ndarray:

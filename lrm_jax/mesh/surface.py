@@ -70,12 +70,13 @@ def paint(
     return Surface(vertices, faces, to_uint8(rgb), vertex_normals(vertices, faces))
 
 
-def turned(surface: Surface, degrees: float) -> Surface:
-    """The surface rotated about the world's z axis, counter-clockwise seen from above."""
-    cos, sin = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
-    rotation = np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]], np.float32)
+def moved(surface: Surface, motion: Float[np.ndarray, "4 4"]) -> Surface:
+    """The surface after a similarity of its world."""
+    scale = np.linalg.norm(motion[:3, 0])
+    vertices = surface.vertices @ motion[:3, :3].T + motion[:3, 3]
+    normals = surface.normals @ motion[:3, :3].T / scale
     return dataclasses.replace(
-        surface, vertices=surface.vertices @ rotation.T, normals=surface.normals @ rotation.T
+        surface, vertices=vertices.astype(np.float32), normals=normals.astype(np.float32)
     )
 
 

@@ -69,6 +69,7 @@ class LVSM(nn.Module):
     ray_chunk: int | None = None  # rays rendered at a time, in whole views; None: 8 views of 256 px
     remat: str = "blocks"  # what is kept for the backward pass, one of `layers.REMAT`
     dtype: str = "float32"
+    normalize = "all_views"
 
     def setup(self):
         self.source_tokenizer = self._linear(self.width)

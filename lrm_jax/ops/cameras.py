@@ -260,6 +260,14 @@ def azimuth_motion(c2w: Float[Array | np.ndarray, "4 4"]) -> Float[Array | np.nd
     return xp.stack(rows).reshape(4, 4)
 
 
+def z_rotation(degrees: float) -> Float[np.ndarray, "4 4"]:
+    """The rotation about the world's z axis, counter-clockwise seen from above."""
+    cos, sin = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+    motion = np.eye(4)
+    motion[:2, :2] = [[cos, -sin], [sin, cos]]
+    return motion
+
+
 def image_motion(
     c2w: Float[Array | np.ndarray, "4 4"],
     fxfycxcy: Float[Array | np.ndarray, "4"],

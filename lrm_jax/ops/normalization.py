@@ -83,6 +83,15 @@ def views_motion(
     return motion
 
 
+def upright(c2w: Float[np.ndarray, "V 4 4"]) -> Float[np.ndarray, "4 4"]:
+    """The rigid motion after which the optical axes meet at the origin, up is z, and the first camera is at azimuth 0."""
+    point, _ = paths.focus(c2w)
+    rotation = _azimuth_axes(c2w, point)
+    motion = np.eye(4)
+    motion[:3, :3], motion[:3, 3] = rotation, -rotation @ point
+    return motion
+
+
 def _frusta_box(
     c2w: np.ndarray, fxfycxcy: np.ndarray, point: np.ndarray, rotation: np.ndarray
 ) -> tuple[np.ndarray, float]:

@@ -9,10 +9,12 @@ import pytest
 import trimesh
 from flax.traverse_util import flatten_dict, unflatten_dict
 from PIL import Image
+from posed_ball import hull, posed
 from test_synthesize import init, ring, write_transforms
 
 from lrm_jax import __main__, api
 from lrm_jax.commands import checks
+from lrm_jax.images import captures
 from lrm_jax.types import InputError
 from lrm_jax.weights import loading, model_file
 
@@ -243,3 +245,9 @@ def test_an_example_that_is_given_is_not_compared_with_itself(check, tmp_path):
     given = Path(loading.BUNDLED.parent / "examples" / "plant.png")
     Image.open(given).save(tmp_path / "copy.png")
     assert check(str(loading.BUNDLED), "copy.png")[:2] == (0, "looks right")
+
+
+def test_source_views_of_a_family_with_a_surface_are_drawn_again():
+    finding, numbers = checks.views(hull(), captures.posed_images(*posed()))
+    assert finding.text.startswith("PSNR") and len(numbers) == 4
+    assert min(x["psnr"] for x in numbers) > 20 and min(x["gain"] for x in numbers) > 3

@@ -323,7 +323,7 @@ def test_the_surface_is_turned_towards_the_source_camera(azimuth):
     )
     towards = np.asarray(camera.c2w)[None, :3, 3]
     one = surface.Surface(towards, np.zeros((0, 3), np.int32), np.zeros((1, 3), np.uint8), towards)
-    turned = surface.turned(one, -90 - orbit["azimuth_deg"])
+    turned = surface.moved(one, cameras.z_rotation(-90 - orbit["azimuth_deg"]))
     expected = [[0, -1.9 * np.cos(np.radians(15)), 1.9 * np.sin(np.radians(15))]]
     np.testing.assert_allclose(
         turned.vertices, expected, atol=1e-6

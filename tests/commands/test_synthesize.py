@@ -13,7 +13,7 @@ from posed_folder import image, ring, write_transforms
 from scipy.spatial.transform import Rotation
 
 from lrm_jax import __main__, api, models
-from lrm_jax.images import captures
+from lrm_jax.images import captures, model_input
 from lrm_jax.ops import cameras, conventions, normalization
 from lrm_jax.types import Views
 from lrm_jax.weights import model_file, references
@@ -161,8 +161,9 @@ def test_a_stated_convention_is_used():
 def test_objects_keep_the_world_of_training():
     scene = captures.Capture([0], ["0.png"], [], ring(1), np.ones((1, 4)))
     training = {"config": {"data": {"name": "objects", "normalize": None}}}
-    motion, scale, words = api.capture_world(scene, training)
-    assert scale == 1 and "the poses' own" in words
+    model = api.Model(models.build("lvsm", "tiny"), {}, {"training": training})
+    motion, words = model_input.world(scene, scene.fxfycxcy, model.normalize)
+    assert "the poses' own" in words
     np.testing.assert_array_equal(motion, np.eye(4))
 
 
@@ -214,9 +215,9 @@ BAD = {
     "turned image": (change(w=18, h=24), [], "not the aspect ratio of its camera"),
     "one view": (change(), ["--views", "1"], "only source view"),
     "too many views": (change(), ["--views", "5"], "choose 1 to 4"),
-    "no such view": (change(), ["--views", "0,9"], "no view 9"),
-    "a view twice": (change(), ["--views", "1,1"], "--views '1,1'"),
-    "views in words": (change(), ["--views", "all"], "--views 'all'"),
+    "no such view": (change(), ["--views", "0,9"], "there is no view 9"),
+    "a view twice": (change(), ["--views", "1,1"], "views '1,1'"),
+    "views in words": (change(), ["--views", "all"], "views 'all'"),
     "no such path": (
         change(),
         ["--path", "circle"],

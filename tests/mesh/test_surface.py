@@ -11,6 +11,7 @@ import pytest
 import trimesh
 
 from lrm_jax.mesh import formats, lattice, surface
+from lrm_jax.ops import cameras
 from lrm_jax.types import InputError
 
 RADIUS = 0.87
@@ -309,3 +310,17 @@ def test_ply_reloads_z_up_with_srgb_colours(painted):
     np.testing.assert_array_equal(shape.faces, painted.faces)
     np.testing.assert_array_equal(shape.visual.vertex_colors[:, :3], painted.colors)
     np.testing.assert_allclose(shape.vertex_normals, painted.normals, atol=1e-6)  # float32
+
+
+def test_a_moved_surface_is_that_of_the_moved_field():
+    """A similarity turns, scales and moves vertices; normals stay unit vectors, and colours and faces stay."""
+    motion = 3 * cameras.z_rotation(30.0)
+    motion[:, 3] = [1, 2, 3, 1]
+    painted = surface.paint(*lattice.extract(blob, 24, RADIUS, 0.0), lambda xyz: xyz * 0.5 + 0.5)
+    moved = surface.moved(painted, motion)
+    back = (moved.vertices - [1, 2, 3]) / 3 @ cameras.z_rotation(30.0)[:3, :3]
+    np.testing.assert_allclose(back, painted.vertices, atol=1e-6)
+    again = surface.vertex_normals(moved.vertices, moved.faces)
+    np.testing.assert_allclose(moved.normals, again, atol=1e-4)
+    np.testing.assert_array_equal(moved.colors, painted.colors)
+    assert moved.vertices.dtype == moved.normals.dtype == np.float32

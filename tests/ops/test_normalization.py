@@ -168,3 +168,16 @@ def test_common_view_refuses_a_camera_that_does_not_show_the_point():
     assert paths.focus(aside)[1] > paths.MIN_SPREAD
     with pytest.raises(InputError, match="source view 2 does not show"):
         normalization.views_motion(aside, fxfycxcy, "common_view")
+
+
+def test_upright_puts_the_object_at_the_origin_and_keeps_lengths():
+    c2w, _ = rig()
+    moved = cameras.move_poses(random_similarity(np.random.default_rng(3)), c2w)
+    motion = normalization.upright(moved)
+    np.testing.assert_allclose(motion[:3, :3] @ motion[:3, :3].T, np.eye(3), atol=1e-9)
+    assert np.linalg.det(motion[:3, :3]) > 0
+    eyes, wanted = cameras.move_poses(motion, moved)[:, :3, 3], 2.5 * c2w[:, :3, 3]
+    # The rig as it is made, 2.5 times as large, turned about z until view 0 is over the x axis.
+    np.testing.assert_allclose(eyes[:, 2], wanted[:, 2], atol=1e-5)
+    expected = wanted @ cameras.z_rotation(60.0)[:3, :3].T
+    np.testing.assert_allclose(eyes, expected, atol=1e-5)
