@@ -40,9 +40,10 @@ def get_config(size: str = ""):
         config.data.update(
             batch_size=2, num_workers=0, num_source=12, source_size=64, target_size=64, normalize="common_view"
         )  # fmt: skip
+        config.losses.mask_l1 = 0.5
         config.schedule.update(learning_rate=1e-3, warmup_steps=50)
         config.train.update(
-            steps=2000, ema_decay=0.99, patch=64, log_every=10, save_every=100, eval_every=500, eval_scenes=8
+            steps=1400, ema_decay=0.99, patch=64, log_every=10, save_every=100, eval_every=500, eval_scenes=8
         )  # fmt: skip
     if size == "tiny":
         shrink(config).data.update(num_source=4, source_views=None)

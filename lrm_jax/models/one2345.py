@@ -402,9 +402,9 @@ def terms(sums: dict, wanted: Rendering, near_Q: Float[Array, "Q"]) -> dict[str,
     """The terms of a scene's loss, from what its rays sum up."""
     valid_R = sums["valid"].astype(jnp.float32)
     error_R = jnp.abs(sums["rgb"] - wanted.rgb).mean(-1)
-    label_R = (wanted.alpha > 0).astype(jnp.float32)
+    label_R = wanted.alpha
     # Without background in the image, alpha says nothing about the mask.
-    some_background = (1 - label_R).mean() > 0.02
+    some_background = (label_R == 0).mean() > 0.02
     return {
         "color_l1": (error_R * valid_R).sum() / jnp.maximum(valid_R.sum(), 1),
         "eikonal": sums["eikonal"].sum() / (sums["num_inside"].sum() + 1e-5),
