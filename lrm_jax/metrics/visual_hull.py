@@ -12,6 +12,11 @@ from scipy import ndimage
 
 from lrm_jax.types import Cameras
 
+NAME = "visual hull"
+PROTOCOL = (
+    "carved from the alpha of the same source images, on the same grid: what is inside the silhouette in every image; "
+    "scored like the model's surface"
+)
 OUTLINE = 0.5  # the coverage of a pixel at the edge of the silhouette
 FINE = 512  # silhouettes are enlarged to about this side, so that distances to their outlines are finer than a pixel
 
