@@ -10,7 +10,7 @@ layout (https://github.com/3DTopia/OpenLRM/blob/3108b69/openlrm/datasets/objaver
     OUT/render.json              the settings
     OUT/failures.json            cause -> uids of objects that could not be rendered
 
-With --geometry, it also writes, for the rays through the pixels' centres, and 0 for the background:
+With --geometry (the default of --protocol one2345; --no-geometry: not), it also writes, for the rays through the pixels' centres, and 0 for the background:
 
     OUT/<uid>/depth/000.png ...  16 bits, steps of 1e-4 world units, along the optical axis (not along the ray)
     OUT/<uid>/normal/000.png ... 8-bit RGB = 127.5 n + 127.5 for the unit normal n, in the world's frame, of the visible side
@@ -100,10 +100,14 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Setting
         **pair,
         help="distance of the cameras from the origin (3 3; the object has radius 1)",
     )
-    add("--elevation", **pair, help="elevation of the odd views in degrees (-30 75)")
+    add(
+        "--elevation",
+        **pair,
+        help="elevation of the odd views in degrees (-30 75); with --protocol one2345, of view 0 (30 30)",
+    )
     add("--fov", type=float, help="full vertical field of view in degrees (40)")
     add("--lighting", choices=("fixed", "varied"), help="varied: different for each object (fixed)")
-    add("--geometry", action="store_true", help="also write depth and normals")
+    add("--geometry", action=argparse.BooleanOptionalAction, help="also write depth and normals")
     add(
         "--backend",
         choices=("embree", "cycles"),
@@ -143,6 +147,10 @@ def _problem(args: argparse.Namespace, settings: Settings) -> str | None:
     for name in ("workers", "limit"):
         if (value := getattr(args, name)) is not None and value < 1:
             return f"--{name} {value}: must be at least 1"
+    if settings.rig:
+        for name in ("views", "distance", "fov"):
+            if getattr(settings, name) != getattr(PROTOCOLS["one2345"], name):
+                return f"--{name}: --protocol one2345 has 40 fixed cameras: leave it out"
     near, far = settings.distance
     half = 1 if settings.box is None else settings.box / 2
     radius = 1 if settings.box is None else half * 3**0.5

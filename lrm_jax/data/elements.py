@@ -4,7 +4,9 @@ This is all NumPy: it runs in the loader's processes, where JAX would allocate t
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -18,17 +20,24 @@ from lrm_jax.types import Batch, Cameras, InputError, Views
 class Recipe:
     """How to make an element from an object's views: fields of `make` that all sources of objects share.
 
-    num_target: number of views besides the sources. The target views are the sources (uncropped), then these.
+    num_target: number of views besides the sources. The target views are the sources (uncropped; not if `sources_as_targets` is
+      False), then these.
     source_size, target_size: sides of the square images, pixels.
     num_source: number of views that the model is given.
     source_elevation: (low, high), degrees: the sources are drawn from the views in this range. None: from all views.
+    source_views: (first, end): the sources are drawn from the views with these numbers, first <= number < end, and the views of
+      `num_target` from the others. None: both are drawn from all views.
+    source_images: "rgba", or the name of a folder beside it that has another model's predictions of the source views, in files of
+      the same names. The targets are always from "rgba". Only folders of objects can have it.
+    sources_as_targets: whether the sources are targets too.
     foreground_ratio: the sources are cropped so that the object fills this share of the square (TripoSR: 0.85), and their
       cameras are adjusted to the crops. None: the images stay whole.
     normalize: how the world is moved. "azimuth": it is rotated about z until the first source camera is at azimuth 0, above or
       below the +x axis; elevation and distance stay the same (TripoSR). "source": all poses are multiplied from the left so that
       the first source camera is at (0, -d, 0), where d is its distance, and looks along +y with z up (LRM, OpenLRM). "image": it
       is rotated about z, moved and scaled until the first source looks as if taken by `assumed_camera`
-      (`ops.cameras.image_motion`). None: it stays as it is.
+      (`ops.cameras.image_motion`). "frusta" (One-2-3-45) and "common_view" go by all source cameras, of which there must be two
+      or more: see `ops.normalization.views_motion`. None: it stays as it is.
     assumed_camera: (distance, vertical field of view in degrees) of the camera that the model assumes for an image; only for
       "image".
     mirror: half of the elements, at random, are mirrored in the vertical plane through the first source camera.
@@ -43,6 +52,9 @@ class Recipe:
     normalize: str | None = "azimuth"
     assumed_camera: tuple[float, float] | None = None
     mirror: bool = False
+    source_views: tuple[int, int] | None = None
+    source_images: str = "rgba"
+    sources_as_targets: bool = True
 
 
 def make_recipe(split: str, **fields) -> Recipe:
@@ -56,13 +68,26 @@ def make_recipe(split: str, **fields) -> Recipe:
     except TypeError as error:
         raise InputError(f"config.data: {error}: check its name") from None
     check_normalize(recipe.normalize, recipe.assumed_camera)
-    band, camera = recipe.source_elevation, recipe.assumed_camera
+    band, camera, views = recipe.source_elevation, recipe.assumed_camera, recipe.source_views
     least = {"num_source": 1, "num_target": 0, "source_size": 1, "target_size": 1}
     for name, low in least.items():
         if getattr(recipe, name) < low:
             raise InputError(f"data.{name}={getattr(recipe, name)}: must be at least {low}")
+    if recipe.normalize in normalization.BY_ALL_SOURCES and recipe.num_source < 2:
+        raise InputError(f"data.normalize={recipe.normalize}: needs data.num_source of at least 2")
+    if recipe.num_target < 1 and not recipe.sources_as_targets:
+        raise InputError("data.sources_as_targets=False: needs data.num_target of at least 1")
     if band is not None and not (len(band) == 2 and -90 <= band[0] <= band[1] <= 90):
         raise InputError(f"data.source_elevation={band}: needs -90 <= low <= high <= 90")
+    if views is not None and not (len(views) == 2 and 0 <= views[0] < views[1]):
+        raise InputError(f"data.source_views={views}: needs 0 <= first < end, or None")
+    if Path(recipe.source_images).name != recipe.source_images or recipe.source_images in (
+        "",
+        "..",
+    ):
+        raise InputError(
+            f"data.source_images={recipe.source_images!r}: must be the name of a folder beside rgba"
+        )
     ratio = recipe.foreground_ratio
     if ratio is not None and not 0 < ratio <= 1:
         raise InputError(f"data.foreground_ratio={ratio}: must be in (0, 1], or None")
@@ -71,13 +96,24 @@ def make_recipe(split: str, **fields) -> Recipe:
         mirror=recipe.mirror and split == "train",
         source_elevation=None if band is None else tuple(band),
         assumed_camera=None if camera is None else tuple(camera),
+        source_views=None if views is None else tuple(views),
     )
+
+
+def check_source_images(recipe: Recipe, name: str) -> None:
+    """Raises InputError if the recipe wants predicted source images from a kind of data that has none."""
+    if recipe.source_images != "rgba":
+        raise InputError(
+            f"data.source_images={recipe.source_images}: data.name={name} has only the images themselves: use objects"
+        )
 
 
 def check_normalize(normalize: str | None, assumed_camera) -> None:
     """Raises InputError if these are not valid fields of a Recipe."""
-    if normalize not in ("azimuth", "source", "image", None):
-        raise InputError(f"normalize {normalize!r}: must be azimuth, source, image or None")
+    if normalize not in ("azimuth", "source", "image", *normalization.BY_ALL_SOURCES, None):
+        raise InputError(
+            f"normalize {normalize!r}: must be azimuth, source, image, frusta, common_view or None"
+        )
     if normalize == "image" and (assumed_camera is None or len(assumed_camera) != 2):
         raise InputError(
             f"assumed_camera {assumed_camera}: normalize 'image' takes (distance, field of view)"
@@ -102,14 +138,29 @@ def in_band(c2w: np.ndarray, elevation: tuple[float, float] | None) -> np.ndarra
     return (elevation[0] <= degrees) & (degrees <= elevation[1])
 
 
-def lacking(num_in_band: int, num_views: int, recipe: Recipe) -> str | None:
-    """Why an object has too few views, or None if it has enough."""
-    if num_in_band < recipe.num_source:
+def is_source(
+    c2w: np.ndarray, elevation: tuple[float, float] | None, views: tuple[int, int] | None
+) -> np.ndarray:
+    """Whether each view of an object, with poses [V 4 4], may be a source: bool [V]. See `Recipe`."""
+    numbers = np.arange(len(c2w))
+    in_range = True if views is None else (views[0] <= numbers) & (numbers < views[1])
+    return in_band(c2w, elevation) & in_range
+
+
+def lacking(may_be_source: np.ndarray, recipe: Recipe) -> str | None:
+    """Why an object has too few views, or None if it has enough. bool [V]: see `is_source`."""
+    num_sources, num_views = int(may_be_source.sum()), len(may_be_source)
+    if num_sources < recipe.num_source:
+        numbers = "" if recipe.source_views is None else f" and a number in {recipe.source_views}"
         return (
-            f"{num_in_band} views with an elevation in {recipe.source_elevation} "
+            f"{num_sources} views with an elevation in {recipe.source_elevation}{numbers} "
             f"are too few for num_source={recipe.num_source}"
         )
-    if num_views < recipe.num_source + recipe.num_target:
+    if recipe.source_views is not None:
+        others = len(_others(num_views, recipe.source_views))
+        if others < recipe.num_target:
+            return f"{others} views outside source_views={recipe.source_views} are too few for num_target={recipe.num_target}"
+    elif num_views < recipe.num_source + recipe.num_target:
         return (
             f"{num_views} views are too few for num_source={recipe.num_source} and "
             f"num_target={recipe.num_target}"
@@ -117,36 +168,59 @@ def lacking(num_in_band: int, num_views: int, recipe: Recipe) -> str | None:
     return None
 
 
+def _others(num_views: int, source_views: tuple[int, int]) -> np.ndarray:
+    """The numbers of the views outside `source_views`."""
+    return np.delete(np.arange(num_views), slice(*source_views))
+
+
 def draw(
-    is_source: np.ndarray, recipe: Recipe, seed: int, position: int
+    may_be_source: np.ndarray, recipe: Recipe, seed: int, position: int
 ) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Draws (source views, target views, whether to mirror) for a position. View v may be a source if is_source[v].
+    """Draws (source views, target views, whether to mirror) for a position. bool [V]: see `is_source`.
 
     Raises:
       InputError: the object has too few views.
     """
-    if cause := lacking(int(is_source.sum()), len(is_source), recipe):
+    if cause := lacking(may_be_source, recipe):
         raise InputError(cause)
-    rng = np.random.default_rng((seed, position, 1))
-    sources = rng.choice(np.flatnonzero(is_source), recipe.num_source, replace=False)
-    others = np.delete(np.arange(len(is_source)), sources)
+    rng, num_views = np.random.default_rng((seed, position, 1)), len(may_be_source)
+    sources = rng.choice(np.flatnonzero(may_be_source), recipe.num_source, replace=False)
+    if recipe.source_views is None:
+        others = np.delete(np.arange(num_views), sources)
+    else:
+        others = _others(num_views, recipe.source_views)
     others = rng.choice(others, recipe.num_target, replace=False)
-    return sources, np.concatenate([sources, others]), recipe.mirror and rng.random() < 0.5
+    targets = np.concatenate([sources, others]) if recipe.sources_as_targets else others
+    return sources, targets, recipe.mirror and rng.random() < 0.5
 
 
 def assemble(
-    source: Images, target: Images, c2w: np.ndarray, recipe: Recipe, mirrored: bool
+    source: Images,
+    target: Images,
+    source_c2w: np.ndarray,
+    target_c2w: np.ndarray,
+    recipe: Recipe,
+    mirrored: bool,
 ) -> Batch:
-    """The element with these images, without the B axis. c2w [V 4 4]: poses of the target views, which begin with the sources."""
-    motion = normalization.object_motion(
-        c2w[0], source.fxfycxcy[0], recipe.normalize, recipe.assumed_camera
-    )
-    c2w = cameras.move_poses(motion, c2w)
+    """The element with these images and their poses [V 4 4], without the B axis.
+
+    Raises:
+      InputError: the source cameras do not fit `recipe.normalize`.
+    """
+    if recipe.normalize in normalization.BY_ALL_SOURCES:
+        motion = normalization.views_motion(source_c2w, source.fxfycxcy, recipe.normalize)
+        motion = motion.astype(np.float32)
+    else:
+        motion = normalization.object_motion(
+            source_c2w[0], source.fxfycxcy[0], recipe.normalize, recipe.assumed_camera
+        )
+    source_c2w, target_c2w = (cameras.move_poses(motion, c2w) for c2w in (source_c2w, target_c2w))
     if mirrored:
-        c2w = _mirror(c2w)
-    num_source = len(source.rgb)
+        # The mirror image of "frusta" has the axes of the mirrored first camera, which has x to the right too.
+        x, y = source_c2w[0, :2, 3] if recipe.normalize != "frusta" else (0.0, 1.0)
+        source_c2w, target_c2w = (_mirror(c2w, x, y) for c2w in (source_c2w, target_c2w))
     return Batch(
-        source=_views(source, c2w[:num_source], mirrored), target=_views(target, c2w, mirrored)
+        source=_views(source, source_c2w, mirrored), target=_views(target, target_c2w, mirrored)
     )
 
 
@@ -157,34 +231,37 @@ def make(
     recipe: Recipe,
     seed: int,
     position: int,
+    read_source: Callable[[int], np.ndarray] | None = None,
 ) -> Batch:
     """The element at a position. Decodes only the images that it needs.
 
     Args:
       read: view -> [H W 4] uint8 with straight alpha.
+      read_source: the same for the source images, if they are others.
       c2w, fxfycxcy: [V 4 4], [V 4] of all views of the object.
 
     Raises:
       InputError: there are too few views, or an image cannot be read or is empty.
     """
-    views, targets, mirrored = draw(in_band(c2w, recipe.source_elevation), recipe, seed, position)
-    shrunk, crops, boxes = [], [], []
-    for i, view in enumerate(targets):
-        rgba = read(int(view))
-        shrunk.append(shrink(rgba, recipe.target_size))
-        if i < len(views):
-            crop, box = source_crop(
-                rgba, recipe.source_size, recipe.foreground_ratio, f"view {view}"
-            )
-            crops.append(crop)
-            boxes.append(box)
-    crops, shrunk = np.stack(crops), np.stack(shrunk)
-    fxfycxcy = fxfycxcy[targets].astype(np.float32)
-    cropped = cameras.crop_intrinsics(fxfycxcy[: len(views)], np.stack(boxes))
+    may_be_source = is_source(c2w, recipe.source_elevation, recipe.source_views)
+    sources, targets, mirrored = draw(may_be_source, recipe, seed, position)
+    c2w, fxfycxcy = c2w.astype(np.float32), fxfycxcy.astype(np.float32)
+    read = functools.cache(read)  # a source that is a target too is decoded once
+    crops, boxes = zip(
+        *(
+            source_crop((read_source or read)(view), recipe.source_size, recipe.foreground_ratio, f"view {view}")
+            for view in sources.tolist()
+        ),
+        strict=True,
+    )  # fmt: skip
+    crops = np.stack(crops)
+    shrunk = np.stack([shrink(read(view), recipe.target_size) for view in targets.tolist()])
+    cropped = cameras.crop_intrinsics(fxfycxcy[sources], np.stack(boxes))
     return assemble(
         Images(crops[..., :3], crops[..., 3], cropped),
-        Images(shrunk[..., :3], shrunk[..., 3], fxfycxcy),
-        c2w[targets].astype(np.float32),
+        Images(shrunk[..., :3], shrunk[..., 3], fxfycxcy[targets]),
+        c2w[sources],
+        c2w[targets],
         recipe,
         mirrored,
     )
@@ -227,13 +304,12 @@ def recentered(
     return square, np.array([*corner, *square.shape[:2]]) / np.tile(rgba.shape[:2], 2)
 
 
-def _mirror(c2w: np.ndarray) -> np.ndarray:
-    """The poses [V 4 4] after mirroring the world in the vertical plane through the camera of view 0. The images are flipped.
+def _mirror(c2w: np.ndarray, x: float, y: float) -> np.ndarray:
+    """The poses [V 4 4] after mirroring the world in the plane through the z axis and (x, y). The images are flipped.
 
     Let M = 1 - 2 n n^T be the reflection. In the camera M c2w diag(-1, 1, 1, 1), the point M p has the coordinates that p
     has in c2w, but with x negated: the image is flipped left to right.
     """
-    x, y = c2w[0, :2, 3]
     normal = np.array([-y, x, 0, 0]) / np.hypot(x, y) if x or y else np.eye(4)[1]
     reflection = np.eye(4) - 2 * np.outer(normal, normal)
     return (reflection @ c2w @ np.diag([-1, 1, 1, 1])).astype(np.float32)

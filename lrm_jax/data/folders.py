@@ -3,6 +3,7 @@
     root/<uid>/rgba/000.png ...   sRGB with straight alpha
     root/<uid>/pose/000.npy ...   [3 4] camera to world, Blender's camera axes; world z up, object around the origin
     root/<uid>/intrinsics.npy     [3 2] (fx, fy), (cx, cy), (width, height) in pixels
+    root/<uid>/<other>/000.png ... optional: another model's predictions of some views, in any size of the same proportions
 
 (https://github.com/3DTopia/OpenLRM/blob/3108b69/openlrm/datasets/objaverse.py#L53-L70)
 """
@@ -47,12 +48,15 @@ def find(root: Path) -> list[str]:
     return uids
 
 
-def fingerprint(root: Path, uids: list[str]) -> dict[str, list[tuple[str, int, int]]]:
-    """uid -> (name, size, modification time) of its files, to identify their contents."""
+def fingerprint(
+    root: Path, uids: list[str], source_images: str
+) -> dict[str, list[tuple[str, int, int]]]:
+    """uid -> (name, size, modification time) of its files, to identify their contents. `source_images`: see `elements.Recipe`."""
     files = {}
     for uid in uids:
         folder = root / uid
-        found = [*folder.glob("*.npy"), *folder.glob("pose/*.npy"), *folder.glob("rgba/*.png")]
+        patterns = ("*.npy", "pose/*.npy", *(f"{name}/*.png" for name in {"rgba", source_images}))
+        found = [path for pattern in patterns for path in folder.glob(pattern)]
         stats = ((path.relative_to(folder).as_posix(), path.stat()) for path in sorted(found))
         files[uid] = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
     return files
@@ -92,6 +96,28 @@ def read_image(cameras: Cameras, view: int) -> np.ndarray:
         raise InputError(
             f"rgba/{path.name} is {rgba.shape[1]}x{rgba.shape[0]}, "
             f"intrinsics.npy says {cameras.size[0]}x{cameras.size[1]}"
+        )
+    return rgba
+
+
+def read_prediction(cameras: Cameras, view: int, source_images: str) -> np.ndarray:
+    """[H W 4] uint8: a view as the folder `source_images` beside rgba has it.
+
+    Raises:
+      InputError: the file is missing or cannot be read, or its proportions are not those in intrinsics.npy.
+    """
+    image = cameras.images[view]
+    path = image.parents[1] / source_images / image.name
+    if not path.exists():
+        raise InputError(
+            f"{source_images}/{path.name} is missing: predict this view, or set data.source_images=rgba"
+        )
+    rgba = load_image(path)
+    height, width = rgba.shape[:2]
+    if width * cameras.size[1] != height * cameras.size[0]:
+        raise InputError(
+            f"{source_images}/{path.name} is {width}x{height}: its proportions are not those of intrinsics.npy, "
+            f"{cameras.size[0]}x{cameras.size[1]}"
         )
     return rgba
 

@@ -49,7 +49,7 @@ def make(
       seed: seed of the order of the objects and the choice of views.
       masks: folder with the masks, one folder per class. None: root/masks.
       source_elevation: as in `elements.Recipe`. The default is None: people hold cameras at any elevation.
-      fields: other fields of `elements.Recipe`.
+      fields: other fields of `elements.Recipe`; `source_images` must be "rgba".
 
     Raises:
       InputError: the folder does not exist, or there is no object in it or in this split. An unusable object is noticed only
@@ -57,6 +57,7 @@ def make(
     """
     root = Path(root)
     recipe = elements.make_recipe(split, source_elevation=source_elevation, **fields)
+    elements.check_source_images(recipe, "mvimgnet")
     uids = _find(root)
     names = tuple(uids[i] for i in splits.select(uids, split, str(root)))
     load = functools.partial(

@@ -4,6 +4,7 @@ The first start decodes every image once, at the sizes needed for training, into
 With `cache=False`, each sample decodes its own images: use this if the images, and so the cache, would be large.
 """
 
+import dataclasses
 import functools
 import sys
 from pathlib import Path
@@ -40,7 +41,10 @@ def make(
     root, recipe = Path(root), elements.make_recipe(split, **fields)
     uids = folders.find(root)
     if cache:
-        store = get_store(root, uids, Settings(recipe.source_size, recipe.target_size, recipe.source_elevation, recipe.foreground_ratio))  # fmt: skip
+        settings = Settings(
+            **{f.name: getattr(recipe, f.name) for f in dataclasses.fields(Settings)}
+        )
+        store = get_store(root, uids, settings)
         usable = _usable(store, recipe, root)
         chosen = splits.select([store.uids[i] for i in usable], split, str(root))
         load = _Cached(store, usable[chosen], recipe, seed)
@@ -57,7 +61,7 @@ def _usable(store: Store, recipe: elements.Recipe, root: Path) -> np.ndarray:
     for index, uid in enumerate(store.uids):
         if uid not in skipped:
             rows = store.source_row[store.start[index] : store.start[index + 1]]
-            if cause := elements.lacking(int((rows >= 0).sum()), len(rows), recipe):
+            if cause := elements.lacking(rows >= 0, recipe):
                 skipped[uid] = cause
             else:
                 usable.append(index)
@@ -79,8 +83,13 @@ class _Cached:
         self.store, self.indices, self.recipe, self.seed = store, indices, recipe, seed
 
     def __call__(self, position: int, index: int) -> Batch:
-        store, index = self.store, self.indices[index]
-        first, end = store.start[index], store.start[index + 1]
+        try:
+            return self._element(position, self.indices[index])
+        except InputError as error:
+            raise InputError(f"{self.store.uids[self.indices[index]]}: {error}") from None
+
+    def _element(self, position: int, index: int) -> Batch:
+        store, first, end = self.store, self.store.start[index], self.store.start[index + 1]
         rows = store.source_row[first:end]
         sources, targets, mirrored = elements.draw(rows >= 0, self.recipe, self.seed, position)
         rows, views = rows[sources], first + targets
@@ -91,6 +100,7 @@ class _Cached:
             elements.Images(
                 store.target_rgb[views], store.target_alpha[views], store.fxfycxcy[views]
             ),
+            store.c2w[first + sources],
             store.c2w[views],
             self.recipe,
             mirrored,
@@ -110,6 +120,17 @@ def _read(
     try:
         cameras = folders.read_cameras(root / names[index])
         read = functools.partial(folders.read_image, cameras)
-        return elements.make(read, cameras.c2w, cameras.fxfycxcy, recipe, seed, position)
+        read_source = functools.partial(
+            folders.read_prediction, cameras, source_images=recipe.source_images
+        )
+        return elements.make(
+            read,
+            cameras.c2w,
+            cameras.fxfycxcy,
+            recipe,
+            seed,
+            position,
+            read_source=None if recipe.source_images == "rgba" else read_source,
+        )
     except InputError as error:
         raise InputError(f"{root}: {names[index]}: {error}") from None

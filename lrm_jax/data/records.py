@@ -34,12 +34,13 @@ def make(root: str | Path, *, split: str, seed: int, **fields) -> Source:
       root: the folder that `tools/build_dataset.py` wrote.
       split: "train", "val" or "all"; objects are split as in `objects`.
       seed: seed of the order of the objects and the choice of views.
-      fields: fields of `elements.Recipe`.
+      fields: fields of `elements.Recipe`; `source_images` must be "rgba".
 
     Raises:
       InputError: the folder holds no data set, or no object in this split.
     """
     root, recipe = Path(root), elements.make_recipe(split, **fields)
+    elements.check_source_images(recipe, "records")
     uids = _open(root).info.metadata["names"]
     numbers = splits.select(uids, split, str(root))
     names = tuple(uids[i] for i in numbers)

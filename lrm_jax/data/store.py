@@ -39,6 +39,8 @@ class Settings:
     target_size: int
     source_elevation: tuple[float, float] | None
     foreground_ratio: float | None
+    source_views: tuple[int, int] | None
+    source_images: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Store:
     start: np.ndarray  # [N+1]
     c2w: np.ndarray  # [K 4 4] float32, OpenCV axes
     fxfycxcy: np.ndarray  # [K 4] float32, of the whole images
-    source_row: np.ndarray  # [K] row in the source arrays, or -1: outside the elevation range
+    source_row: np.ndarray  # [K] row in the source arrays, or -1: never a source
     source_fxfycxcy: np.ndarray  # [rows 4] float32, of the crops
     # Colour and alpha are separate: splitting them for every batch would cost more than everything else.
     source_rgb: np.ndarray  # [rows s s 3] uint8, straight
@@ -74,7 +76,7 @@ class Store:
 
 def get_store(root: Path, uids: list[str], settings: Settings) -> Store:
     """The store of these objects. Builds it unless there is one for exactly these files."""
-    files = folders.fingerprint(root, uids)
+    files = folders.fingerprint(root, uids, settings.source_images)
     key = hashlib.sha256(repr((3, dataclasses.astuple(settings), files)).encode()).hexdigest()[:16]
     return _get_store(root, tuple(uids), settings, key)
 
@@ -139,7 +141,10 @@ def _build(root: Path, uids: tuple[str, ...], settings: Settings, folder: Path) 
     start = np.cumsum([0, *(len(c.c2w) for c in cameras.values())])
     c2w = np.concatenate([np.zeros((0, 4, 4)), *(c.c2w for c in cameras.values())])
     fxfycxcy = np.concatenate([np.zeros((0, 4)), *(c.fxfycxcy for c in cameras.values())])
-    is_source = elements.in_band(c2w, settings.source_elevation)
+    is_source = np.concatenate([
+        np.zeros(0, bool),
+        *(elements.is_source(c.c2w, settings.source_elevation, settings.source_views) for c in cameras.values()),
+    ])  # fmt: skip
     source_row = np.where(is_source, np.cumsum(is_source) - 1, -1)
     arrays, unfinished = _allocate(folder, int(is_source.sum()), int(start[-1]), settings)
     try:
@@ -216,8 +221,11 @@ def _decode(cameras: dict[str, folders.Cameras], settings: Settings, start, sour
             rgba = folders.read_image(cameras[uid], i)
             _put(arrays, "target", start[index] + i, elements.shrink(rgba, settings.target_size))
             if (row := source_row[start[index] + i]) >= 0:
+                if settings.source_images != "rgba":
+                    rgba = folders.read_prediction(cameras[uid], i, settings.source_images)
+                name = f"{settings.source_images}/{path.name}"
                 crop, boxes[row] = elements.source_crop(
-                    rgba, settings.source_size, settings.foreground_ratio, f"rgba/{path.name}"
+                    rgba, settings.source_size, settings.foreground_ratio, name
                 )
                 _put(arrays, "source", row, crop)
 

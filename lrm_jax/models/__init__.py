@@ -27,7 +27,7 @@ import importlib
 
 from flax import linen as nn
 
-FAMILIES = ("lrm", "triposr", "lvsm")
+FAMILIES = ("lrm", "triposr", "lvsm", "one2345")
 
 
 def build(name: str, variant: str, **overrides) -> nn.Module:

@@ -2,7 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
+
+CORNERS = [
+    np.array([[x, y, z]], np.float32) for x in (0, 1) for y in (0, 1) for z in (0, 1)
+]  # of a cell, in indices
 
 
 def sample_plane(plane: Float[Array, "h w C"], xy: Float[Array, "Q 2"]) -> Float[Array, "Q C"]:
@@ -47,3 +52,48 @@ def sample_triplane(
     total = jnp.zeros((xyz.shape[0], triplane.shape[-1]), jnp.float32)
     total, _ = jax.lax.scan(add, total, (triplane.astype(jnp.float32), xy_PQ2))
     return total.astype(triplane.dtype)
+
+
+def sample_volume(
+    volume: Float[Array, "X Y Z C"], index: Float[Array, "Q 3"], outside: str
+) -> Float[Array, "Q C"]:
+    """Trilinear lookup at fractional indices along x, y and z.
+
+    Args:
+      outside: what lies beyond the volume: "zeros", or "edge" for its outermost values.
+    """
+    low = jax.lax.stop_gradient(jnp.floor(index))
+    result = 0.0
+    for corner in CORNERS:
+        weight = jnp.prod(1 - corner + (2 * corner - 1) * (index - low), axis=-1)
+        result = result + weight[:, None] * _voxels(volume, low + corner, outside)
+    return result
+
+
+def sample_volume_with_gradient(
+    volume: Float[Array, "X Y Z C"], index: Float[Array, "Q 3"], outside: str
+) -> tuple[Float[Array, "Q C"], Float[Array, "Q 3 C"]]:
+    """As `sample_volume`, and the derivative with respect to the three indices.
+
+    The derivative is a difference of the same eight voxels, so that its own gradient is one more sum, not a scatter of one.
+    """
+    low = jax.lax.stop_gradient(jnp.floor(index))
+    value, gradient = 0.0, 0.0
+    for corner in CORNERS:
+        x, y, z = (1 - corner + (2 * corner - 1) * (index - low)).T
+        found_QC = _voxels(volume, low + corner, outside)
+        others_Q3 = jnp.stack([y * z, x * z, x * y], axis=-1) * (2 * corner - 1)
+        value = value + (x * y * z)[:, None] * found_QC
+        gradient = gradient + others_Q3[..., None] * found_QC[:, None]
+    return value, gradient
+
+
+def _voxels(volume_XYZC, index_Q3, outside):
+    """The values of the voxels with these whole numbers as indices."""
+    size = np.array([volume_XYZC.shape[:3]], np.float32)
+    inside = ((index_Q3 >= 0) & (index_Q3 < size)).all(-1)
+    i, j, k = jnp.clip(index_Q3, 0, size - 1).astype(jnp.int32).T
+    row = (i * volume_XYZC.shape[1] + j) * volume_XYZC.shape[2] + k
+    flat = volume_XYZC.reshape(-1, volume_XYZC.shape[-1])
+    found_QC = flat.at[row].get(mode="promise_in_bounds")
+    return found_QC if outside == "edge" else jnp.where(inside[:, None], found_QC, 0)

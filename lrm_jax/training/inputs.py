@@ -21,7 +21,7 @@ SOURCES = {
 # Fields of `config.data` that the procedural source takes too.
 SHARED = (
     "seed", "num_source", "num_target", "source_size", "target_size", "source_elevation", "foreground_ratio", "normalize",
-    "assumed_camera",
+    "assumed_camera", "sources_as_targets",
 )  # fmt: skip
 
 

@@ -125,6 +125,9 @@ def abstract_batch(config: ConfigDict, device_mesh: Mesh, batch_size: int) -> Ba
     data = config.data
     split = NamedSharding(device_mesh, PartitionSpec(sharding.BATCH_AXES))
 
+    # Not all kinds of data have this field.
+    num_sources_shown = data.num_source if data.get("sources_as_targets", True) else 0
+
     def array(dtype, *shape):
         return jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=split)
 
@@ -139,7 +142,7 @@ def abstract_batch(config: ConfigDict, device_mesh: Mesh, batch_size: int) -> Ba
 
     return Batch(
         source=views(data.num_source, data.source_size),
-        target=views(data.num_source + data.num_target, data.target_size),
+        target=views(num_sources_shown + data.num_target, data.target_size),
     )
 
 

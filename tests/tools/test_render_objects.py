@@ -369,12 +369,36 @@ def test_an_interrupted_run_starts_no_more_objects(tmp_path):
         (["--protocol", "triposr", "--distance", "0.4", "2"], "needs 0.5 < LO <= HI"),
         (["--geometry", "--distance", "3", "9"], "with --geometry at most 5.55"),
         (["--samples", "8"], "only for --backend cycles"),
+        (["--protocol", "one2345", "--views", "32"], "--views: --protocol one2345 has 40 fixed"),
+        (["--protocol", "one2345", "--distance", "2", "2"], "--distance: --protocol one2345"),
+        (["--protocol", "one2345", "--fov", "40"], "--fov: --protocol one2345"),
+        (["--protocol", "one2345", "--elevation", "80", "91"], "-90 <= LO <= HI <= 90"),
     ],
 )
 def test_bad_arguments_end_with_2(arguments, words, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         render_objects.main([str(tmp_path), str(tmp_path / "out"), *arguments])
     assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "protocol, flag, written",
+    [
+        ("default", [], False),
+        ("default", ["--geometry"], True),
+        ("one2345", [], True),
+        ("one2345", ["--no-geometry"], False),
+    ],
+)
+def test_one2345_writes_depth_and_normals_unless_told_not_to(protocol, flag, written, tmp_path):
+    save(tmp_path / "in.glb", textured_board())
+    arguments = ["--protocol", protocol, "--size", "16", "--workers", "1", *flag]
+    assert render_objects.main([str(tmp_path / "in.glb"), str(tmp_path / "out"), *arguments]) == 0
+    (folder,) = (path.parent for path in tmp_path.glob("out/*/rgba"))
+    count = PROTOCOLS[protocol].views
+    assert len(list(folder.glob("rgba/*.png"))) == len(list(folder.glob("pose/*.npy"))) == count
+    for name in ("depth", "normal"):
+        assert len(list(folder.glob(f"{name}/*.png"))) == (count if written else 0)
 
 
 def test_no_input_is_one_line_and_writes_nothing(tmp_path, capsys):

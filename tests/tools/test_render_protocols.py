@@ -10,6 +10,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 from rendering.protocols import PROTOCOLS, Settings, choose_cameras, choose_lighting  # noqa: E402
 
+from lrm_jax.ops.cameras import one2345_rig  # noqa: E402
+
 SETTINGS = Settings(views=6, distance=(2.6, 3.4))
 
 
@@ -69,6 +71,35 @@ def test_triposr_cameras_are_those_of_its_code():
     settings = PROTOCOLS["triposr"]
     assert (settings.size, settings.fov, settings.box) == (512, 40.0, 1.0)
     np.testing.assert_allclose(np.linalg.norm(eyes(settings), axis=-1), 1.9, atol=1e-5)  # float32
+
+
+def test_one2345_views_are_its_rig():
+    settings = PROTOCOLS["one2345"]
+    assert (settings.views, settings.size, settings.box) == (40, 256, 0.8)
+    for uid in "ab":  # the published elevation is the same for all objects
+        cameras = choose_cameras(settings, uid)
+        np.testing.assert_array_equal(cameras.c2w, one2345_rig(60.0).c2w)
+        # embree makes its rays from the field of view.
+        fov = np.degrees(2 * np.arctan(0.5 / cameras.fxfycxcy[:, :2]))
+        np.testing.assert_allclose(fov, settings.fov, rtol=1e-6)
+    np.testing.assert_allclose(cameras.fxfycxcy[0] * 256, [280, 280, 128, 128], rtol=1e-6)
+
+
+def test_one2345_draws_the_elevation_of_its_input_view_for_each_object():
+    settings = dataclasses.replace(PROTOCOLS["one2345"], elevation=(10.0, 45.0))
+    directions = np.stack([eyes(settings, f"object {i}") / 1.2 for i in range(200)])
+    elevation = np.degrees(np.arcsin(directions[..., 2]))
+    np.testing.assert_allclose(elevation[:, :4] - elevation[:, :1], 0, atol=1e-3)
+    assert 10 <= elevation[:, 0].min() < 11 and 44 < elevation[:, 0].max() <= 45 + 1e-4
+    # The other four are 30 degrees lower, but at most 15 degrees below the horizon.
+    step = np.where(elevation[:, 0] >= 15, -30, 30)
+    np.testing.assert_allclose(elevation[:, 4] - elevation[:, 0], step, atol=1e-3)
+    neighbours = elevation[:, 8:].reshape(-1, 8, 4) - elevation[:, :8, None]
+    np.testing.assert_allclose(neighbours[..., 0], 10, atol=1e-3)
+    np.testing.assert_allclose(neighbours[..., 1], -10, atol=1e-3)
+    np.testing.assert_allclose(neighbours[..., 2:], 0, atol=1e-3)
+    again = choose_cameras(settings, "object 0").c2w[:, :3, 3]
+    np.testing.assert_array_equal(again / 1.2, directions[0])
 
 
 def test_the_default_protocol_is_what_old_folders_were_rendered_with():

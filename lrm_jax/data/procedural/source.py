@@ -17,7 +17,7 @@ from lrm_jax.data.elements import make_recipe
 from lrm_jax.data.procedural import assembly, blueprints, raytrace
 from lrm_jax.images.png import to_uint8
 from lrm_jax.ops import cameras as cameras_lib
-from lrm_jax.ops import srgb
+from lrm_jax.ops import normalization, srgb
 from lrm_jax.types import Batch, Cameras, InputError, Views
 
 SPLITS = ("train", "val")
@@ -40,6 +40,7 @@ def make(
     foreground_ratio: float | None = 0.85,
     normalize: str | None = "azimuth",
     assumed_camera: tuple[float, float] | None = None,
+    sources_as_targets: bool = True,
     num_primitives: int = 16,
     num_holes: int = 4,
     distance: tuple[float, float] = (3.0, 3.0),
@@ -71,7 +72,12 @@ def make(
         foreground_ratio=foreground_ratio,
         normalize=normalize,
         assumed_camera=assumed_camera,
+        sources_as_targets=sources_as_targets,
     )
+    if normalize in normalization.BY_ALL_SOURCES:
+        raise InputError(
+            f"data.normalize={normalize}: procedural objects have azimuth, source, image or None: leave out data.mix"
+        )
     _check(split, seed, num_primitives, num_holes, source_elevation, elevation, distance, fov)
 
     def finish(elements: dict[str, jax.Array]) -> Batch:
@@ -87,10 +93,15 @@ def make(
         if foreground_ratio is not None:
             sources = _crop(sources, scene.outline, foreground_ratio)
         source = _views(scene, sources, source_size)
-        target = _views(scene, cameras, target_size)
         poses = _normalized_poses(cameras, sources, normalize, assumed_camera)
-        sources, cameras = sources.replace(c2w=poses[:num_source]), cameras.replace(c2w=poses)
-        return Batch(source=source.replace(cameras=sources), target=target.replace(cameras=cameras))
+        first = 0 if sources_as_targets else num_source
+        targets = jax.tree.map(lambda a: a[first:], cameras)
+        target = _views(scene, targets, target_size)
+        sources, targets = (
+            sources.replace(c2w=poses[:num_source]),
+            targets.replace(c2w=poses[first:]),
+        )
+        return Batch(source=source.replace(cameras=sources), target=target.replace(cameras=targets))
 
     count = NUM_VALIDATION if split == "val" else 2**32
     elements = grain.MapDataset.range(count).map(_element)

@@ -57,7 +57,7 @@ def from_torch(entries: list[Entry], state: dict[str, np.ndarray]) -> dict:
         parts = np.split(value, len(entry.ours), axis=-1) if len(entry.ours) > 1 else [value]
         for path, part in zip(entry.ours, parts, strict=True):
             if entry.layer is None:
-                flat[path] = np.ascontiguousarray(part)
+                flat[path] = np.asarray(part, order="C")
             else:
                 flat.setdefault(path, {})[entry.layer] = part
     tree = {}
@@ -83,7 +83,7 @@ def to_torch(entries: list[Entry], params: dict) -> dict[str, np.ndarray]:
         value = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
         if entry.axes is not None:
             value = value.transpose(np.argsort(entry.axes))
-        state[entry.torch] = np.ascontiguousarray(value)
+        state[entry.torch] = np.asarray(value, order="C")
     return state
 
 

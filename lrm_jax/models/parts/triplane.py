@@ -9,7 +9,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from lrm_jax.kernels import field
-from lrm_jax.models.parts import torch_layout
+from lrm_jax.models.parts import chunks, torch_layout
 from lrm_jax.models.parts.layers import torch_linear_init
 from lrm_jax.parallel import batch_axes, sharding
 from lrm_jax.types import Rays, Rendering
@@ -98,12 +98,13 @@ def render(
     def one_scene(layers, rays_at_a_time, triplane_PhwC, rays, key):
         projected = project_planes(triplane_PhwC, layers, dtype)
         march_one = functools.partial(march, projected, layers)
-        in_chunks = functools.partial(
-            render_in_chunks, march_one, key=key, chunk=rays_at_a_time, remat=not field.is_fused(projected)
+        # The kernel of TPUs keeps its result: 16 bytes of a sample, which would be all of its work to compute again.
+        render_chunks = functools.partial(
+            chunks.in_chunks, march_one, key=key, chunk=rays_at_a_time, remat=not field.is_fused(projected), keep=field.RAW
         )  # fmt: skip
         if not field.orders_rays():
-            return in_chunks(rays)
-        rendering = in_chunks(jax.tree.map(field.in_tiles, rays))
+            return render_chunks(rays)
+        rendering = render_chunks(jax.tree.map(field.in_tiles, rays), multiple=field.TILE_SIDE**2)
         shape = rays.origins.shape[:-1]
         return jax.tree.map(lambda x: field.from_tiles(x, shape), rendering)
 
@@ -135,53 +136,6 @@ def query(
         return jax.vmap(one)(*scenes)
 
     return batch_axes.split_batch(own_scenes, layers, (triplane_BPhwC, xyz))
-
-
-def render_in_chunks(
-    march: Callable[[Rays, jax.Array | None], Rendering],
-    rays: Rays,
-    key: jax.Array | None,
-    chunk: int,
-    remat: bool = True,
-) -> Rendering:
-    """Applies `march` to chunks of rays in a scan, so that memory does not grow with the number of rays.
-
-    With `remat`, this is the deferred back-propagation of ARF (https://arxiv.org/abs/2206.06360): the backward pass renders the
-    chunks again, one at a time. Without, what the backward pass needs of every chunk is kept.
-
-    Args:
-      march: renders rays [R] with a key for this chunk.
-      rays: any batch shape; their number is padded to a multiple of the chunk.
-      key: None makes every chunk deterministic.
-      chunk: the most rays in a call of `march`.
-    """
-    shape = rays.origins.shape[:-1]
-    flat = jax.tree.map(lambda x: x.reshape(-1, 3), rays)
-    num_rays = flat.origins.shape[0]
-    num_chunks = -(-num_rays // chunk) if num_rays > chunk else 1
-    size = -(-num_rays // num_chunks)
-    size += -size % field.TILE_SIDE**2 if field.orders_rays() else 0
-    # Padding repeats the last ray: a zero direction would make NaNs in the backward pass.
-    flat = jax.tree.map(
-        lambda x: jnp.pad(x, ((0, num_chunks * size - num_rays), (0, 0)), mode="edge"), flat
-    )
-    chunks = jax.tree.map(lambda x: x.reshape(num_chunks, size, 3), flat)
-
-    def one(index_and_rays):
-        index, rays = index_and_rays
-        return march(rays, None if key is None else jax.random.fold_in(key, index))
-
-    if remat:
-        # The kernel of TPUs keeps its result: 16 bytes of a sample, which would be all of its work to compute again.
-        keep = jax.checkpoint_policies.save_only_these_names(field.RAW)
-        one = jax.checkpoint(one, policy=keep)
-    rendering = jax.lax.map(one, (jnp.arange(num_chunks), chunks))
-    return jax.tree.map(
-        lambda x: x.reshape(num_chunks * size, *x.shape[2:])[:num_rays].reshape(
-            *shape, *x.shape[2:]
-        ),
-        rendering,
-    )
 
 
 def decoder_entries(prefix: str, num_layers: int) -> list[torch_layout.Entry]:
