@@ -83,9 +83,7 @@ def read(
     if cameras.size[0] != cameras.size[1]:
         raise InputError(f"its images are {cameras.size[0]}x{cameras.size[1]}, not square")
     count = len(cameras.images)
-    first_view, end = source_views or (0, count)
-    candidates = np.flatnonzero(elements.in_band(cameras.c2w, elevation))
-    candidates = candidates[(first_view <= candidates) & (candidates < end)]
+    candidates = np.flatnonzero(elements.is_source(cameras.c2w, elevation, source_views))
     if len(candidates) < num_sources:
         raise InputError(
             f"{len(candidates) or 'no'} view has {which(elevation, source_views)}; number of sources needed: {num_sources}"
@@ -96,17 +94,19 @@ def read(
     given = sources if source_views is None else slice(*source_views)
     others = np.delete(np.arange(count), given)
     if len(others) < num_targets:
-        where = "" if source_views is None else f", with sources from {first_view} to {end - 1},"
+        where = "" if source_views is None else f" with {which(None, source_views)} for sources"
         raise InputError(
             f"{count} views{where} are too few for {num_sources} source and {num_targets} target views: lower --views"
         )
     chosen = [rng.choice(part) for part in np.array_split(others, num_targets)]
     points, no_points = _points(folder / "points.npy")
-    paths = tuple(folder / source_images / path.name for path in cameras.images)
-    given = dataclasses.replace(cameras, images=paths)
+    if source_images == "rgba":
+        images = [folders.read_image(cameras, i) for i in sources]
+    else:
+        images = [folders.read_prediction(cameras, i, source_images) for i in sources]
     return HeldOut(
         folder=folder.absolute(),
-        sources=np.stack([folders.read_image(given, i) for i in sources]),
+        sources=np.stack(images),
         source_cameras=_at(cameras, sources),
         targets=np.stack([elements.shrink(folders.read_image(cameras, i), size) for i in chosen]),
         target_cameras=_at(cameras, chosen),

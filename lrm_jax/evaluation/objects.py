@@ -479,7 +479,7 @@ def score_surface(
     count = surface_metrics.NUM_POINTS
     truth = np.random.default_rng(0).permutation(x.item.points)[:count]
     shapes = mean_object.shapes(mean, x.item, count, np.random.default_rng(0))
-    if x.masks is not None:
+    if x.masks is not None and not (x.masks > visual_hull.OUTLINE).all((1, 2)).any():
         hull = visual_hull.field(x.masks, jax.tree.map(lambda leaf: leaf[0], x.source.cameras))
         shapes[visual_hull.NAME], _ = surface_points(
             hull, 0.0, model.radius, resolution, x.to_model

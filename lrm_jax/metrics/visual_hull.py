@@ -15,7 +15,7 @@ from lrm_jax.types import Cameras
 NAME = "visual hull"
 PROTOCOL = (
     "carved from the alpha of the same source images, on the same grid: what is inside the silhouette in every image; "
-    "scored like the model's surface"
+    "scored like the model's surface; not for images without transparency"
 )
 OUTLINE = 0.5  # the coverage of a pixel at the edge of the silhouette
 FINE = 512  # silhouettes are enlarged to about this side, so that distances to their outlines are finer than a pixel
@@ -28,8 +28,8 @@ def field(
 
     In each view, the distance to the outline at the point's projection times the depth over the focal length is the
     distance to the view's cone of lines of sight; a point is inside the hull if it is inside every cone. A distance, unlike
-    the coverage itself, changes evenly on grids coarser than a pixel. Beyond the border of an image its
-    silhouette continues as at the border: where the object is cut off, that view carves nothing further out.
+    the coverage itself, changes evenly on grids coarser than a pixel. Beyond the border of an image, the distance falls from its
+    value at the border by the distance from the border: where the object is cut off, it goes on, but gets thinner.
 
     Args:
       alpha: coverage of the pixels in [0, 1].
@@ -48,6 +48,7 @@ def field(
             place = x_y / ahead * intrinsics[:2] + intrinsics[2:]  # fractions of width and height
             column, row = (place * distance.shape[::-1] - 0.5).T
             seen = ndimage.map_coordinates(distance, [row, column], order=1, mode="nearest")
+            seen -= np.linalg.norm((place - place.clip(0, 1)) * size, axis=-1)
             scale = ahead[:, 0] / (intrinsics[:2] * size).mean()
             least = np.minimum(least, np.where(z[:, 0] > 0, seen * scale, z[:, 0]))
         return least.astype(np.float32)

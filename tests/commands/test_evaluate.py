@@ -451,6 +451,25 @@ def test_posed_views_of_a_range_are_given_and_others_compared(lrm, monkeypatch, 
     assert 0.03 < others["visual hull"]["chamfer"] < 0.2  # worse than the oracle
 
 
+def test_one2345_is_evaluated_from_its_training_record(lrm, tmp_path):
+    """Random weights, whose surface is that of the initialisation: about a ball."""
+    write_object(Path("data/a"), num_views=12, step=5.0)
+    model = models.build("one2345", "tiny")
+    seen_by = jax.tree.map(lambda x: x[None], cameras.orbit(3, 2.0, 20.0, 40.0))
+    source = Views(rgb=jnp.zeros((1, 3, 16, 16, 3)), cameras=seen_by)
+    variables = model.init(jax.random.key(0), source, cameras.pixel_rays(seen_by, 2, 2))
+    training = record(num_source=6, source_size=16, normalize="common_view", source_views=[2, 12], source_elevation=None)  # fmt: skip
+    model_file.save_model(tmp_path / "tiny.safetensors", model, variables["params"], training)
+    code, _, stderr = lrm("--data", "data", "--views", "2", "--weights", "tiny.safetensors")
+    assert code == 0, stderr
+    summary = read_summary()
+    assert summary["protocol"]["source"].startswith("6 views with a number from 2 to 11")
+    assert summary["protocol"]["world"].startswith("the model's is upright")
+    for name in ("psnr", "iou", "fscore@0.5"):
+        assert summary["mean"][name] is not None
+    assert summary["baseline"]["others"]["visual hull"]["fscore@0.2"] > 0.7
+
+
 def test_published_weights_of_posed_views_need_no_record(lrm, monkeypatch):
     write_object(Path("data/a"), num_views=9, step=5.0)
     choice = dict(num_sources=5, elevation=None)

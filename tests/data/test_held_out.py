@@ -70,7 +70,8 @@ def test_sources_come_from_a_range_of_views_and_targets_from_outside(tmp_path):
     every = held_out.read(folder, 4, SIZE, 10, **choice)
     assert sorted(places_of(every.source_cameras.c2w, folder)) == list(range(2, 12))
     with pytest.raises(
-        InputError, match="with sources from 2 to 11, are too few for 10 source and 5 target"
+        InputError,
+        match="with a number from 2 to 11 for sources are too few for 10 source and 5 target",
     ):
         held_out.read(folder, 5, SIZE, 10, **choice)
     with pytest.raises(
