@@ -70,6 +70,22 @@ def test_a_config_is_what_it_was(case, same_text):
     )
 
 
+def test_sources_that_are_no_targets_are_not_counted():
+    """One2345's batches: only other views are supervised. Scenes have no such field: their sources are always targets."""
+    config = load("nano:tiny")
+    device_mesh = sharding.make_device_mesh(**config.sharding)
+    counts = {}
+    for shown in (True, False):
+        with config.data.unlocked():
+            config.data.update(num_source=3, num_target=2, sources_as_targets=shown)
+        batch = setup.abstract_batch(config, device_mesh, 8)
+        counts[shown] = batch.source.rgb.shape[1], batch.target.rgb.shape[1]
+    assert counts == {True: (3, 5), False: (3, 2)}
+    scenes = load("lvsm_scenes:tiny")
+    batch = setup.abstract_batch(scenes, device_mesh, 8)
+    assert batch.target.rgb.shape[1] == scenes.data.num_source + scenes.data.num_target
+
+
 @pytest.mark.parametrize("case", [case for case in CASES if "tiny" not in case])
 def test_the_images_of_a_config_are_those_of_its_model(case):
     config = load(case)

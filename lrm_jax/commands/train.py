@@ -35,6 +35,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from lrm_jax.commands import train_flags
+from lrm_jax.models import objective_terms
 from lrm_jax.parallel import batch_axes, processes, sharding
 from lrm_jax.parallel.whole_files import write_file
 from lrm_jax.training import checkpoints, flops, losses
@@ -58,10 +59,10 @@ def main(argv: list[str]) -> int:
     check_batch_size(config, device_mesh)
     if only_compile:
         return dry_run(config, device_mesh)
-    networks = losses.load_networks(config.losses, config.networks)
+    run = make_run(config, device_mesh)
+    networks = losses.load_networks(config.losses, config.networks, objective_terms(run.model))
     peak_rate = flops.peak_rate()  # measured before the loader's threads and the first program run
     data = open_data(*batch_axes.process_slice(device_mesh), **config.data)
-    run = make_run(config, device_mesh)
     # Before anything is written to the workdir.
     params = initial_params(run, config.train.init_from) if checkpoints.is_empty(workdir) else None
     claim(workdir, config)

@@ -39,8 +39,8 @@ class Settings:
     target_size: int
     source_elevation: tuple[float, float] | None
     foreground_ratio: float | None
-    source_views: tuple[int, int] | None
-    source_images: str
+    source_views: tuple[int, int] | None = None
+    source_images: str = "rgba"
 
 
 @dataclasses.dataclass(frozen=True)

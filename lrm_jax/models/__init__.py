@@ -7,12 +7,14 @@ A family is a linen module in `models/<name>.py` with these members. Rendering, 
 | `encode` | `(source: Views) -> scene` | any pytree with leading axis B: planes, latents, source tokens |
 | `render` | `(scene, rays: Rays[B V H W], keys_B=None) -> Rendering[B V H W]` | premultiplied colour; a random key for each scene; deterministic without keys |
 | `query` (optional) | `(scene, xyz[B Q 3]) -> (field[B Q], rgb[B Q 3])` | field grows inward; absent means "no surface" |
+| `objective` (optional) | `(source: Views, target: Views, keys_B, step) -> dict of scalars` | terms of a loss that is not a rendering's (an eikonal term, a diffusion's noise error), named by the module's `TERMS`; `step` counts updates. The training step adds them under the config's weights, and writes back what norms put into the collection "statistics" |
 | `__call__` | `(source: Views, rays: Rays) -> Rendering` | `render(encode(source), rays)`: for `init` |
 | `prepare` (optional) | `(rgba: list of uint8[H W 4]) -> Views[B 1 H W]` | single-image families: the images as `encode` expects them, with the camera that the family assumes for them |
 | `image_size` | class field | side of the source images in pixels |
 | `dtype` | class field | of the products; in a training step, also of the losses' frozen networks |
 | `foreground_ratio` (optional) | class field | with `prepare`: the fraction of the side that it scales the object to; absent or None means that it does not crop |
 | `surface_level`, `radius` | class fields | with `query`: the field's value at the surface, and half the side of the cube around the origin that the field fills |
+| `normalize` | class attribute | with posed source views: how the published weights expect their world to be moved, a `data.normalize` |
 | `VARIANTS` | `dict[str, dict]` | field overrides of each published size, and `"tiny"` |
 | `from_torch(state, model)` / `to_torch(params, model)` | dict of NumPy arrays <-> params | renames, transposes, (un)stacks only: exact inverses |
 
@@ -55,3 +57,8 @@ def family(name: str):
 def name_of(model: nn.Module) -> str:
     """The family name of a module that `build` made."""
     return type(model).__module__.rsplit(".", 1)[-1]
+
+
+def objective_terms(model: nn.Module) -> tuple[str, ...]:
+    """The names of the terms of a model's `objective`; none if it has no such method."""
+    return getattr(family(name_of(model)), "TERMS", ())

@@ -21,14 +21,6 @@ def ray_box(
     return jnp.maximum(near, 0.0), far
 
 
-def unit_ball_range(distance: Float[Array, "*B"]) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
-    """(near, far) of a camera at this distance from the centre of the unit ball, 5 % wider (SparseNeuS, One-2-3-45).
-
-    near is negative for a camera in the ball.
-    """
-    return 0.95 * (distance - 1), 1.05 * (distance + 1)
-
-
 def uniform_edges(
     near: Float[Array, "*B"], far: Float[Array, "*B"], num_samples: int
 ) -> Float[Array, "*B {num_samples}+1"]:

@@ -60,10 +60,19 @@ def terms(
     return {name: compute[name]() for name, weight in weights.items() if weight}
 
 
-def check(weights: Mapping[str, float], networks: Mapping[str, object]) -> None:
-    """Raises InputError if a term does not exist, or if its network is missing from `networks` (files or parameters)."""
-    if unknown := sorted(set(weights) - set(TERMS)):
-        raise InputError(f"no loss term {', '.join(unknown)}: choose from {', '.join(TERMS)}")
+def check(
+    weights: Mapping[str, float], networks: Mapping[str, object], own: tuple[str, ...] = ()
+) -> None:
+    """Raises InputError if a term does not exist, or if its network is missing from `networks` (files or parameters).
+
+    Args:
+      own: terms of the model family's `objective`.
+    """
+    known = (*TERMS, *own)
+    if unknown := sorted(set(weights) - set(known)):
+        raise InputError(f"no loss term {', '.join(unknown)}: choose from {', '.join(known)}")
+    if not any(weights.values()):
+        raise InputError(f"config.losses: no term has a weight: choose from {', '.join(known)}")
     for name, module in NETWORKS.items():
         if weights.get(name) and not networks.get(name):
             raise InputError(
@@ -72,13 +81,15 @@ def check(weights: Mapping[str, float], networks: Mapping[str, object]) -> None:
             )
 
 
-def load_networks(weights: Mapping[str, float], files: Mapping[str, str]) -> dict[str, dict]:
+def load_networks(
+    weights: Mapping[str, float], files: Mapping[str, str], own: tuple[str, ...] = ()
+) -> dict[str, dict]:
     """Loads the networks that terms with non-zero weights need: the argument `networks` of `terms`, as NumPy arrays.
 
     Raises:
       InputError: as in `check`; or a file is missing, or is not the file of this network.
     """
-    check(weights, files)
+    check(weights, files, own)
     if unknown := sorted(set(files) - set(NETWORKS)):
         raise InputError(f"no network {', '.join(unknown)}: choose from {', '.join(NETWORKS)}")
     return {name: NETWORKS[name].load(files[name]) for name in NETWORKS if weights.get(name)}

@@ -1,5 +1,9 @@
-"""The training step of every family: crop -> rays -> model -> losses -> gradient -> optimiser -> running mean. Pure functions."""
+"""The training step of every family: crop -> rays -> model -> losses -> gradient -> optimiser -> running mean. Pure functions.
 
+A family's own `objective` takes the place of rendering, or adds to it: the loss is the sum of all terms with a weight.
+"""
+
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -9,6 +13,7 @@ import numpy as np
 import optax
 from flax import linen as nn
 
+from lrm_jax import models
 from lrm_jax.ops import cameras as ops_cameras
 from lrm_jax.ops import image_metrics
 from lrm_jax.ops.compositing import as_float, blend, on_background, premultiplied
@@ -36,7 +41,9 @@ def train_step(
     accumulate: int,
     ema_decay: float,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update: compares a random window of each target view with its rendering, both on a random background.
+    """One update. Compares a random window of each target view with its rendering, both on a random background.
+
+    If only terms of the family's own `objective` have weights, nothing is rendered here.
 
     Args:
       state: the caller donates its buffers.
@@ -54,13 +61,17 @@ def train_step(
       gradient norm before clipping, the number of updates skipped so far, and the learning rate.
     """
 
-    def total_loss(params, networks, part: Batch, keys_B):
+    own = {k: v for k, v in loss_weights.items() if k in models.objective_terms(model)}
+    of_renderings = {k: v for k, v in loss_weights.items() if k not in own}
+    windows = partial(
+        random_crops, patch=patch, render_size=render_size, antialias=antialias, foreground=foreground_crops
+    )  # fmt: skip
+
+    def rendered(params, networks, part: Batch, keys_B):
+        """The terms of renderings, and the square error."""
         keys_4B = jax.vmap(lambda key: jax.random.split(key, 4), out_axes=1)(keys_B)
         crop_keys, background_keys, render_keys, color_keys = keys_4B
         source = part.source
-        windows = partial(
-            random_crops, patch=patch, render_size=render_size, antialias=antialias, foreground=foreground_crops
-        )  # fmt: skip
         target, cameras = by_scene(windows, crop_keys, part.target)
         if recolor:
             source, target = by_scene(recolored, color_keys, source, target)
@@ -74,10 +85,21 @@ def train_step(
         )
         seen = blend(rendering, background)
         terms = losses.terms(
-            seen, wanted, loss_weights, scene=scene, networks=networks, dtype=model.dtype
+            seen, wanted, of_renderings, scene=scene, networks=networks, dtype=model.dtype
         )
+        return terms, losses.mse(seen, wanted)
+
+    def total_loss(params, networks, part: Batch, keys_B):
+        terms, scalars, statistics = {}, {}, {}
+        if any(of_renderings.values()):
+            terms, scalars["square_error"] = rendered(params, networks, part, keys_B)
+        if any(own.values()):
+            found, statistics = objective(
+                model, params, part, keys_B, state.step, source_background
+            )
+            terms |= {name: found[name] for name, weight in own.items() if weight}
         total = sum(loss_weights[name] * value for name, value in terms.items())
-        return total, {"loss": total, **terms, "square_error": losses.mse(seen, wanted)}
+        return total, ({"loss": total, **terms, **scalars}, statistics)
 
     def gradient(params, networks, part_and_keys):
         inputs = batch_axes.constrain_batch(part_and_keys)
@@ -86,11 +108,13 @@ def train_step(
     # A scene's draws follow from its place in the whole batch, however that is split.
     keys_B = jax.random.split(jax.random.fold_in(state.key, state.step), batch.source.rgb.shape[0])
     if accumulate == 1:
-        grads, scalars = gradient(state.params, networks, (batch, keys_B))
+        grads, (scalars, statistics) = gradient(state.params, networks, (batch, keys_B))
     else:
-        grads, scalars = _accumulated(gradient, state.params, networks, (batch, keys_B), accumulate)
+        grads, (scalars, statistics) = _accumulated(
+            gradient, state.params, networks, (batch, keys_B), accumulate
+        )
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params = with_statistics(optax.apply_updates(state.params, updates), statistics)
     ema_params = running_mean(state.ema_params, params, state.step, ema_decay)
     scalars = _named(scalars, opt_state, schedule(state.step))
     state = state.replace(
@@ -99,12 +123,36 @@ def train_step(
     return state, scalars
 
 
+def objective(
+    model: nn.Module, params, part: Batch, keys_B: jax.Array, step: jax.Array, background: float
+) -> tuple[dict[str, jax.Array], Any]:
+    """The terms of the family's own loss, and the new running statistics of its norms, in a tree like part of `params`.
+
+    Its views are on a grey background; the target keeps its alpha.
+    """
+    source = on_background(part.source, background)
+    target = on_background(part.target, background).replace(alpha=premultiplied(part.target).alpha)
+    terms, kept = model.apply(
+        {"params": params}, source, target, keys_B, step, method="objective", mutable=["statistics"]
+    )
+    return terms, kept.get("statistics", {})
+
+
+def with_statistics(params, statistics):
+    """The parameters with the running statistics that a step found. One that is not finite keeps its old value."""
+    if not isinstance(statistics, Mapping):
+        return jnp.where(jnp.isfinite(statistics), statistics, params)
+    changed = {name: with_statistics(params[name], value) for name, value in statistics.items()}
+    return {**params, **changed}
+
+
 def _named(scalars, opt_state, learning_rate):
     """The scalars of a step under the names of a report."""
-    # PSNR of the mean error: empty windows, which soon become perfect, would dominate a mean of PSNRs.
-    psnr = image_metrics.decibels(scalars["square_error"])
-    terms = {name: value for name, value in scalars.items() if name != "square_error"}
-    return {f"train/{name}": value for name, value in (terms | {"psnr": psnr}).items()} | {
+    terms = dict(scalars)
+    if "square_error" in terms:
+        # PSNR of the mean error: empty windows, which soon become perfect, would dominate a mean of PSNRs.
+        terms["psnr"] = image_metrics.decibels(terms.pop("square_error"))
+    return {f"train/{name}": value for name, value in terms.items()} | {
         "grad_norm": optim.grad_norm(opt_state),
         "skipped": optim.num_skipped(opt_state),
         "learning_rate": learning_rate,
@@ -184,6 +232,9 @@ def needed_flops(model: nn.Module, patch: int, params, batch: Batch) -> float:
     """
 
     def forward(params, batch):
+        if hasattr(model, "objective"):
+            keys_B = jax.random.split(jax.random.key(0), batch.source.rgb.shape[0])
+            return objective(model, params, batch, keys_B, jnp.int32(0), 0.0)
         rays = ops_cameras.pixel_rays(batch.target.cameras, patch, patch)
         return model.apply({"params": params}, on_background(batch.source, 0.0), rays)
 

@@ -13,7 +13,7 @@ import pytest
 from safetensors import safe_open
 
 from lrm_jax.models import build, one2345
-from lrm_jax.models.parts import cost_volume, norms, sdf, torch_layout, view_blending
+from lrm_jax.models.parts import cost_volume, torch_layout, view_blending
 from lrm_jax.ops import neus
 from lrm_jax.types import Cameras, Rays, Rendering, Views
 

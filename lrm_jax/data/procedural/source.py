@@ -74,11 +74,11 @@ def make(
         assumed_camera=assumed_camera,
         sources_as_targets=sources_as_targets,
     )
+    _check(split, seed, num_primitives, num_holes, source_elevation, elevation, distance, fov)
     if normalize in normalization.BY_ALL_SOURCES:
         raise InputError(
-            f"data.normalize={normalize}: procedural objects have azimuth, source, image or None: leave out data.mix"
+            f"data.normalize={normalize}: not for procedural objects: leave out data.mix"
         )
-    _check(split, seed, num_primitives, num_holes, source_elevation, elevation, distance, fov)
 
     def finish(elements: dict[str, jax.Array]) -> Batch:
         return jax.vmap(one)(elements["index"])
@@ -95,13 +95,10 @@ def make(
         source = _views(scene, sources, source_size)
         poses = _normalized_poses(cameras, sources, normalize, assumed_camera)
         first = 0 if sources_as_targets else num_source
-        targets = jax.tree.map(lambda a: a[first:], cameras)
-        target = _views(scene, targets, target_size)
-        sources, targets = (
-            sources.replace(c2w=poses[:num_source]),
-            targets.replace(c2w=poses[first:]),
+        target = _views(scene, jax.tree.map(lambda a: a[first:], cameras), target_size)
+        return Batch(
+            source=_moved(source, poses[:num_source]), target=_moved(target, poses[first:])
         )
-        return Batch(source=source.replace(cameras=sources), target=target.replace(cameras=targets))
 
     count = NUM_VALIDATION if split == "val" else 2**32
     elements = grain.MapDataset.range(count).map(_element)
@@ -219,6 +216,10 @@ def _normalized_poses(cameras: Cameras, sources: Cameras, normalize: str | None,
             motions = {"source": cameras_lib.source_motion, "azimuth": cameras_lib.azimuth_motion}
             motion = motions[normalize](c2w)
         return cameras_lib.move_poses(motion, cameras.c2w)
+
+
+def _moved(views: Views, c2w: jax.Array) -> Views:
+    return views.replace(cameras=views.cameras.replace(c2w=c2w))
 
 
 # -- images

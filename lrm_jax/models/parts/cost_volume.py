@@ -102,19 +102,55 @@ class MaskedConv(nn.Module):
         # The reference's order: the offset along x changes fastest.
         kernel_KCF = self.param("kernel", centred, (27, x_BXYZC.shape[-1], self.features))
         kernel = kernel_KCF.reshape(3, 3, 3, *kernel_KCF.shape[1:]).transpose(2, 1, 0, 3, 4)
+        x_BXYZC, kernel = x_BXYZC.astype(self.dtype), kernel.astype(self.dtype)
         if self.step == "up":
-            kernel = kernel[::-1, ::-1, ::-1]
-        y_BXYZF = jax.lax.conv_general_dilated(
-            x_BXYZC.astype(self.dtype),
-            kernel.astype(self.dtype),
-            (2 if self.step == "down" else 1,) * 3,
-            ((1, 1),) * 3,
-            lhs_dilation=(2 if self.step == "up" else 1,) * 3,
-            dimension_numbers=("NXYZC", "XYZIO", "NXYZC"),
-        )
+            y_BXYZF = transposed_convolution(x_BXYZC, kernel)
+        else:
+            y_BXYZF = convolution(x_BXYZC, kernel, 2 if self.step == "down" else 1)
         y_BXYZF = BatchNorm(name="norm")(y_BXYZF, of_scene, mask_BXYZ)
         # Masked again: the norm's bias would fill the other sites.
         return jnp.where(mask_BXYZ[..., None], nn.relu(y_BXYZF), 0)
+
+
+def convolution(
+    x_BXYZC: Float[Array, "B X Y Z C"], kernel: Float[Array, "3 3 3 C F"], stride: int
+) -> Float[Array, "B x y z F"]:
+    """3 x 3 x 3 convolution of a volume with zeros around it.
+
+    As a convolution of the slices along x with their neighbours as further channels: on a CPU three times as fast.
+    """
+    padded = jnp.pad(x_BXYZC, ((0, 0), (1, 1), (0, 0), (0, 0), (0, 0)))
+    last = padded.shape[1] - 3
+    near = [jax.lax.slice_in_dim(padded, i, i + last + 1, stride, axis=1) for i in range(3)]
+    near_BxYZC = jnp.concatenate(near, axis=-1)
+    flat = near_BxYZC.reshape(-1, *near_BxYZC.shape[2:])
+    kernel = kernel.transpose(1, 2, 0, 3, 4).reshape(3, 3, -1, kernel.shape[-1])
+    y = jax.lax.conv_general_dilated(
+        flat, kernel, (stride, stride), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    return y.reshape(*near_BxYZC.shape[:2], *y.shape[1:])
+
+
+def transposed_convolution(
+    x_BXYZC: Float[Array, "B x y z C"], kernel: Float[Array, "3 3 3 C F"]
+) -> Float[Array, "B X Y Z F"]:
+    """3 x 3 x 3 transposed convolution with stride 2: n sites along an axis become 2 n - 1.
+
+    Each site's contributions to the 27 sites around it are one product; then they are added up, one axis after another.
+    """
+    C, F = kernel.shape[3:]
+    y = x_BXYZC @ kernel.transpose(3, 0, 1, 2, 4).reshape(C, 27 * F)
+    y = y.reshape(*x_BXYZC.shape[:4], 3, 3, 3, F)
+    for axis in (1, 2, 3):
+        before, here, after = (jnp.take(y, i, axis=4) for i in range(3))
+        # The site between two others gets the later contribution of one and the earlier of the other.
+        between = jax.lax.slice_in_dim(after, 0, -1, axis=axis)
+        between = between + jax.lax.slice_in_dim(before, 1, None, axis=axis)
+        between = jnp.pad(between, [(0, int(i == axis)) for i in range(between.ndim)])
+        y = jnp.stack([here, between], axis=axis + 1)
+        y = y.reshape(*y.shape[:axis], -1, *y.shape[axis + 2 :])
+        y = jax.lax.slice_in_dim(y, 0, -1, axis=axis)
+    return y
 
 
 class VolumeUNet(nn.Module):
