@@ -5,8 +5,8 @@ This is all NumPy: it runs in the loader's processes, where JAX would allocate t
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -81,10 +81,7 @@ def make_recipe(split: str, **fields) -> Recipe:
         raise InputError(f"data.source_elevation={band}: needs -90 <= low <= high <= 90")
     if views is not None and not (len(views) == 2 and 0 <= views[0] < views[1]):
         raise InputError(f"data.source_views={views}: needs 0 <= first < end, or None")
-    if Path(recipe.source_images).name != recipe.source_images or recipe.source_images in (
-        "",
-        "..",
-    ):
+    if not re.fullmatch(r"\w[\w.-]*", recipe.source_images):
         raise InputError(
             f"data.source_images={recipe.source_images!r}: must be the name of a folder beside rgba"
         )
