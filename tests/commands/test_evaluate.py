@@ -457,10 +457,11 @@ def test_one2345_is_evaluated_from_its_training_record(lrm, tmp_path):
     model = models.build("one2345", "tiny")
     seen_by = jax.tree.map(lambda x: x[None], cameras.orbit(3, 2.0, 20.0, 40.0))
     source = Views(rgb=jnp.zeros((1, 3, 16, 16, 3)), cameras=seen_by)
-    variables = model.init(jax.random.key(0), source, cameras.pixel_rays(seen_by, 2, 2))
+    variables = jax.jit(model.init)(jax.random.key(0), source, cameras.pixel_rays(seen_by, 2, 2))
     training = record(num_source=6, source_size=16, normalize="common_view", source_views=[2, 12], source_elevation=None)  # fmt: skip
     model_file.save_model(tmp_path / "tiny.safetensors", model, variables["params"], training)
-    code, _, stderr = lrm("--data", "data", "--views", "2", "--weights", "tiny.safetensors")
+    coarse = ["--views", "2", "--size", "16", "--resolution", "24"]
+    code, _, stderr = lrm("--data", "data", *coarse, "--weights", "tiny.safetensors")
     assert code == 0, stderr
     summary = read_summary()
     assert summary["protocol"]["source"].startswith("6 views with a number from 2 to 11")
