@@ -1,11 +1,14 @@
-"""A folder of posed images in NeRF's layout, shared by tests of captures and of LVSM."""
+"""A folder of posed images in NeRF's layout, shared by tests of captures and of families that take posed views."""
 
 import json
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from lrm_jax.data import folders
 from lrm_jax.ops import cameras, conventions
 
 
@@ -43,3 +46,17 @@ def write_transforms(
         "frames": frames,
     }
     Path(folder, "transforms.json").write_text(json.dumps(content | fields))
+
+
+def write_capture(folder: Path, rendered: Path, views: Sequence[int]) -> None:
+    """Writes views of an object in OpenLRM's layout as a capture. Its world is that of the object's points.npy."""
+    seen_by = folders.read_cameras(rendered)
+    (folder / "images").mkdir(parents=True)
+    frames = []
+    for v, pose in zip(views, conventions.write(seen_by.c2w[views], "opengl-c2w"), strict=True):
+        shutil.copy(seen_by.images[v], folder / "images" / f"{v:03d}.png")
+        frames.append({"file_path": f"images/{v:03d}.png", "transform_matrix": pose.tolist()})
+    width, height = seen_by.size
+    fl_x, fl_y, cx, cy = seen_by.fxfycxcy[0] * [width, height, width, height]
+    camera = dict(fl_x=fl_x, fl_y=fl_y, cx=cx, cy=cy, w=width, h=height)
+    (folder / "transforms.json").write_text(json.dumps(camera | {"frames": frames}))

@@ -4,9 +4,11 @@
     lrm evaluate --weights hf:stabilityai/TripoSR --data data/gso --lpips lpips_vgg16.safetensors
     lrm evaluate --weights scene_decoder_only_256.pt --data data/re10k --index evaluation_index_re10k.json
 
-Objects (--data): the model gets one view of each object, or, if its family takes posed views (LVSM), as many as in training. Its
-renderings are compared with other views (PSNR, SSIM, LPIPS, foreground IoU), and its mesh with points on the true surface
-(Chamfer distance, F-scores). The baseline is the mean object: the mean image and the mean size of other objects.
+Objects (--data): the model gets one view of each object, or, if its family takes posed views (LVSM, One-2-3-45), as many as in
+training. Its renderings are compared with other views (PSNR, SSIM, LPIPS, foreground IoU), and its mesh with points on the true
+surface (Chamfer distance, F-scores). The baseline is the mean object: the mean image and the mean size of other objects. For posed
+views, two more baselines use the same views: the source image with the nearest camera, and, if the family has a surface, the visual
+hull, which is carved from the silhouettes.
 
 Scenes (--data with --index): the index file names the views that the model gets and the views that it must predict, for every
 scene. The baseline is the given image with the nearest camera.
@@ -96,7 +98,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add(
         "--sources",
         type=int,
-        help="number of views of each object to give the model, if its family takes posed views (default: as in training)",
+        help="number of views of each object to give the model, if its family takes posed views; they are spread evenly over "
+        "those that training draws them from (default: as in training)",
     )
     add("--weights", help=arguments.WEIGHTS)
     add("--out", type=Path, default=Path("out"), help="folder to write to (default: out)")

@@ -54,17 +54,27 @@ def find(root: Path, split: str) -> list[Path]:
     return [root / uids[i] for i in splits.select(uids, split, str(root))]
 
 
-def read(folder: Path, num_targets: int, size: int, num_sources: int = 1) -> HeldOut:
+def read(
+    folder: Path,
+    num_targets: int,
+    size: int,
+    num_sources: int = 1,
+    elevation: tuple[float, float] | None = SOURCE_ELEVATION,
+    source_views: tuple[int, int] | None = None,
+    source_images: str = "rgba",
+) -> HeldOut:
     """Reads an object. A hash of its name chooses the first source and the targets.
 
-    The first source is one of the views in SOURCE_ELEVATION; further sources are evenly spread over them. The other views are
-    split into `num_targets` consecutive parts, with one target from each. A fixed choice, such as view 0 as source or every
+    The first source is one of the views in a range of elevations; further sources are evenly spread over them. The other views
+    are split into `num_targets` consecutive parts, with one target from each. A fixed choice, such as view 0 as source or every
     fourth view as target, would give all objects similar views: see `choose_cameras` in tools/rendering/protocols.py.
 
     Args:
       num_targets: V.
       size: S, the side of the target images after resizing, pixels.
       num_sources: N.
+      elevation, source_views, source_images: which views may be sources, and the folder of their images: see
+        `elements.Recipe`. With `source_views`, the targets are from the views outside that range.
 
     Raises:
       InputError: a file is missing or damaged, or has the wrong shape; no view can be the source; there are too few views.
@@ -72,31 +82,47 @@ def read(folder: Path, num_targets: int, size: int, num_sources: int = 1) -> Hel
     cameras = folders.read_cameras(folder)
     if cameras.size[0] != cameras.size[1]:
         raise InputError(f"its images are {cameras.size[0]}x{cameras.size[1]}, not square")
-    in_band = np.flatnonzero(elements.in_band(cameras.c2w, SOURCE_ELEVATION))
-    if len(in_band) < num_sources:
-        low, high = SOURCE_ELEVATION
+    count = len(cameras.images)
+    candidates = np.flatnonzero(elements.is_source(cameras.c2w, elevation, source_views))
+    if len(candidates) < num_sources:
         raise InputError(
-            f"{len(in_band) or 'no'} view has an elevation of {low:g} to {high:g} degrees; number of sources needed: {num_sources}"
+            f"{len(candidates) or 'no'} view has {which(elevation, source_views)}; number of sources needed: {num_sources}"
         )
     digest = hashlib.sha256(folder.name.encode()).digest()
-    first, rng = int.from_bytes(digest[:8]) % len(in_band), np.random.default_rng(list(digest))
-    sources, count = _spread(np.roll(in_band, -first), num_sources), len(cameras.images)
-    if count < num_sources + num_targets:
+    first, rng = int.from_bytes(digest[:8]) % len(candidates), np.random.default_rng(list(digest))
+    sources = _spread(np.roll(candidates, -first), num_sources)
+    given = sources if source_views is None else slice(*source_views)
+    others = np.delete(np.arange(count), given)
+    if len(others) < num_targets:
+        where = "" if source_views is None else f" with {which(None, source_views)} for sources"
         raise InputError(
-            f"{count} views are too few for {num_sources} source and {num_targets} target views: lower --views"
+            f"{count} views{where} are too few for {num_sources} source and {num_targets} target views: lower --views"
         )
-    others = np.delete(np.arange(count), sources)
     chosen = [rng.choice(part) for part in np.array_split(others, num_targets)]
     points, no_points = _points(folder / "points.npy")
+    if source_images == "rgba":
+        images = [folders.read_image(cameras, i) for i in sources]
+    else:
+        images = [folders.read_prediction(cameras, i, source_images) for i in sources]
     return HeldOut(
         folder=folder.absolute(),
-        sources=np.stack([folders.read_image(cameras, i) for i in sources]),
+        sources=np.stack(images),
         source_cameras=_at(cameras, sources),
         targets=np.stack([elements.shrink(folders.read_image(cameras, i), size) for i in chosen]),
         target_cameras=_at(cameras, chosen),
         points=points,
         no_points=no_points,
     )
+
+
+def which(elevation: tuple[float, float] | None, source_views: tuple[int, int] | None) -> str:
+    """What views must have to be sources, in words."""
+    words = []
+    if elevation is not None:
+        words.append(f"an elevation of {elevation[0]:g} to {elevation[1]:g} degrees")
+    if source_views is not None:
+        words.append(f"a number from {source_views[0]} to {source_views[1] - 1}")
+    return " and ".join(words) or "any elevation"
 
 
 def _spread(views: np.ndarray, count: int) -> np.ndarray:

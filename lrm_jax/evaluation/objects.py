@@ -23,10 +23,11 @@ from lrm_jax.evaluation.scores import (
     Result,
     compiled,
     image_protocol,
+    nearest_source,
     on_white,
 )
 from lrm_jax.mesh import lattice
-from lrm_jax.metrics import mean_object, surface_metrics
+from lrm_jax.metrics import mean_object, surface_metrics, visual_hull
 from lrm_jax.ops import cameras, normalization
 from lrm_jax.ops.compositing import on_background
 from lrm_jax.parallel import messages
@@ -35,6 +36,9 @@ from lrm_jax.weights import loading
 
 # Families whose world is that of the source camera. The other families have an upright world with the source at azimuth 0.
 SEEN_BY_SOURCE = ("lrm",)
+NUM_SOURCE = (
+    32  # views that are given to published weights of a family with a surface: One-2-3-45's number
+)
 BATCH = 4  # objects per batch, rounded up to a multiple of the number of devices
 
 # How the protocol describes `elements.Recipe.normalize` and --scale.
@@ -42,11 +46,14 @@ WORLDS = {
     "source": "that of the source camera, which is at (0, -d, 0) and looks along +y",
     "azimuth": "the data's, rotated about its vertical axis so that the source camera is at azimuth 0",
     "image": "the one in which the camera that the model assumes, at the true elevation, would take the source image",
+    "frusta": "that of the first source camera, with the box around the frusta of all source cameras in [-1, 1]^3",
+    "common_view": "upright, with the first source camera at azimuth 0 and all that every source camera sees in [-1, 1]^3",
     None: "the data's",
 }
 SCALES = {
     "data": "as in the data",
     "image": "from the object's size in the source image, as seen by the camera that the model assumes",
+    "views": "from the source cameras",
 }
 
 
@@ -59,6 +66,9 @@ class PosedViews:
     foreground_ratio: float | None
     normalize: str | None
     source_background: float
+    source_elevation: tuple[float, float] | None = held_out.SOURCE_ELEVATION
+    source_views: tuple[int, int] | None = None
+    source_images: str = "rgba"
 
 
 class Alignment(NamedTuple):
@@ -92,39 +102,69 @@ def evaluate(
       InputError: an argument does not fit the model.
     """
     args.size = args.size or 128
-    low, high = held_out.SOURCE_ELEVATION
-    band = f"with an elevation of {low:g} to {high:g} degrees"
-    if hasattr(model, "prepare"):
-        if args.sources not in (None, 1):
-            raise InputError(
-                f"--sources {args.sources}: {info['family']} takes one image: leave it out"
-            )
-        args.sources = 1
-        alignment = alignment_of(model, info["training"], args.scale)
-        pose = functools.partial(posed_by_image, model, alignment)
-        how = f"one view {band}, chosen by a hash of the object's name, prepared as in `lrm reconstruct`"
-        normalize, scale = alignment.normalize, alignment.scale
-    else:
-        if args.scale is not None:
-            raise InputError(
-                f"--scale has no effect on {info['family']}, which takes true cameras: leave it out"
-            )
-        posed = posed_views(info)
-        args.sources = args.sources or posed.num_source
-        pose = functools.partial(posed_by_views, posed)
-        how = f"{args.sources} views {band}, the first chosen by a hash of the object's name, with their true cameras, as in training"
-        normalize, scale = posed.normalize, "data"
+    given = given_images if hasattr(model, "prepare") else given_views
+    read, pose, words = given(model, info, args)
     programs = compiled(model, params, network, args.size)
     with stages("average", " other objects, for the baseline"):
         others, baseline_from = baseline_objects(args, folders)
-        read = (item for _, item in read_ahead(others, args) if isinstance(item, HeldOut))
-        mean = mean_object.average(read, args.size)
+        averaged = (item for _, item in read_ahead(others, read) if isinstance(item, HeldOut))
+        mean = mean_object.average(averaged, args.size)
     with stages("evaluate", f" {len(folders)} objects of {args.data}", first=COMPILING):
-        results, skipped = score(model, programs, mean, folders, pose, args)
+        skipped = {}
+        items = posed_objects(folders, skipped, read, pose)
+        results = score(model, programs, mean, items, skipped, args.resolution)
+    return results, skipped, words | protocol(model, args, baseline_from)
+
+
+def given_images(model, info: dict, args: argparse.Namespace) -> tuple[Callable, Callable, dict]:
+    """(read, pose, words) for a family that takes one image: how objects are read and prepared, and the protocol's words for it."""
+    if args.sources not in (None, 1):
+        raise InputError(
+            f"--sources {args.sources}: {info['family']} takes one image: leave it out"
+        )
+    args.sources = 1
+    alignment = alignment_of(model, info["training"], args.scale)
+    low, high = held_out.SOURCE_ELEVATION
     words = {
-        "source": how,
+        "source": f"one view with an elevation of {low:g} to {high:g} degrees, chosen by a hash of the object's name, prepared as in `lrm reconstruct`",
+        "world": f"the model's is {WORLDS[alignment.normalize]}; scale: {SCALES[alignment.scale]}",
+    }
+    read = functools.partial(held_out.read, num_targets=args.views, size=args.size)
+    return read, functools.partial(posed_by_image, model, alignment), words
+
+
+def given_views(model, info: dict, args: argparse.Namespace) -> tuple[Callable, Callable, dict]:
+    """`given_images` for a family that takes posed views."""
+    if args.scale is not None:
+        raise InputError(
+            f"--scale has no effect on {info['family']}, which takes true cameras: leave it out"
+        )
+    posed = posed_views(model, info)
+    args.sources = args.sources or posed.num_source
+    by_all = posed.normalize in normalization.BY_ALL_SOURCES
+    if by_all and args.sources < 2:
+        raise InputError(f"--sources {args.sources}: {info['family']} needs 2 or more views")
+    read = functools.partial(
+        held_out.read,
+        num_targets=args.views,
+        size=args.size,
+        num_sources=args.sources,
+        elevation=posed.source_elevation,
+        source_views=posed.source_views,
+        source_images=posed.source_images,
+    )
+    chosen = held_out.which(posed.source_elevation, posed.source_views)
+    words = {
+        "source": f"{args.sources} views with {chosen}, the first chosen by a hash of the object's name, with their true cameras, as in training",
+        "world": f"the model's is {WORLDS[posed.normalize]}; scale: {SCALES['views' if by_all else 'data']}",
+    }
+    return read, functools.partial(posed_by_views, posed), words
+
+
+def protocol(model, args: argparse.Namespace, baseline_from: str) -> dict[str, str | dict]:
+    """The parts of the protocol that do not depend on what the model is given."""
+    words = {
         "targets": f"{args.views} other views, spread over their order and chosen by a hash of the object's name, {args.size} x {args.size} pixels, on white",
-        "world": f"the model's is {WORLDS[normalize]}; scale: {SCALES[scale]}",
         **image_protocol(args.lpips is not None),
         "iou": "of the foregrounds (alpha above 0.5), for each view; only for families with alpha",
         "surface": f"where the field is {getattr(model, 'surface_level', None)}, on a grid of {args.resolution}^3 points"
@@ -135,7 +175,11 @@ def evaluate(
         "unaligned": "the same surface metrics, in the world and unit of the data, without normalisation or alignment",
         "baseline": f"the mean {baseline_from}; images and surface are each predicted in two ways, and the better one counts",
     }
-    return results, skipped, words
+    if not hasattr(model, "prepare"):
+        words["nearest image"] = "for each target, the source image with the nearest camera"
+        if hasattr(model, "query"):
+            words[visual_hull.NAME] = visual_hull.PROTOCOL
+    return words
 
 
 def baseline_objects(args: argparse.Namespace, folders: list[Path]) -> tuple[list[Path], str]:
@@ -210,22 +254,24 @@ class PosedObject:
     source: Views  # [1 N]
     targets: Cameras  # [V]
     to_model: np.ndarray  # [4 4] from the world of the data to the world of the model
+    masks: np.ndarray | None = (
+        None  # [N s s] alpha of the source images; None: the family takes one image
+    )
 
 
 def score(
     model,
     programs: Programs,
-    mean,
-    folders: list[Path],
-    pose: Callable[[HeldOut], PosedObject],
-    args: argparse.Namespace,
-) -> tuple[dict[str, Result], dict[str, str]]:
-    """Computes the results of `evaluate`, and the causes why others have none."""
-    results, skipped, jobs = {}, {}, {}
+    mean: mean_object.MeanObject,
+    items: Iterator[PosedObject],
+    skipped: dict[str, str],
+    resolution: int,
+) -> dict[str, Result]:
+    """Computes the results of `evaluate`. Adds the causes why objects have none to `skipped`."""
+    results, jobs = {}, {}
     batch_size = -(-BATCH // programs.num_devices) * programs.num_devices
     # One thread per device extracts meshes, while other threads compare them.
     with ThreadPoolExecutor(programs.num_devices) as devices, ThreadPoolExecutor() as pool:
-        items = posed_objects(folders, skipped, pose, args)
         while group := list(itertools.islice(items, batch_size)):
             scenes, found = predict(programs, mean, group, batch_size)
             known = []  # objects whose true surface is known
@@ -241,11 +287,11 @@ def score(
                     skipped[uid] = f"no surface metrics: {x.item.no_points}"
                     continue
                 known.append((x, scene))
-            find = functools.partial(surface_points, model, programs, args.resolution)
+            find = functools.partial(predicted_points, model, programs, resolution)
             for (x, _), (points, empty) in zip(known, devices.map(find, known), strict=True):
                 if empty:
                     skipped[x.item.uid] = f"no Chamfer distance, F-scores of 0: {empty}"
-                jobs[x.item.uid] = pool.submit(score_surface, points, x.item, mean)
+                jobs[x.item.uid] = pool.submit(score_surface, points, x, mean, model, resolution)
         for uid, job in messages.progress(jobs.items(), len(jobs), "surfaces"):
             try:
                 scores, results[uid].unaligned, guesses = job.result()
@@ -254,17 +300,17 @@ def score(
             else:
                 results[uid].scores |= scores
                 results[uid].guesses |= guesses
-    return results, skipped
+    return results
 
 
 def read_ahead(
-    folders: list[Path], args: argparse.Namespace
+    folders: list[Path], read: Callable[[Path], HeldOut]
 ) -> Iterator[tuple[Path, HeldOut | InputError]]:
     """Yields each object, or the error in reading it. Threads read the next objects in the meantime."""
 
-    def read(folder: Path) -> HeldOut | InputError:
+    def attempt(folder: Path) -> HeldOut | InputError:
         try:
-            return held_out.read(folder, args.views, args.size, args.sources)
+            return read(folder)
         except InputError as error:
             return error
 
@@ -272,18 +318,18 @@ def read_ahead(
         jobs = collections.deque()
         for i, folder in enumerate(messages.progress(folders, len(folders), "objects")):
             while len(jobs) < min(2 * BATCH, len(folders) - i):
-                jobs.append(pool.submit(read, folders[i + len(jobs)]))
+                jobs.append(pool.submit(attempt, folders[i + len(jobs)]))
             yield folder, jobs.popleft().result()
 
 
 def posed_objects(
     folders: list[Path],
     skipped: dict[str, str],
+    read: Callable[[Path], HeldOut],
     pose: Callable[[HeldOut], PosedObject],
-    args: argparse.Namespace,
 ) -> Iterator[PosedObject]:
     """Yields the objects that can be evaluated. Adds the others to `skipped`."""
-    for folder, item in read_ahead(folders, args):
+    for folder, item in read_ahead(folders, read):
         if not isinstance(item, HeldOut):
             skipped[folder.name] = str(item)
         elif not item.sources[..., 3].any((1, 2)).all():
@@ -309,36 +355,49 @@ def posed_by_image(model, alignment: Alignment, item: HeldOut) -> PosedObject:
     return PosedObject(item, view, targets, motion)
 
 
-def posed_views(info: dict) -> PosedViews:
+def posed_views(model, info: dict) -> PosedViews:
     """How a model was given views in training, from its training record.
+
+    Published weights have no record. Those of a family with a surface are given whole images of the model's size on white, of any
+    views, in the world that the family's `normalize` names.
 
     Raises:
       InputError: there is no such record, or the model was not trained on objects.
     """
     data = loading.training_data(info["training"])
-    names = [field.name for field in dataclasses.fields(PosedViews)]
-    if not set(names) <= set(data):
+    if not info["training"] and hasattr(model, "query"):
+        return PosedViews(NUM_SOURCE, model.image_size, None, model.normalize, 1.0, None)
+    fields = dataclasses.fields(PosedViews)
+    known = {field.name: data[field.name] for field in fields if field.name in data}
+    if any(x.name not in known for x in fields if x.default is dataclasses.MISSING):
         raise InputError(
             f"{info['path']}: {info['family']} takes posed views, but this model has no record of how it was trained on objects: "
             "use a model that `lrm train` trained on objects, or evaluate scenes with --index"
         )
-    return PosedViews(**{name: data[name] for name in names})
+    if known.get("source_views") is None:
+        known["source_elevation"] = held_out.SOURCE_ELEVATION
+    return PosedViews(**known)
 
 
 def posed_by_views(posed: PosedViews, item: HeldOut) -> PosedObject:
     """Prepares an object for a model that takes posed views: images and cameras as in training."""
     crops = [elements.source_crop(rgba, posed.source_size, posed.foreground_ratio, item.uid) for rgba in item.sources]  # fmt: skip
     images, boxes = (np.stack(x) for x in zip(*crops, strict=True))
+    c2w = item.source_cameras.c2w
     fxfycxcy = cameras.crop_intrinsics(item.source_cameras.fxfycxcy, boxes)
-    motion = normalization.object_motion(item.source_camera.c2w, fxfycxcy[0], posed.normalize)
-    motion = motion.astype(np.float64)
-    source_cameras = Cameras(c2w=move_poses(motion, item.source_cameras.c2w), fxfycxcy=fxfycxcy)
+    if posed.normalize in normalization.BY_ALL_SOURCES:
+        motion = normalization.views_motion(c2w, fxfycxcy, posed.normalize)
+    else:
+        motion = normalization.object_motion(c2w[0], fxfycxcy[0], posed.normalize)
+        motion = motion.astype(np.float64)
+    source_cameras = Cameras(c2w=move_poses(motion, c2w), fxfycxcy=fxfycxcy)
     targets = item.target_cameras.replace(c2w=move_poses(motion, item.target_cameras.c2w))
     views = Views(rgb=images[..., :3], alpha=images[..., 3], cameras=source_cameras)
     views = jax.tree.map(
         lambda x: np.asarray(x)[None], on_background(views, posed.source_background)
     )
-    return PosedObject(item, views, targets, motion)
+    masks = images[..., 3].astype(np.float32) / 255
+    return PosedObject(item, views, targets, motion, masks)
 
 
 def predict(
@@ -353,7 +412,7 @@ def predict(
     target = mean_object.premultiplied(np.stack([x.item.targets for x in full]))
     target_rgb, target_alpha = on_white(target), target[..., 3]
     scores = programs.compare(rgb, alpha, target_rgb, target_alpha)
-    guesses = [mean_object.images(mean, x.item) for x in full]
+    guesses = [guessed_images(mean, x) for x in full]
     guesses = jax.tree.map(lambda *x: np.stack(x), *guesses)
     guesses = {
         name: programs.compare_guess(on_white(x), x[..., 3], target_rgb, target_alpha)
@@ -375,32 +434,62 @@ def predict(
     return scenes, results
 
 
-def surface_points(
+def guessed_images(mean: mean_object.MeanObject, x: PosedObject) -> dict[str, np.ndarray]:
+    """The baselines' images [V S S 4] for the target views, float32 premultiplied RGBA in [0, 1], by name."""
+    guesses = mean_object.images(mean, x.item)
+    if x.masks is None:
+        return guesses
+    item, size = x.item, x.item.targets.shape[1]
+    nearest = nearest_source(item.source_cameras.c2w, item.target_cameras.c2w)
+    shown = np.stack([elements.shrink(item.sources[i], size) for i in nearest])
+    return guesses | {"nearest image": mean_object.premultiplied(shown)}
+
+
+def predicted_points(
     model, programs: Programs, resolution: int, object_and_scene: tuple[PosedObject, Any]
 ) -> tuple[np.ndarray | None, str]:
-    """Points [NUM_POINTS 3] on the surface of a scene [1 ...], in the world of the data. Or None, and why there is no surface."""
+    """`surface_points` of a scene [1 ...]."""
     x, scene = object_and_scene
     field = functools.partial(programs.field, scene)
+    return surface_points(field, model.surface_level, model.radius, resolution, x.to_model)
+
+
+def surface_points(
+    field: Callable, level: float, radius: float, resolution: int, to_model: np.ndarray
+) -> tuple[np.ndarray | None, str]:
+    """Points [NUM_POINTS 3] on the surface of a field, in the world of the data. Or None, and why there is no surface."""
     rng = np.random.default_rng(0)
     try:
-        vertices, faces = lattice.extract(field, resolution, model.radius, model.surface_level)
+        vertices, faces = lattice.extract(field, resolution, radius, level)
         points = surface_metrics.sample_surface(vertices, faces, surface_metrics.NUM_POINTS, rng)
     except InputError as error:
         return None, str(error)
-    back = np.linalg.inv(x.to_model)
+    back = np.linalg.inv(to_model)
     return points @ back[:3, :3].T + back[:3, 3], ""
 
 
 def score_surface(
-    points: np.ndarray | None, item: HeldOut, mean: mean_object.MeanObject
+    points: np.ndarray | None,
+    x: PosedObject,
+    mean: mean_object.MeanObject,
+    model,
+    resolution: int,
 ) -> tuple[dict[str, float], dict[str, float], dict[str, dict[str, float]]]:
     """Scores of predicted points (None: an empty surface): aligned, unaligned, and aligned for the baselines."""
     count = surface_metrics.NUM_POINTS
-    truth = np.random.default_rng(0).permutation(item.points)[:count]
-    shapes = mean_object.shapes(mean, item, count, np.random.default_rng(0))
-    guesses = {name: surface_metrics.aligned_scores(x, truth) for name, x in shapes.items()}
+    truth = np.random.default_rng(0).permutation(x.item.points)[:count]
+    shapes = mean_object.shapes(mean, x.item, count, np.random.default_rng(0))
+    if x.masks is not None and not (x.masks > visual_hull.OUTLINE).all((1, 2)).any():
+        hull = visual_hull.field(x.masks, jax.tree.map(lambda leaf: leaf[0], x.source.cameras))
+        shapes[visual_hull.NAME], _ = surface_points(
+            hull, 0.0, model.radius, resolution, x.to_model
+        )
+    nothing = dict.fromkeys(surface_metrics.NAMES[1:], 0.0)
+    guesses = {
+        name: nothing if shape is None else surface_metrics.aligned_scores(shape, truth)
+        for name, shape in shapes.items()
+    }
     if points is None:
-        nothing = dict.fromkeys(surface_metrics.NAMES[1:], 0.0)
         return nothing, nothing, guesses
     aligned = surface_metrics.aligned_scores(points, truth)
     return aligned, surface_metrics.scores(points, truth), guesses

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from PIL import Image
 
+from lrm_jax.evaluation.scores import baselines
 from lrm_jax.images.png import to_uint8
 
 NUM_PAIRS = 4  # of a target and its rendering, one above the other
@@ -44,16 +45,17 @@ def table(summary: dict, worst: int = 5) -> str:
         "": summary["mean"],
         "mean": summary["mean"].values(),
         "median": summary["median"].values(),
-        f"{summary['baseline']['name']} (baseline)": summary["baseline"]["mean"].values(),
+        **{f"{name} (baseline)": x.values() for name, x in baselines(summary).items()},
         "objects": summary["count"].values(),
     }
+    num_means = len(rows)
     ranked = worst_first(summary["objects"])[:worst]
     rows |= {uid: summary["objects"][uid].values() for uid in ranked}
     lines = [
         f"{label:<{width}}" + "".join(f"{number(x):>11}" for x in values)
         for label, values in rows.items()
     ]
-    lines[5:5] = ["", f"the worst {len(ranked)}, by psnr"]
+    lines[num_means:num_means] = ["", f"the worst {len(ranked)}, by psnr"]
     baseline = summary["baseline"]
     notes = [
         "",
@@ -100,10 +102,9 @@ def page(summary: Mapping, strips: Mapping[str, bytes]) -> bytes:
         _row("th", ["", *names]),
         _row("td", ["mean", *summary["mean"].values()]),
         _row("td", ["median", *summary["median"].values()]),
-        _row(
-            "td",
-            [f"{summary['baseline']['name']} (baseline)", *summary["baseline"]["mean"].values()],
-            " class=baseline",
+        *(
+            _row("td", [f"{name} (baseline)", *x.values()], " class=baseline")
+            for name, x in baselines(summary).items()
         ),
         _row("td", ["objects", *summary["count"].values()]),
         "</table>",

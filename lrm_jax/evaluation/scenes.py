@@ -8,7 +8,14 @@ import numpy as np
 
 from lrm_jax.data import scenes
 from lrm_jax.evaluation import report_page
-from lrm_jax.evaluation.scores import COMPILING, Programs, Result, compiled, image_protocol
+from lrm_jax.evaluation.scores import (
+    COMPILING,
+    Programs,
+    Result,
+    compiled,
+    image_protocol,
+    nearest_source,
+)
 from lrm_jax.parallel import messages
 from lrm_jax.types import Batch, InputError, Views
 from lrm_jax.weights import loading
@@ -80,9 +87,8 @@ def score(programs: Programs, batches: list[Batch]) -> list[Result | None]:
     _, rgb, _ = programs.predict(
         Views(rgb=source, cameras=whole.source.cameras), whole.target.cameras
     )
-    places = [x.cameras.c2w[:, :, :3, 3] for x in (whole.source, whole.target)]
-    distance_BVN = np.linalg.norm(places[1][:, :, None] - places[0][:, None], axis=-1)
-    guess = source[np.arange(len(full))[:, None], distance_BVN.argmin(-1)]
+    nearest_BV = nearest_source(whole.source.cameras.c2w, whole.target.cameras.c2w)
+    guess = source[np.arange(len(full))[:, None], nearest_BV]
     scores, guessed, rgb = jax.tree.map(
         np.asarray,
         (programs.compare(rgb, None, target, None), programs.compare_guess(guess, None, target, None), rgb),

@@ -2,14 +2,14 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lrm_jax.metrics import lpips, mean_object, surface_metrics
+from lrm_jax.metrics import lpips, mean_object, surface_metrics, visual_hull
 from lrm_jax.ops import cameras as ops_cameras
 from lrm_jax.ops import image_metrics
 from lrm_jax.ops.compositing import blend
@@ -117,6 +117,12 @@ def on_white(premultiplied: np.ndarray) -> np.ndarray:
     return premultiplied[..., :3] + (1 - premultiplied[..., 3:])
 
 
+def nearest_source(source_c2w: np.ndarray, target_c2w: np.ndarray) -> np.ndarray:
+    """For each target camera c2w [*B V 4 4], the number [*B V] of the source camera c2w [*B N 4 4] that is nearest to it."""
+    source, target = source_c2w[..., None, :, :3, 3], target_c2w[..., :, None, :3, 3]
+    return np.linalg.norm(target - source, axis=-1).argmin(-1)
+
+
 def summarize(results: dict[str, Result], skipped: dict[str, str]) -> dict:
     """The content of `evaluation.json` about scores: means, medians, and each object's scores. None: a score does not exist."""
     scores = {uid: x.scores for uid, x in results.items()}
@@ -136,21 +142,45 @@ def summarize(results: dict[str, Result], skipped: dict[str, str]) -> dict:
 
 
 def baseline(guesses: list[dict[str, dict[str, float]]]) -> dict:
-    """The mean scores of each baseline, and of the best one for images and for surfaces. `guesses`: [object][baseline][score]."""
+    """The mean scores of the baselines. `guesses`: [object][baseline][score].
+
+    The mean object is predicted in several ways, and the best one for images and the best one for surfaces make its scores.
+    The other baselines are in `others`. Scenes have only one baseline.
+    """
 
     def values(name):
-        return surface_metrics.NAMES if name in mean_object.SHAPES else IMAGE_NAMES
+        return (
+            surface_metrics.NAMES
+            if name in (*mean_object.SHAPES, visual_hull.NAME)
+            else IMAGE_NAMES
+        )
 
     names = dict.fromkeys(name for x in guesses for name in x)
     means = {
         name: over([x[name] for x in guesses if name in x], np.mean, values(name)) for name in names
     }
-    image = max((x for x in means if "psnr" in means[x]), key=lambda x: means[x]["psnr"])
-    shapes = [x for x in means if "chamfer" in means[x]]
+    ways = [x for x in means if x in (*mean_object.IMAGES, *mean_object.SHAPES)] or list(means)
+    image = max((x for x in ways if "psnr" in means[x]), key=lambda x: means[x]["psnr"])
+    shapes = [x for x in ways if "chamfer" in means[x]]
     shape = min(shapes, key=lambda x: means[x]["chamfer"], default=None)
+    nothing = dict.fromkeys(NAMES)
     best = means[image] | means.get(shape, dict.fromkeys(surface_metrics.NAMES))
     name = "mean object" if image in mean_object.IMAGES else image
-    return {"name": name, "mean": best, "images": image, "surface": shape, "guesses": means}
+    others = {x: nothing | means[x] for x in means if x not in ways}
+    return {
+        "name": name,
+        "mean": best,
+        "images": image,
+        "surface": shape,
+        "others": others,
+        "guesses": means,
+    }
+
+
+def baselines(summary: Mapping) -> dict[str, dict[str, float | None]]:
+    """The baselines of a summary by name, with their scores in the order of `NAMES`."""
+    best = summary["baseline"]
+    return {best["name"]: best["mean"], **best["others"]}
 
 
 def over(

@@ -1,1 +1,1 @@
-"""Metrics: perceptual distances and their networks, distances between surfaces, and the mean object as a baseline."""
+"""Metrics: perceptual distances and their networks, distances between surfaces, and two baselines: the mean object and the visual hull."""

@@ -1,6 +1,5 @@
 """The command with a model that knows the answer, so that any wrong change of world or unit is noticed."""
 
-import argparse
 import functools
 import json
 import re
@@ -27,14 +26,14 @@ from three_balls import (
 from lrm_jax import __main__, models
 from lrm_jax.data import elements, held_out
 from lrm_jax.evaluation import objects, report_page, scenes
-from lrm_jax.evaluation.scores import compiled
-from lrm_jax.metrics import lpips, surface_metrics
-from lrm_jax.ops import cameras
+from lrm_jax.evaluation.scores import compiled, nearest_source, on_white
+from lrm_jax.metrics import lpips, mean_object, surface_metrics
+from lrm_jax.ops import cameras, normalization
 from lrm_jax.types import Batch, Cameras, InputError, Rendering, Views
 from lrm_jax.weights import loading, model_file
 
 
-class Oracle(nn.Module):
+class KnowsTheBalls(nn.Module):
     """A model that knows the balls. `world` maps the world of the data to its own."""
 
     world: tuple = tuple(map(tuple, np.eye(4)))
@@ -48,13 +47,6 @@ class Oracle(nn.Module):
         scale = np.cbrt(np.linalg.det(world[:3, :3]))
         return BALLS @ world[:3, :3].T + world[:3, 3], RADII * scale
 
-    def prepare(self, rgba):
-        camera = cameras.orbit(1, self.distance, 0.0, FOV)
-        return Views(rgb=jnp.stack([x[None, ..., :3] / 255 for x in rgba]), cameras=jax.tree.map(lambda x: x[None], camera))  # fmt: skip
-
-    def encode(self, source):
-        return {"level": jnp.full(source.rgb.shape[0], jnp.nan if self.broken else 0.0)}
-
     def render(self, scene, rays, key=None):
         rendering = draw(rays, *(jnp.asarray(x, jnp.float32) for x in self._balls()))
         return rendering.replace(rgb=rendering.rgb + scene["level"][:, None, None, None, None])
@@ -64,6 +56,17 @@ class Oracle(nn.Module):
         balls, radii = self._balls()
         field = (radii - jnp.linalg.norm(xyz[..., None, :] - balls, axis=-1)).max(-1)
         return field + scene["level"][:, None], jnp.ones_like(xyz)
+
+
+class Oracle(KnowsTheBalls):
+    """It takes single images."""
+
+    def prepare(self, rgba):
+        camera = cameras.orbit(1, self.distance, 0.0, FOV)
+        return Views(rgb=jnp.stack([x[None, ..., :3] / 255 for x in rgba]), cameras=jax.tree.map(lambda x: x[None], camera))  # fmt: skip
+
+    def encode(self, source):
+        return {"level": jnp.full(source.rgb.shape[0], jnp.nan if self.broken else 0.0)}
 
 
 def upright(azimuth: float = SOURCE[0]) -> np.ndarray:
@@ -280,6 +283,16 @@ def test_lpips_is_computed_on_images_on_white(lrm, monkeypatch):
     assert read_summary()["baseline"]["mean"]["lpips"] is None
 
 
+def test_the_nearest_source_is_that_of_each_target():
+    def poses(*x):
+        c2w = np.tile(np.eye(4), (len(x), 1, 1))
+        c2w[:, 0, 3] = x
+        return c2w
+
+    found = nearest_source(poses(0, 5, 10), poses(9, 1, 4, 20))
+    np.testing.assert_array_equal(found, [2, 0, 1, 2])
+
+
 def test_the_worst_come_first():
     objects = {"a": {"psnr": 20.0}, "b": {"psnr": 9.5}, "c": {"psnr": 30.0}}
     assert report_page.worst_first(objects) == ["b", "a", "c"]
@@ -288,12 +301,18 @@ def test_the_worst_come_first():
 def test_names_are_escaped_on_the_page():
     values = {"psnr": 1.0, "iou": None}
     summary = {
-        "mean": values, "median": values, "count": {"psnr": 1, "iou": 0}, "baseline": {"name": "<b>", "mean": values},
+        "mean": values, "median": values, "count": {"psnr": 1, "iou": 0}, "baseline": {"name": "<b>", "mean": values, "others": {"<i>": values}},
         "model": {"path": "<m>"}, "data": {"path": "d", "split": "all", "objects": 1}, "protocol": {"x": {"y": "a & b"}},
         "skipped": {"<b>": "1 < 2"}, "objects": {"<b>": values},
     }  # fmt: skip
     page = report_page.page(summary, {"<b>": b"jpeg"}).decode()
-    assert "<b>" not in page and "<m>" not in page and "1 &lt; 2" in page and "a &amp; b" in page
+    assert (
+        "<b>" not in page
+        and "<i>" not in page
+        and "<m>" not in page
+        and "1 &lt; 2" in page
+        and "a &amp; b" in page
+    )
 
 
 @pytest.mark.parametrize(
@@ -361,10 +380,110 @@ def test_a_family_of_posed_views_is_given_them_as_in_training(lrm, monkeypatch, 
     # There is no alpha, and other rays decide the outlines differently.
     assert summary["mean"]["psnr"] > 28 and summary["mean"]["iou"] is None
     assert summary["mean"]["chamfer"] is None and summary["skipped"] == {}
-    assert summary["protocol"]["source"].startswith(f"{count} views")
+    assert summary["protocol"]["source"].startswith(f"{count} views with an elevation of 5 to 35")
+    assert set(summary["baseline"]["others"]) == {"nearest image"}  # no surface, so no hull
+    assert summary["baseline"]["name"] == "mean object"
     del trained["normalize"]
     code, _, stderr = lrm("--data", "data")
     assert code == 2 and "evaluate scenes with --index" in stderr
+
+
+class PosedOracle(KnowsTheBalls):
+    """It takes posed views, and is wrong if an image does not show the balls as its camera sees them."""
+
+    image_size: int = SIZE
+    normalize: str = "common_view"
+
+    @jax.numpy_rank_promotion("allow")
+    def encode(self, source):
+        rays = cameras.pixel_rays(source.cameras, *source.rgb.shape[2:4])
+        seen = draw(rays, *(jnp.asarray(x, jnp.float32) for x in self._balls()))
+        error = jnp.abs(source.rgb - seen.rgb - (1 - seen.alpha[..., None])).mean((1, 2, 3, 4))
+        return {"level": jnp.where(error > 0.03, 0.5, 0.0)}
+
+
+def posed_oracle(folder: Path, normalize: str, **choice) -> PosedOracle:
+    """The oracle in the world of one object's source cameras."""
+    seen_by = held_out.read(folder, 2, SIZE, **choice).source_cameras
+    world = normalization.views_motion(seen_by.c2w, seen_by.fxfycxcy, normalize)
+    return PosedOracle(tuple(map(tuple, world)), normalize=normalize)
+
+
+def record(**fields) -> dict:
+    data = dict(num_source=6, source_size=SIZE, foreground_ratio=None, source_background=1.0)
+    return {"config": {"data": data | fields}}
+
+
+@pytest.mark.parametrize("normalize, count", [("common_view", 6), ("frusta", 4)])
+def test_posed_views_of_a_range_are_given_and_others_compared(lrm, monkeypatch, normalize, count):
+    write_object(Path("data/a"), num_views=12, step=5.0)
+    choice = dict(num_sources=count, elevation=(5.0, 50.0), source_views=(2, 12))
+    model = posed_oracle(Path("data/a"), normalize, **choice)
+    training = record(normalize=normalize, source_views=[2, 12], source_elevation=[5.0, 50.0])
+    info = {"family": "posed", "variant": "", "path": "posed", "training": training}
+    monkeypatch.setattr(loading, "load_weights", lambda *_: (model, {}, info))
+    argv = ["--data", "data", "--views", "2", "--sources", str(count)]
+    code, stdout, stderr = lrm(*argv, "--resolution", "80")
+    assert code == 0, stderr
+    summary = read_summary()
+    assert summary["mean"]["psnr"] > 28 and summary["mean"]["iou"] > 0.97
+    assert summary["unaligned"]["mean"]["chamfer"] < 0.03 and summary["mean"]["fscore@0.1"] > 0.99
+    protocol = summary["protocol"]
+    assert protocol["source"].startswith(
+        f"{count} views with an elevation of 5 to 50 degrees and a number from 2 to 11"
+    )
+    # The baselines have rows of their own.
+    others = summary["baseline"]["others"]
+    assert set(others) == {"nearest image", "visual hull"} <= set(protocol)
+    for name in ("mean object", *others):
+        assert len(re.findall(f"^{name} \\(baseline\\)", stdout, re.M)) == 1
+        assert f"<td>{name} (baseline)</td>" in Path("out/evaluation.html").read_text()
+    item = held_out.read(Path("data/a"), 2, SIZE, **choice)
+    places, targets = (x.c2w[:, :3, 3] for x in (item.source_cameras, item.target_cameras))
+    nearest = [int(np.argmin([np.linalg.norm(t - x) for x in places])) for t in targets]
+    shown, true = (
+        on_white(mean_object.premultiplied(x)) for x in (item.sources[nearest], item.targets)
+    )
+    wanted = -10 * np.log10(((shown - true) ** 2).mean((1, 2, 3))).mean()
+    assert others["nearest image"]["psnr"] == pytest.approx(wanted, abs=1e-2)
+    assert others["nearest image"]["chamfer"] is None and others["visual hull"]["psnr"] is None
+    assert 0.7 < others["visual hull"]["fscore@0.2"] <= 1
+    assert 0.03 < others["visual hull"]["chamfer"] < 0.2  # worse than the oracle
+
+
+def test_one2345_is_evaluated_from_its_training_record(lrm, tmp_path):
+    """Random weights, whose surface is that of the initialisation: about a ball."""
+    write_object(Path("data/a"), num_views=12, step=5.0)
+    model = models.build("one2345", "tiny")
+    seen_by = jax.tree.map(lambda x: x[None], cameras.orbit(3, 2.0, 20.0, 40.0))
+    source = Views(rgb=jnp.zeros((1, 3, 16, 16, 3)), cameras=seen_by)
+    variables = jax.jit(model.init)(jax.random.key(0), source, cameras.pixel_rays(seen_by, 2, 2))
+    training = record(num_source=6, source_size=16, normalize="common_view", source_views=[2, 12], source_elevation=None)  # fmt: skip
+    model_file.save_model(tmp_path / "tiny.safetensors", model, variables["params"], training)
+    coarse = ["--views", "2", "--size", "16", "--resolution", "24"]
+    code, _, stderr = lrm("--data", "data", *coarse, "--weights", "tiny.safetensors")
+    assert code == 0, stderr
+    summary = read_summary()
+    assert summary["protocol"]["source"].startswith("6 views with a number from 2 to 11")
+    assert summary["protocol"]["world"].startswith("the model's is upright")
+    for name in ("psnr", "iou", "fscore@0.5"):
+        assert summary["mean"][name] is not None
+    assert summary["baseline"]["others"]["visual hull"]["fscore@0.2"] > 0.7
+
+
+def test_published_weights_of_posed_views_need_no_record(lrm, monkeypatch):
+    write_object(Path("data/a"), num_views=9, step=5.0)
+    choice = dict(num_sources=5, elevation=None)
+    model = posed_oracle(Path("data/a"), "common_view", **choice)
+    info = {"family": "posed", "variant": "", "path": "posed.ckpt", "training": {}}
+    monkeypatch.setattr(loading, "load_weights", lambda *_: (model, {}, info))
+    code, _, stderr = lrm("--data", "data", "--views", "2", "--sources", "5")
+    assert code == 0, stderr
+    assert read_summary()["unaligned"]["mean"]["chamfer"] < 0.04
+    code, _, stderr = lrm("--data", "data", "--sources", "1")
+    assert code == 2 and "--sources 1: posed needs 2 or more views" in stderr.splitlines()[-1]
+    code, _, stderr = lrm("--data", "data")
+    assert code == 2 and "9 view has any elevation; number of sources needed: 32" in stderr
 
 
 class Grey(nn.Module):
@@ -464,9 +583,9 @@ def test_an_object_that_cannot_be_placed_is_left_out(lrm, tmp_path):
     alignment = objects.Alignment("image", (1.9, 40.0), "image")
     pose = functools.partial(objects.posed_by_image, model, alignment)
     skipped = {}
-    args = argparse.Namespace(views=3, size=SIZE, sources=1)
+    read = functools.partial(held_out.read, num_targets=3, size=SIZE)
     folders = [Path("data/good"), Path("data/odd")]
-    posed = list(objects.posed_objects(folders, skipped, pose, args))
+    posed = list(objects.posed_objects(folders, skipped, read, pose))
     assert [x.item.uid for x in posed] == ["good"] and "looks away" in skipped["odd"]
     assert posed[0].item.points is None and "cannot be read" in posed[0].item.no_points
 
