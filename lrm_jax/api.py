@@ -53,7 +53,7 @@ def load(weights: str | Path | None = None, *, dtype: str | None = None) -> "Mod
     """Loads a model.
 
     Args:
-      weights: a model file of ours, a reference's checkpoint (TripoSR, OpenLRM, LVSM), a folder with one, a training run
+      weights: a model file of ours, a reference's checkpoint (TripoSR, OpenLRM, LVSM, One-2-3-45), a folder with one, a training run
         ("runs/x", or "runs/x@5000" for a step), `hf:ORG/NAME`, `hf:ORG/NAME/FILE`, or None for the small model that comes with
         the package.
       dtype: what the model computes in: "float32", "bfloat16" or "float16". None: the model's default, float32.

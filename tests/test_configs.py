@@ -27,6 +27,7 @@ SIZES = {
     "lvsm_objects": (*LVSM, "nano"),
     "lvsm_scenes": LVSM,
     "nano": ("", "fine", "tiny"),
+    "one2345": ("", "nano", "tiny"),
 }
 # Fine-tuning configs have the sizes of their siblings, so one of them is enough.
 CASES = [
@@ -46,7 +47,8 @@ def load(case):
 @pytest.mark.parametrize("case", CASES)
 def test_every_config_makes_a_training_step_whose_shapes_agree(case):
     config = load(case)
-    device_mesh = sharding.make_device_mesh(**config.sharding)
+    devices = jax.devices()[: config.data.batch_size]
+    device_mesh = sharding.make_device_mesh(**config.sharding, devices=devices)
     setup.check_batch_size(config, device_mesh)
     run = setup.make_run(config, device_mesh)
     batch = setup.abstract_batch(config, device_mesh, config.data.batch_size)

@@ -8,8 +8,8 @@ from lrm_jax.types import InputError
 EXAMPLES = Path(__file__).parents[1] / "assets" / "examples"
 # The help of --weights.
 WEIGHTS = (
-    "model file, checkpoint of TripoSR, OpenLRM or LVSM, folder that holds one, training run (runs/x, or runs/x@5000 for step "
-    "5000), or hf:ORG/NAME (default: the small bundled model)"
+    "model file, checkpoint of TripoSR, OpenLRM, LVSM or One-2-3-45, folder that holds one, training run (runs/x, or runs/x@5000 "
+    "for step 5000), or hf:ORG/NAME (default: the small bundled model)"
 )
 
 

@@ -78,7 +78,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = arguments.parser("lrm convert", __doc__)
     parser.add_argument(
         "src",
-        help="model file, PyTorch checkpoint (TripoSR, OpenLRM 1.0 and 1.1, LVSM, DINO, DINOv2; a config.yaml or "
+        help="model file, PyTorch checkpoint (TripoSR, OpenLRM 1.0 and 1.1, LVSM, One-2-3-45, DINO, DINOv2; a config.yaml or "
         "config.json in the same folder is read too), folder that holds one, training run (WORKDIR, or WORKDIR@STEP), hf:ORG/NAME or "
         "hf:ORG/NAME/FILE",
     )

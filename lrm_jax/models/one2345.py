@@ -37,12 +37,13 @@ VARIANTS = {
     "nano": dict(
         image_size=64, volume_side=48, num_samples=32, num_refined=4, train_rays=128, anneal_steps=500, late_steps=1, unmasked=False
     ),
-    "tiny": dict(image_size=16, volume_side=8, num_samples=8, num_refined=2, train_rays=16, anneal_steps=2, late_steps=1),
+    "tiny": dict(
+        image_size=16, volume_side=8, num_samples=12, num_rounds=1, num_refined=4, train_rays=16, anneal_steps=2, late_steps=1
+    ),
 }  # fmt: skip
 # The terms of `objective`.
 TERMS = ("color_l1", "eikonal", "sparsity", "mask_l1")
 
-ROUNDS = 4  # of up-sampling
 # Points at a time, whose colours all views give: about 25 KB each.
 POINTS = {"cpu": 2**12, "tpu": 2**15, "gpu": 2**16}
 
@@ -73,7 +74,8 @@ class One2345(nn.Module):
     image_size: int  # in training; sides of given images are multiples of 4
     volume_side: int  # voxels, a multiple of 8
     num_samples: int = 64  # on a ray, before up-sampling
-    num_refined: int = 16  # added in each round
+    num_rounds: int = 4  # of up-sampling
+    num_refined: int = 16  # samples that a round adds
     train_rays: int = 512  # of a scene in a step
     anneal_steps: int = 25_000  # after these, surfaces that are seen from behind have no opacity
     late_steps: int = (
@@ -204,7 +206,7 @@ class One2345(nn.Module):
             self.sdf(), self.blending(), jnp.clip(jnp.exp(10 * self.log_sharpness), 1e-6, 1e6)
         )
         of_rays = not isinstance(inputs, jax.Array)
-        samples = self.num_samples + ROUNDS * self.num_refined if of_rays else 1
+        samples = self.num_samples + self.num_rounds * self.num_refined if of_rays else 1
         chunk = self.ray_chunk or max(POINTS[sharding.platform()] // samples, 1)
 
         def one_scene(weights, scene, inputs, key):
@@ -233,7 +235,7 @@ class One2345(nn.Module):
             )
 
         distance_RS, inside_RS = evaluated(t_RS)
-        for i in range(ROUNDS):
+        for i in range(self.num_rounds):
             new_RS = neus.refined(t_RS, distance_RS, inside_RS, 64.0 * 2**i, self.num_refined)
             found_RS, active_RS = evaluated(new_RS)
             found_RS = jnp.where(active_RS, found_RS, neus.FAR_OUTSIDE)
@@ -429,6 +431,16 @@ def entries(model: One2345) -> list[torch_layout.Entry]:
     ]
 
 
+def own_tensors(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The state dict with a count of batches for every norm: InPlaceABN before 1.1.0 has none."""
+    counts = {
+        name.replace("running_var", "num_batches_tracked"): np.zeros((), np.int64)
+        for name in state
+        if name.endswith(".running_var")
+    }
+    return counts | state
+
+
 def from_torch(state: dict[str, np.ndarray], model: One2345) -> dict:
     """Parameters of the reference's state dict."""
     return torch_layout.from_torch(
@@ -437,7 +449,7 @@ def from_torch(state: dict[str, np.ndarray], model: One2345) -> dict:
 
 
 def to_torch(params: dict, model: One2345) -> dict[str, np.ndarray]:
-    """The reference's state dict. Its counts of batches are integers."""
+    """The reference's state dict. Counts of batches are integers."""
     state = torch_layout.to_torch(entries(model), params)
     counts = (name for name in state if name.endswith("num_batches_tracked"))
     return state | {name: np.asarray(state[name], np.int64) for name in counts}

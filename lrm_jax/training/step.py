@@ -61,49 +61,14 @@ def train_step(
       gradient norm before clipping, the number of updates skipped so far, and the learning rate.
     """
 
-    own = {k: v for k, v in loss_weights.items() if k in models.objective_terms(model)}
-    of_renderings = {k: v for k, v in loss_weights.items() if k not in own}
-    windows = partial(
-        random_crops, patch=patch, render_size=render_size, antialias=antialias, foreground=foreground_crops
+    loss = partial(
+        total_loss, step=state.step, model=model, weights=loss_weights, source_background=source_background, patch=patch,
+        render_size=render_size, antialias=antialias, foreground_crops=foreground_crops, recolor=recolor, backgrounds=backgrounds,
     )  # fmt: skip
-
-    def rendered(params, networks, part: Batch, keys_B):
-        """The terms of renderings, and the square error."""
-        keys_4B = jax.vmap(lambda key: jax.random.split(key, 4), out_axes=1)(keys_B)
-        crop_keys, background_keys, render_keys, color_keys = keys_4B
-        source = part.source
-        target, cameras = by_scene(windows, crop_keys, part.target)
-        if recolor:
-            source, target = by_scene(recolored, color_keys, source, target)
-        source = on_background(source, source_background)
-        rays = ops_cameras.pixel_rays(cameras, patch, patch)
-        greys = partial(random_backgrounds, shape=(1, target.alpha.shape[1]), greys=backgrounds)
-        background = by_scene(greys, background_keys)
-        wanted = blend(target, background)
-        scene, rendering = nn.apply(_encode_and_render, model)(
-            {"params": params}, source, rays, render_keys
-        )
-        seen = blend(rendering, background)
-        terms = losses.terms(
-            seen, wanted, of_renderings, scene=scene, networks=networks, dtype=model.dtype
-        )
-        return terms, losses.mse(seen, wanted)
-
-    def total_loss(params, networks, part: Batch, keys_B):
-        terms, scalars, statistics = {}, {}, {}
-        if any(of_renderings.values()):
-            terms, scalars["square_error"] = rendered(params, networks, part, keys_B)
-        if any(own.values()):
-            found, statistics = objective(
-                model, params, part, keys_B, state.step, source_background
-            )
-            terms |= {name: found[name] for name, weight in own.items() if weight}
-        total = sum(loss_weights[name] * value for name, value in terms.items())
-        return total, ({"loss": total, **terms, **scalars}, statistics)
 
     def gradient(params, networks, part_and_keys):
         inputs = batch_axes.constrain_batch(part_and_keys)
-        return jax.grad(total_loss, has_aux=True)(params, networks, *inputs)
+        return jax.grad(loss, has_aux=True)(params, networks, *inputs)
 
     # A scene's draws follow from its place in the whole batch, however that is split.
     keys_B = jax.random.split(jax.random.fold_in(state.key, state.step), batch.source.rgb.shape[0])
@@ -121,6 +86,63 @@ def train_step(
         step=state.step + 1, params=params, ema_params=ema_params, opt_state=opt_state
     )
     return state, scalars
+
+
+def total_loss(
+    params, networks, part: Batch, keys_B, *, step, model, weights, source_background, **windows
+) -> tuple[jax.Array, tuple[dict[str, jax.Array], Any]]:
+    """The sum of all terms that have a weight; and the scalars of a report, and new running statistics: see `objective`."""
+    terms, scalars, statistics = {}, {}, {}
+    own = {k: v for k, v in weights.items() if k in models.objective_terms(model)}
+    of_renderings = {k: v for k, v in weights.items() if k not in own}
+    if any(of_renderings.values()):
+        terms, scalars["square_error"] = rendering_terms(
+            params, networks, part, keys_B, model=model, weights=of_renderings, source_background=source_background, **windows
+        )  # fmt: skip
+    if any(own.values()):
+        found, statistics = objective(model, params, part, keys_B, step, source_background)
+        terms |= {name: found[name] for name, weight in own.items() if weight}
+    total = sum(weights[name] * value for name, value in terms.items())
+    return total, ({"loss": total, **terms, **scalars}, statistics)
+
+
+def rendering_terms(
+    params,
+    networks,
+    part: Batch,
+    keys_B,
+    *,
+    model,
+    weights,
+    source_background,
+    patch,
+    render_size,
+    antialias,
+    foreground_crops,
+    recolor,
+    backgrounds,
+) -> tuple[dict[str, jax.Array], jax.Array]:
+    """The terms of `losses` for random windows of the target views, and the mean square error."""
+    keys_4B = jax.vmap(lambda key: jax.random.split(key, 4), out_axes=1)(keys_B)
+    crop_keys, background_keys, render_keys, color_keys = keys_4B
+    source = part.source
+    windows = partial(
+        random_crops, patch=patch, render_size=render_size, antialias=antialias, foreground=foreground_crops
+    )  # fmt: skip
+    target, cameras = by_scene(windows, crop_keys, part.target)
+    if recolor:
+        source, target = by_scene(recolored, color_keys, source, target)
+    source = on_background(source, source_background)
+    rays = ops_cameras.pixel_rays(cameras, patch, patch)
+    greys = partial(random_backgrounds, shape=(1, target.alpha.shape[1]), greys=backgrounds)
+    background = by_scene(greys, background_keys)
+    wanted = blend(target, background)
+    scene, rendering = nn.apply(_encode_and_render, model)(
+        {"params": params}, source, rays, render_keys
+    )
+    seen = blend(rendering, background)
+    terms = losses.terms(seen, wanted, weights, scene=scene, networks=networks, dtype=model.dtype)
+    return terms, losses.mse(seen, wanted)
 
 
 def objective(

