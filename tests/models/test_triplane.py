@@ -10,7 +10,7 @@ import pytest
 from flax import linen as nn
 
 from lrm_jax.kernels import field
-from lrm_jax.models.parts import triplane
+from lrm_jax.models.parts import chunks, triplane
 from lrm_jax.ops import grids
 from lrm_jax.parallel import sharding
 from lrm_jax.training import flops
@@ -73,7 +73,7 @@ def test_rays_that_do_not_fill_the_last_chunk_come_back_in_order():
         return Rendering(rgb=2 * rays.origins, alpha=rays.origins[:, 0], depth=rays.dirs[:, 0])
 
     for chunk in (1, 4, 5, 20, 21, 100):
-        rendering = triplane.render_in_chunks(march, rays, None, chunk)
+        rendering = chunks.in_chunks(march, rays, None, chunk)
         np.testing.assert_array_equal(rendering.rgb, 2 * rays.origins)
         np.testing.assert_array_equal(rendering.alpha, rays.origins[..., 0])
 
