@@ -88,6 +88,7 @@ class Model:
         self._params = jax.device_put(params, self._everywhere)
         self._encode = sharding.jit(self._encode_batch)
         self._render = sharding.jit(self._render_views, static_argnames="size")
+        self._field = sharding.jit(lambda *args: self._query_points(*args)[0])
         self._query = sharding.jit(self._query_points)
 
     @property
@@ -354,6 +355,11 @@ class Model:
         with jax.set_mesh(self._device_mesh):
             return self._query(self._params, encoded, xyz)
 
+    def field(self, encoded: Any, xyz: np.ndarray) -> jax.Array:
+        """The field [Q] alone, as `query` gives it: where views are blended, colours are most of the work."""
+        with jax.set_mesh(self._device_mesh):
+            return self._field(self._params, encoded, xyz)
+
     def _query_points(self, params, scene, xyz):
         def query(shared, xyz):
             params, scene = shared
@@ -461,7 +467,7 @@ class Scene:
         level = module.surface_level if level is None else level
 
         def field(xyz):
-            return self.model.query(scene, xyz)[0]
+            return self.model.field(scene, xyz)
 
         def color(xyz):
             return self.model.query(scene, xyz)[1]

@@ -160,12 +160,22 @@ def mesh(family: str, variant: str, resolution: int, dtype: str) -> dict:
     return result(seconds, per_point * evaluated, first_seconds=first)
 
 
-def encode_views(variant: str, num_views: int) -> dict:
-    """LVSM: what is computed once per scene."""
-    model = models.build("lvsm", variant, dtype="bfloat16")
+def encode_views(family: str, variant: str, num_views: int, dtype: str) -> dict:
+    """Families of posed views: what is computed once per scene."""
+    model = models.build(family, variant, dtype=dtype)
     source, rays = _views(model, num_views), _rays(1, model.image_size, 1.0)
     params = _params(model, source, rays)
     return timed(partial(_apply, model, "encode"), params, source)
+
+
+def view_of_volume(num_views: int, side: int) -> dict:
+    """One-2-3-45: one square view, with colours from all source views."""
+    model = models.build("one2345", "one2345")
+    source, rays = _views(model, num_views), _rays(1, side, 1.0)
+    params = _params(model, source, rays)
+    # Random features would be of no cameras.
+    scene = jax.jit(partial(_apply, model, "encode"))(params, source)
+    return timed(partial(_apply, model, "render"), params, scene, rays)
 
 
 def frame(variant: str, num_views: int, num_frames: int) -> dict:
@@ -322,6 +332,7 @@ def _families() -> list[Step]:
     base = dict(family="lrm", variant="openlrm-base-1.1")
     frames = partial(frame, "decoder-only-256", num_frames=8)
     both = "encoder-decoder-256"
+    volume = dict(family="one2345", variant="one2345", num_views=32, dtype="float32")
     return [
         Step("TripoSR, image to planes", 60, partial(planes, **tripo, dtype="bfloat16")),
         Step("TripoSR, image to planes, float32", 60, partial(planes, **tripo, dtype="float32")),
@@ -331,7 +342,13 @@ def _families() -> list[Step]:
         Step("LVSM decoder-only, frame from 1 view", 40, partial(frames, num_views=1)),
         Step("LVSM decoder-only, frame from 4 views", 40, partial(frames, num_views=4)),
         Step("LVSM decoder-only, frame from 16 views", 60, partial(frames, num_views=16)),
-        Step("LVSM encoder-decoder, encode 4 views", 40, partial(encode_views, both, 4)),
+        Step(
+            "LVSM encoder-decoder, encode 4 views",
+            40,
+            partial(encode_views, "lvsm", both, 4, "bfloat16"),
+        ),
+        Step("One-2-3-45, 32 views to volume", 60, partial(encode_views, **volume)),
+        Step("One-2-3-45, 256 x 256 view", 90, partial(view_of_volume, 32, 256)),
         Step("LVSM encoder-decoder, frame", 40, partial(frame, both, num_views=4, num_frames=8)),
     ]
 
@@ -342,6 +359,7 @@ def _training() -> list[Step]:
         ("LVSM decoder-only", "lvsm_scenes.py:decoder-only-256", 8),
         ("OpenLRM large", "openlrm.py:large", 8),
         ("LVSM encoder-decoder", "lvsm_scenes.py:encoder-decoder-256", 8),
+        ("One-2-3-45", "one2345.py", 1),
     )
     steps = []
     for name, config, batch_size in works:

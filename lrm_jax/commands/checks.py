@@ -215,7 +215,7 @@ def field_on_grid(scene: api.Scene, resolution: int) -> Float[np.ndarray, "X Y Z
     radius, encoded = scene.model.module.radius, jax.device_put(scene.encoded)
     axis = np.linspace(-radius, radius, resolution, dtype=np.float32)
     xyz = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), -1).reshape(-1, 3)
-    field = sample(lambda x: scene.model.query(encoded, x)[0], xyz, chunk=scene.model.chunk)
+    field = sample(lambda x: scene.model.field(encoded, x), xyz, chunk=scene.model.chunk)
     return np.nan_to_num(field, posinf=np.finfo(np.float32).max).reshape((resolution,) * 3)
 
 

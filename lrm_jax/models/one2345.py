@@ -78,9 +78,7 @@ class One2345(nn.Module):
     num_refined: int = 16  # samples that a round adds
     train_rays: int = 512  # of a scene in a step
     anneal_steps: int = 25_000  # after these, surfaces that are seen from behind have no opacity
-    late_steps: int = (
-        50_000  # over these, the sparsity term grows to its weight; then the mask term begins
-    )
+    late_steps: int = 50_000  # until the sparsity term has its weight, and the mask term begins
     # Parity: views add features to voxels that they do not see, see `cost_volume.cost_volume`.
     unmasked: bool = True
     # "scene": norms use the statistics of the given scene. "running": those of training.
@@ -146,7 +144,7 @@ class One2345(nn.Module):
             rgb_Q3, _ = _colors(weights, scene, xyz_Q3, towards_Q3, self.dtype)
             return -distance_Q, rgb_Q3
 
-        return self._by_scene(look, scene, xyz, None)
+        return self._by_scene(look, scene, xyz)
 
     def objective(
         self, source: Views, target: Views, keys_B: jax.Array, step: Int[Array, ""]
@@ -175,8 +173,8 @@ class One2345(nn.Module):
 
         xyz_BQ3 = jax.vmap(lambda key: jax.random.uniform(key, (1024, 3), minval=-1.0))(keys_3B[2])
         sums = self._march(ray_sums, scene, rays, keys_3B[1], anneal)
-        near_BQ = self._by_scene(random_points, scene, xyz_BQ3, None)
-        terms_B = jax.vmap(terms)(sums, wanted, near_BQ)
+        near_BQ = self._by_scene(random_points, scene, xyz_BQ3)
+        terms_B = jax.vmap(loss_terms)(sums, wanted, near_BQ)
         late = jnp.minimum(step / self.late_steps, 1.0)
         terms_B["sparsity"] *= late
         terms_B["mask_l1"] *= jnp.floor(late)
@@ -195,19 +193,17 @@ class One2345(nn.Module):
             return function(shaded(weights, scene, rays, t_RS, last_R, anneal, self.dtype))
 
         # First the distances, which have no gradient, so that the backward pass does not find them again.
-        t = jax.lax.stop_gradient(
-            self._by_scene(distances, jax.lax.stop_gradient(scene), rays, keys_B)
-        )
-        return self._by_scene(shade, scene, (rays, t), None)
+        points = self.num_samples + self.num_rounds * self.num_refined
+        fixed = jax.lax.stop_gradient(scene)
+        t = jax.lax.stop_gradient(self._by_scene(distances, fixed, rays, keys_B, points))
+        return self._by_scene(shade, scene, (rays, t), None, points)
 
-    def _by_scene(self, function, scene, inputs, keys_B):
-        """Maps `function(weights, scene, inputs[R ...], key)` over scenes and chunks of their inputs."""
+    def _by_scene(self, function, scene, inputs, keys_B=None, points=1):
+        """Maps `function(weights, scene, inputs[R ...], key)` over scenes and chunks of their inputs, of so many points each."""
         weights = Weights(
             self.sdf(), self.blending(), jnp.clip(jnp.exp(10 * self.log_sharpness), 1e-6, 1e6)
         )
-        of_rays = not isinstance(inputs, jax.Array)
-        samples = self.num_samples + self.num_rounds * self.num_refined if of_rays else 1
-        chunk = self.ray_chunk or max(POINTS[sharding.platform()] // samples, 1)
+        chunk = self.ray_chunk or max(POINTS[sharding.platform()] // points, 1)
 
         def one_scene(weights, scene, inputs, key):
             return chunks.in_chunks(
@@ -400,7 +396,9 @@ def ray_sums(samples: Samples) -> dict[str, Float[Array, "R ..."]]:
     }
 
 
-def terms(sums: dict, wanted: Rendering, near_Q: Float[Array, "Q"]) -> dict[str, Float[Array, ""]]:
+def loss_terms(
+    sums: dict, wanted: Rendering, near_Q: Float[Array, "Q"]
+) -> dict[str, Float[Array, ""]]:
     """The terms of a scene's loss, from what its rays sum up."""
     valid_R = sums["valid"].astype(jnp.float32)
     error_R = jnp.abs(sums["rgb"] - wanted.rgb).mean(-1)

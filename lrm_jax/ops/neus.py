@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from lrm_jax.ops import sampling
+
 FAR_OUTSIDE = 100.0  # the signed distance of a sample that does not count
 
 
@@ -39,7 +41,8 @@ def refined(
     before = jnp.concatenate([jnp.zeros_like(slope[..., :1]), slope[..., :-1]], axis=-1)
     slope = jnp.clip(jnp.minimum(before, slope), -10.0, 0.0) * both
     alpha = opacity(middle, slope * step, sharpness) * both
-    return inverse_cdf(t, weights(alpha), count)
+    u = sampling.middles(count, t.shape[:-1]).astype(t.dtype)
+    return sampling.inverse_cdf(t, weights(alpha) + 1e-5, u)
 
 
 def opacity(
@@ -49,26 +52,6 @@ def opacity(
     first = jax.nn.sigmoid((middle - 0.5 * change) * sharpness)
     last = jax.nn.sigmoid((middle + 0.5 * change) * sharpness)
     return (first - last + 1e-5) / (first + 1e-5)
-
-
-def inverse_cdf(
-    t: Float[Array, "*B S"], weight: Float[Array, "*B S-1"], count: int
-) -> Float[Array, "*B {count}"]:
-    """Distances at the middles of `count` equal parts of the weight of the intervals between `t`."""
-    mass = weight + 1e-5
-    cdf = jnp.cumsum(mass / jnp.sum(mass, axis=-1, keepdims=True), axis=-1)
-    cdf = jnp.concatenate([jnp.zeros_like(cdf[..., :1]), cdf], axis=-1)
-    u = jnp.broadcast_to((jnp.arange(count) + 0.5) / count, (*t.shape[:-1], count)).astype(t.dtype)
-    # Finds the interval of u by comparing it with every edge: S is small, so no search is needed.
-    above = jnp.sum(u[..., :, None] >= cdf[..., None, :], axis=-1)
-    low, high = jnp.maximum(above - 1, 0), jnp.minimum(above, t.shape[-1] - 1)
-
-    def at(values, index):
-        return jnp.take_along_axis(values, index, axis=-1)
-
-    span = at(cdf, high) - at(cdf, low)
-    fraction = (u - at(cdf, low)) / jnp.where(span < 1e-5, 1.0, span)
-    return at(t, low) + fraction * (at(t, high) - at(t, low))
 
 
 def surface_opacity(

@@ -69,13 +69,27 @@ def importance(
     smooth = 0.5 * (highest[..., :-1] + highest[..., 1:]) + 0.01
     mass = smooth[..., 1:-1] + 1e-5
     bins = 0.5 * (t[..., :-1] + t[..., 1:])[..., : mass.shape[-1] + 1]
-    cdf = jnp.cumsum(mass / jnp.sum(mass, axis=-1, keepdims=True), axis=-1)
-    cdf = jnp.concatenate([jnp.zeros_like(cdf[..., :1]), cdf], axis=-1)
-    shape = (*t.shape[:-1], num_samples)
     if key is None:
-        u = jnp.broadcast_to(((jnp.arange(num_samples) + 0.5) / num_samples).astype(t.dtype), shape)
+        u = middles(num_samples, t.shape[:-1]).astype(t.dtype)
     else:
         u = sorted_uniform(key, t.shape[:-1], num_samples).astype(t.dtype)
+    return jax.lax.stop_gradient(inverse_cdf(bins, mass, u))
+
+
+def middles(count: int, shape: tuple[int, ...]) -> Float[Array, "*B I"]:
+    """The middles of `count` equal parts of [0, 1], for each element of `shape`."""
+    return jnp.broadcast_to((jnp.arange(count) + 0.5) / count, (*shape, count))
+
+
+def inverse_cdf(
+    edges: Float[Array, "*B S+1"], mass: Float[Array, "*B S"], u: Float[Array, "*B I"]
+) -> Float[Array, "*B I"]:
+    """The points below which shares `u` of the mass lie, if each interval's mass is spread evenly over it.
+
+    In an interval with less than 1e-5 of the mass, points move with `u` itself, as in NeRF's code and its descendants.
+    """
+    cdf = jnp.cumsum(mass / jnp.sum(mass, axis=-1, keepdims=True), axis=-1)
+    cdf = jnp.concatenate([jnp.zeros_like(cdf[..., :1]), cdf], axis=-1)
     # Finds the interval of u by comparing it with every edge: S is small, so no search is needed.
     above = jnp.sum((u[..., :, None] >= cdf[..., None, :]), axis=-1)
     low, high = jnp.maximum(above - 1, 0), jnp.minimum(above, mass.shape[-1])
@@ -85,8 +99,7 @@ def importance(
 
     span = at(cdf, high) - at(cdf, low)
     fraction = (u - at(cdf, low)) / jnp.where(span < 1e-5, 1.0, span)
-    samples = at(bins, low) + fraction * (at(bins, high) - at(bins, low))
-    return jax.lax.stop_gradient(samples)
+    return at(edges, low) + fraction * (at(edges, high) - at(edges, low))
 
 
 def sorted_uniform(key: jax.Array, shape: tuple[int, ...], count: int) -> Float[Array, "*B I"]:

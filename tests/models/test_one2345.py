@@ -250,7 +250,7 @@ def golden_loss(recon, params):
         )
         y, x = golden["in.ray_pixels_yx"].T
         wanted = Rendering(recon.views.rgb[0, 0, y, x], jnp.asarray(golden["in.ray_mask"][:, 0]))
-        return one2345.terms(one2345.ray_sums(samples), wanted, near)
+        return one2345.loss_terms(one2345.ray_sums(samples), wanted, near)
 
     terms, _ = model.apply({"params": params}, method=run, mutable=["statistics"])
     weights = dict(color_l1=1.0, eikonal=0.1, sparsity=0.02, mask_l1=0.1)
@@ -415,7 +415,7 @@ def test_a_ray_without_a_valid_sample_gives_no_nan():
 
     def total(gradient):
         sums = one2345.ray_sums(nothing._replace(gradient=gradient))
-        return sum(one2345.terms(sums, wanted, jnp.zeros(5)).values())
+        return sum(one2345.loss_terms(sums, wanted, jnp.zeros(5)).values())
 
     value, grad = jax.value_and_grad(total)(nothing.gradient)
     assert value == 0 and np.isfinite(grad).all()

@@ -171,7 +171,7 @@ def test_operations_of_the_pieces_are_those_of_their_products(gradient):
         functools.partial(bench_steps.planes, "lrm", "tiny", "bfloat16"),
         functools.partial(bench_steps.view, **TINY, side=8),
         functools.partial(bench_steps.mesh, **TINY, resolution=32),
-        functools.partial(bench_steps.encode_views, "tiny", 2),
+        functools.partial(bench_steps.encode_views, "lvsm", "tiny", 2, "bfloat16"),
         functools.partial(bench_steps.frame, "tiny", 2, num_frames=3),
         functools.partial(bench_steps.training_step, "lvsm_scenes.py:tiny"),
     ],
