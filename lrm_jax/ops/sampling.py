@@ -82,7 +82,7 @@ def middles(count: int, shape: tuple[int, ...]) -> Float[Array, "*B I"]:
 
 
 def inverse_cdf(
-    edges: Float[Array, "*B S+1"], mass: Float[Array, "*B S"], u: Float[Array, "*B I"]
+    edges: Float[Array, "*B S"], mass: Float[Array, "*B S-1"], u: Float[Array, "*B I"]
 ) -> Float[Array, "*B I"]:
     """The points below which shares `u` of the mass lie, if each interval's mass is spread evenly over it.
 
