@@ -332,13 +332,14 @@ def exchanges(model: api.Model, images: list[Path], size: int) -> Finding:
     return Finding(gains[best] <= MAX_GAIN, "exchanges", text, f"{best} look exchanged")
 
 
-def drawn(model: api.Model, capture: captures.Capture, chosen: np.ndarray) -> np.ndarray:
-    """The chosen views [V S S 3] of a capture as the model draws them, in [0, 1], on white."""
+def drawn(
+    model: api.Model, capture: captures.Capture, boxes: np.ndarray, chosen: np.ndarray
+) -> np.ndarray:
+    """The chosen views [V S S 3] of a capture as the model draws them, in [0, 1], on white; `boxes`: see `crop_images`."""
     size = model.module.image_size
     if not model.reconstructs_captures:
         path = camera_paths.CameraPath(capture.c2w[chosen], chosen.astype(float))
         return model.synthesize(capture, path=path).astype(np.float32) / 255
-    _, boxes = model_input.crop_images(capture, size)
     fxfycxcy = cameras.crop_intrinsics(capture.fxfycxcy, boxes)
     own = Cameras(c2w=capture.c2w[chosen], fxfycxcy=fxfycxcy[chosen])
     renderings = model.encode_capture(capture).renderings(own, size)
@@ -351,8 +352,9 @@ def views(model: api.Model, capture: captures.Capture) -> tuple[Finding, list[di
     chosen = np.unique(np.linspace(0, count - 1, min(4, count)).round().astype(int))
     if model.reconstructs_captures:
         capture = model_input.cut_out(capture)
-    frames = drawn(model, capture, chosen)
-    images = model_input.crop_images(capture, model.module.image_size)[0].astype(np.float32) / 255
+    images, boxes = model_input.crop_images(capture, model.module.image_size)
+    images = images.astype(np.float32) / 255
+    frames = drawn(model, capture, boxes, chosen)
     numbers = []
     for frame, i in zip(frames, chosen, strict=True):
         psnr = [decibels(frame, x) for x in images]

@@ -96,6 +96,7 @@ def of_capture(args, stages: messages.Stages, summary: dict) -> None:
 
 
 def load_model(args, stages: messages.Stages, summary: dict) -> api.Model:
+    """The model of --weights; what is known about it goes into `summary`."""
     with stages("load", f" {args.weights or 'the bundled model'}"):
         model = api.load(args.weights, dtype=args.dtype)
     summary["model"] = model.info | {"parameters": model.num_params}
@@ -103,6 +104,7 @@ def load_model(args, stages: messages.Stages, summary: dict) -> api.Model:
 
 
 def write(folder: Path, files: dict[str, bytes], stages: messages.Stages) -> None:
+    """Writes an object's files to its folder, all or none of them."""
     with stages("write", f" {folder}"):
         whole_files.write_files(folder, files)
 

@@ -204,13 +204,9 @@ def assemble(
     Raises:
       InputError: the source cameras do not fit `recipe.normalize`.
     """
-    if recipe.normalize in normalization.BY_ALL_SOURCES:
-        motion = normalization.views_motion(source_c2w, source.fxfycxcy, recipe.normalize)
-        motion = motion.astype(np.float32)
-    else:
-        motion = normalization.object_motion(
-            source_c2w[0], source.fxfycxcy[0], recipe.normalize, recipe.assumed_camera
-        )
+    motion = normalization.sources_motion(
+        source_c2w, source.fxfycxcy, recipe.normalize, recipe.assumed_camera
+    ).astype(np.float32)
     source_c2w, target_c2w = (cameras.move_poses(motion, c2w) for c2w in (source_c2w, target_c2w))
     if mirrored:
         # The mirror image of "frusta" has the axes of the mirrored first camera, which has x to the right too.

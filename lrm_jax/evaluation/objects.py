@@ -385,11 +385,7 @@ def posed_by_views(posed: PosedViews, item: HeldOut) -> PosedObject:
     images, boxes = (np.stack(x) for x in zip(*crops, strict=True))
     c2w = item.source_cameras.c2w
     fxfycxcy = cameras.crop_intrinsics(item.source_cameras.fxfycxcy, boxes)
-    if posed.normalize in normalization.BY_ALL_SOURCES:
-        motion = normalization.views_motion(c2w, fxfycxcy, posed.normalize)
-    else:
-        motion = normalization.object_motion(c2w[0], fxfycxcy[0], posed.normalize)
-        motion = motion.astype(np.float64)
+    motion = normalization.sources_motion(c2w, fxfycxcy, posed.normalize)
     source_cameras = Cameras(c2w=move_poses(motion, c2w), fxfycxcy=fxfycxcy)
     targets = item.target_cameras.replace(c2w=move_poses(motion, item.target_cameras.c2w))
     views = Views(rgb=images[..., :3], alpha=images[..., 3], cameras=source_cameras)

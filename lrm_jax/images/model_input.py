@@ -65,12 +65,15 @@ def world(capture: Capture, fxfycxcy: np.ndarray, normalize: str | None) -> tupl
       InputError: the cameras do not determine it.
     """
     c2w, count = capture.c2w, len(capture.c2w)
-    if normalize in normalization.BY_ALL_SOURCES:
-        words = f"the cube that the source cameras look at (data.normalize={normalize})"
-        return normalization.views_motion(c2w, fxfycxcy, normalize), words
     if normalize not in ("all_views", "source_views"):
-        words = f"the poses' own, moved as in training (data.normalize={normalize})"
-        return normalization.object_motion(c2w[0], fxfycxcy[0], normalize).astype(float), words
+        by_all = normalize in normalization.BY_ALL_SOURCES
+        whose = (
+            "the cube that the source cameras look at"
+            if by_all
+            else "the poses' own, moved as in training"
+        )
+        motion = normalization.sources_motion(c2w, fxfycxcy, normalize)
+        return motion, f"{whose} (data.normalize={normalize})"
     if count < 2:
         raise InputError(
             f"{capture.names[0]} is the only source view: give two or more, because their distance sets the unit of length"

@@ -15,7 +15,6 @@ A family is a linen module in `models/<name>.py` with these members. Rendering, 
 | `foreground_ratio` (optional) | class field | with `prepare`: the fraction of the side that it scales the object to; absent or None means that it does not crop |
 | `normalize` | class attribute, no field | families without `prepare`: the world of the source cameras, a `data.normalize`, that the published weights expect |
 | `surface_level`, `radius` | class fields | with `query`: the field's value at the surface, and half the side of the cube around the origin that the field fills |
-| `normalize` | class attribute | with posed source views: how the published weights expect their world to be moved, a `data.normalize` |
 | `VARIANTS` | `dict[str, dict]` | field overrides of each published size, and `"tiny"` |
 | `from_torch(state, model)` / `to_torch(params, model)` | dict of NumPy arrays <-> params | renames, transposes, (un)stacks only: exact inverses |
 

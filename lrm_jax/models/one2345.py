@@ -180,6 +180,11 @@ class One2345(nn.Module):
         terms_B["mask_l1"] *= jnp.floor(late)
         return jax.tree.map(jnp.mean, terms_B)
 
+    def weights(self) -> Weights:
+        """The parameters that rendering needs, for pure functions."""
+        sharpness = jnp.clip(jnp.exp(10 * self.log_sharpness), 1e-6, 1e6)
+        return Weights(self.sdf(), self.blending(), sharpness)
+
     def _march(self, function, scene, rays: Rays, keys_B, anneal=1.0):
         """`function(samples of rays [R])`, a tree of arrays [R ...], for rays [B ...]."""
 
@@ -200,9 +205,6 @@ class One2345(nn.Module):
 
     def _by_scene(self, function, scene, inputs, keys_B=None, points=1):
         """Maps `function(weights, scene, inputs[R ...], key)` over scenes and chunks of their inputs, of so many points each."""
-        weights = Weights(
-            self.sdf(), self.blending(), jnp.clip(jnp.exp(10 * self.log_sharpness), 1e-6, 1e6)
-        )
         chunk = self.ray_chunk or max(POINTS[sharding.platform()] // points, 1)
 
         def one_scene(weights, scene, inputs, key):
@@ -213,7 +215,7 @@ class One2345(nn.Module):
         def own_scenes(weights, scenes):
             return jax.lax.map(lambda scene: one_scene(weights, *scene), scenes)
 
-        return batch_axes.split_batch(own_scenes, weights, (scene, inputs, keys_B))
+        return batch_axes.split_batch(own_scenes, self.weights(), (scene, inputs, keys_B))
 
     def _distances(self, weights, scene, rays: Rays, near_R, far_R, key=None):
         """Distances along rays: even ones, and more near the surface."""

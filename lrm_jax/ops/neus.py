@@ -27,7 +27,7 @@ def refined(
     sharpness: float,
     count: int,
 ) -> Float[Array, "*B {count}"]:
-    """`count` more distances where the surface seems to be: one of NeuS's up-sampling rounds  (appendix, hierarchical sampling).
+    """`count` more distances where the surface seems to be: one of NeuS's up-sampling rounds (appendix, hierarchical sampling).
 
     Args:
       t: increasing distances.

@@ -40,6 +40,22 @@ def object_motion(
     return motion.astype(np.float32)
 
 
+def sources_motion(
+    c2w: Float[np.ndarray, "V 4 4"],
+    fxfycxcy: Float[np.ndarray, "V 4"],
+    normalize: str | None,
+    assumed_camera: tuple[float, float] | None = None,
+) -> Float[np.ndarray, "4 4"]:
+    """The similarity, float64, that moves a scene, from the cameras of its sources: `views_motion`, or `object_motion` of the first.
+
+    Raises:
+      InputError: the cameras do not fit `normalize`.
+    """
+    if normalize in BY_ALL_SOURCES:
+        return views_motion(c2w, fxfycxcy, normalize)
+    return object_motion(c2w[0], fxfycxcy[0], normalize, assumed_camera).astype(float)
+
+
 def views_motion(
     c2w: Float[np.ndarray, "V 4 4"], fxfycxcy: Float[np.ndarray, "V 4"], normalize: str
 ) -> Float[np.ndarray, "4 4"]:

@@ -86,17 +86,16 @@ def not_loadable(model: nn.Module) -> list[str]:
     name = models.name_of(model)
     if name not in FIXED:
         return []
-    fixed = dict(FIXED[name])
-    if name == "one2345":
-        return [f"{k}={getattr(model, k)}" for k, v in fixed.items() if getattr(model, k) != v]
-    published = encoders.published_name(model.encoder)
-    dino = published is not None and published.startswith("facebook/")
-    known = dino or (name == "lrm" and model.release == "1.1" and published is not None)
+    fixed, odd = dict(FIXED[name]), []
+    if hasattr(model, "encoder"):
+        published = encoders.published_name(model.encoder)
+        dino = published is not None and published.startswith("facebook/")
+        known = dino or (name == "lrm" and model.release == "1.1" and published is not None)
+        odd = [] if known else ["encoder"]
     if name == "lrm":
         # OpenLRM splits its samples equally between the two passes, and normalises images as its encoder was trained.
         fixed |= {"num_importance": model.num_samples}
         fixed |= {"normalize_image": dino} if known else {}
-    odd = [] if known else ["encoder"]
     wrong = [field for field, value in fixed.items() if getattr(model, field) != value]
     return odd + [f"{field}={getattr(model, field)}" for field in wrong]
 

@@ -86,11 +86,7 @@ def scene(recon):
 
 
 def weights_of(model, params):
-    def run(module):
-        sharpness = jnp.clip(jnp.exp(10 * module.log_sharpness), 1e-6, 1e6)
-        return one2345.Weights(module.sdf(), module.blending(), sharpness)
-
-    return model.apply({"params": params}, method=run)
+    return model.apply({"params": params}, method="weights")
 
 
 def rays_of(golden):
@@ -231,8 +227,7 @@ def golden_loss(recon, params):
             "cameras": cameras,
         }
         scene = jax.tree.map(lambda x: x[0], scene)
-        sharpness = jnp.exp(10 * module.log_sharpness)
-        weights = one2345.Weights(module.sdf(), module.blending(), sharpness)
+        weights = module.weights()
         near, far = golden["in.near_far"]
         last = jnp.full((24,), (far - near) / 64)
         samples = one2345.shaded(

@@ -11,9 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
-from lrm_jax.models.parts import torch_layout
-from lrm_jax.models.parts.feature_pyramid import norm_entries
-from lrm_jax.models.parts.norms import BatchNorm
+from lrm_jax.models.parts import norms, torch_layout
 from lrm_jax.ops import cameras as ops_cameras
 from lrm_jax.ops import grids
 from lrm_jax.types import Cameras
@@ -107,7 +105,7 @@ class MaskedConv(nn.Module):
             y_BXYZF = transposed_convolution(x_BXYZC, kernel)
         else:
             y_BXYZF = convolution(x_BXYZC, kernel, 2 if self.step == "down" else 1)
-        y_BXYZF = BatchNorm(name="norm")(y_BXYZF, of_scene, mask_BXYZ)
+        y_BXYZF = norms.BatchNorm(name="norm")(y_BXYZF, of_scene, mask_BXYZ)
         # Masked again: the norm's bias would fill the other sites.
         return jnp.where(mask_BXYZ[..., None], nn.relu(y_BXYZF), 0)
 
@@ -217,5 +215,5 @@ def entries(torch: str, ours: str) -> list[torch_layout.Entry]:
     for number in (0, 1, 2, 3, 4, 5, 6, 7, 9, 11):
         at, to = f"{torch}conv{number}.net", f"{ours}.conv{number}"
         table.append(torch_layout.same(f"{at}.0.kernel", f"{to}.kernel"))
-        table += norm_entries(f"{at}.1", f"{to}.norm")
+        table += norms.entries(f"{at}.1", f"{to}.norm")
     return table

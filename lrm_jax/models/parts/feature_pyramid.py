@@ -9,9 +9,8 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from lrm_jax.models.parts import torch_layout
+from lrm_jax.models.parts import norms, torch_layout
 from lrm_jax.models.parts.layers import torch_linear_init
-from lrm_jax.models.parts.norms import BatchNorm
 
 WIDTHS = (8, 16, 32)  # of the three scales: 1, 1/2, 1/4
 CHANNELS = sum(WIDTHS)  # of the features that the scales give together
@@ -31,7 +30,7 @@ class ConvNorm(nn.Module):
         x_BVHWC = convolution(self.features, self.side, self.stride, False, self.dtype, "conv")(
             x_BVHWC
         )
-        return BatchNorm(leaky=True, name="norm")(x_BVHWC, of_scene)
+        return norms.BatchNorm(leaky=True, name="norm")(x_BVHWC, of_scene)
 
 
 class FeaturePyramid(nn.Module):
@@ -98,17 +97,11 @@ def conv_entries(torch: str, ours: str, bias: bool) -> list[torch_layout.Entry]:
     return entries + [torch_layout.same(torch + ".bias", ours + ".bias")] * bias
 
 
-def norm_entries(torch: str, ours: str) -> list[torch_layout.Entry]:
-    """Batch norm with its running statistics."""
-    names = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "variance", "num_batches_tracked": "num_batches"}  # fmt: skip
-    return [torch_layout.same(f"{torch}.{a}", f"{ours}.{b}") for a, b in names.items()]
-
-
 def conv_norm_entries(torch: str, ours: str) -> list[torch_layout.Entry]:
     """A `ConvNorm`."""
     return [
         *conv_entries(torch + ".conv", ours + ".conv", bias=False),
-        *norm_entries(torch + ".bn", ours + ".norm"),
+        *norms.entries(torch + ".bn", ours + ".norm"),
     ]
 
 

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
+from lrm_jax.models.parts import torch_layout
+
 STATISTICS = ("mean", "variance", "num_batches")  # names of parameters that are not trained
 MOMENTUM = 0.1  # share of the newest scene in the running statistics
 
@@ -73,3 +75,9 @@ def moments(
     mean_BC = (x_BSC * weight_BS1).sum(1) / count_B1
     square_BSC = jnp.square(x_BSC - mean_BC[:, None]) * weight_BS1
     return mean_BC, square_BSC.sum(1) / count_B1, count_B1
+
+
+def entries(torch: str, ours: str) -> list[torch_layout.Entry]:
+    """torch's names of a `BatchNorm` with its running statistics."""
+    names = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "variance", "num_batches_tracked": "num_batches"}  # fmt: skip
+    return [torch_layout.same(f"{torch}.{a}", f"{ours}.{b}") for a, b in names.items()]
