@@ -25,8 +25,8 @@ class Recipe:
     source_size, target_size: sides of the square images, pixels.
     num_source: number of views that the model is given.
     source_elevation: (low, high), degrees: the sources are drawn from the views in this range. None: from all views.
-    source_views: (first, end): the sources are drawn from the views with these numbers, first <= number < end, and the views of
-      `num_target` from the others. None: both are drawn from all views.
+    source_views: (first, end): the sources are drawn from the views with these numbers, first <= number < end. None: from all.
+      The views of `num_target` are drawn from all that are not given.
     source_images: "rgba", or the name of a folder beside it that has another model's predictions of the source views, in files of
       the same names. The targets are always from "rgba". Only folders of objects can have it.
     sources_as_targets: whether the sources are targets too.
@@ -153,21 +153,12 @@ def lacking(may_be_source: np.ndarray, recipe: Recipe) -> str | None:
             f"{num_sources} views with an elevation in {recipe.source_elevation}{numbers} "
             f"are too few for num_source={recipe.num_source}"
         )
-    if recipe.source_views is not None:
-        others = len(_others(num_views, recipe.source_views))
-        if others < recipe.num_target:
-            return f"{others} views outside source_views={recipe.source_views} are too few for num_target={recipe.num_target}"
-    elif num_views < recipe.num_source + recipe.num_target:
+    if num_views < recipe.num_source + recipe.num_target:
         return (
             f"{num_views} views are too few for num_source={recipe.num_source} and "
             f"num_target={recipe.num_target}"
         )
     return None
-
-
-def _others(num_views: int, source_views: tuple[int, int]) -> np.ndarray:
-    """The numbers of the views outside `source_views`."""
-    return np.delete(np.arange(num_views), slice(*source_views))
 
 
 def draw(
@@ -182,11 +173,7 @@ def draw(
         raise InputError(cause)
     rng, num_views = np.random.default_rng((seed, position, 1)), len(may_be_source)
     sources = rng.choice(np.flatnonzero(may_be_source), recipe.num_source, replace=False)
-    if recipe.source_views is None:
-        others = np.delete(np.arange(num_views), sources)
-    else:
-        others = _others(num_views, recipe.source_views)
-    others = rng.choice(others, recipe.num_target, replace=False)
+    others = rng.choice(np.delete(np.arange(num_views), sources), recipe.num_target, replace=False)
     targets = np.concatenate([sources, others]) if recipe.sources_as_targets else others
     return sources, targets, recipe.mirror and rng.random() < 0.5
 
