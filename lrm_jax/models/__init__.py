@@ -29,7 +29,7 @@ import importlib
 
 from flax import linen as nn
 
-FAMILIES = ("lrm", "triposr", "lvsm", "one2345")
+FAMILIES = ("lrm", "triposr", "lvsm", "one2345", "zero123")
 
 
 def build(name: str, variant: str, **overrides) -> nn.Module:

@@ -14,12 +14,10 @@ from jaxtyping import Array, Float
 
 from lrm_jax.images import cutout, recentre
 from lrm_jax.kernels import field
-from lrm_jax.kernels.tokens import by_tokens
 from lrm_jax.models.parts import encoders, torch_layout, triplane, vit
 from lrm_jax.models.parts.layers import (
     Attention,
-    dense,
-    gelu,
+    geglu,
     layer_norm,
     sincos_code,
     sincos_grid,
@@ -255,15 +253,7 @@ class Block(nn.Module):
         )
         x_BLD = x_BLD + self_attn(layer_norm(1e-5, "norm1")(x_BLD))
         x_BLD = x_BLD + cross_attn(layer_norm(1e-5, "norm2")(x_BLD), context_BMD)
-        return x_BLD + by_tokens(self, _geglu, layer_norm(1e-5, "norm3")(x_BLD)), None
-
-
-def _geglu(block, x_BLD):
-    """Equation 6 of https://arxiv.org/abs/2002.05202, with biases."""
-    width = x_BLD.shape[-1]
-    hidden = dense(8 * width, dtype=block.dtype, name="fc1")(x_BLD)
-    value, gate = jnp.split(hidden, 2, axis=-1)
-    return dense(width, dtype=block.dtype, name="fc2")(value * gelu(gate))
+        return x_BLD + geglu(self, layer_norm(1e-5, "norm3")(x_BLD)), None
 
 
 MODEL = TripoSR

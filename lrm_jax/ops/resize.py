@@ -21,7 +21,7 @@ def resize_bicubic(
 
     OpenLRM's: torch's `interpolate(mode="bicubic", align_corners=True)` and a clamp. The aspect ratio is not kept.
     """
-    return _apply(_bicubic_weights, rgb, size).clip(0, 1)
+    return _apply(bicubic_weights, rgb, size).clip(0, 1)
 
 
 def _apply(weights, rgb, size):
@@ -41,7 +41,7 @@ def _bilinear_weights(size_in: int, size_out: int) -> Float[np.ndarray, "size_ou
     return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
 
 
-def _bicubic_weights(size_in: int, size_out: int) -> Float[np.ndarray, "size_out size_in"]:
+def bicubic_weights(size_in: int, size_out: int) -> Float[np.ndarray, "size_out size_in"]:
     """Cubic convolution with a = -0.75, edges repeated (Keys 1981, eq. 15, with torch's a)."""
     position = np.arange(size_out) * (size_in - 1) / max(size_out - 1, 1)
     taps = np.floor(position)[:, None] + np.arange(-1, 3)

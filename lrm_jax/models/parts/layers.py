@@ -86,6 +86,18 @@ def _mlp(module, x_BLD):
     return dense(width, dtype=module.dtype, name="fc2")(gelu(x_BLF))
 
 
+def geglu(module: nn.Module, x_BLD):
+    """Equation 6 of https://arxiv.org/abs/2002.05202, with biases: layers `fc1` and `fc2` of a module with a `dtype`."""
+    return by_tokens(module, _geglu, x_BLD)
+
+
+def _geglu(module, x_BLD):
+    width = x_BLD.shape[-1]
+    hidden = dense(8 * width, dtype=module.dtype, name="fc1")(x_BLD)
+    value, gate = jnp.split(hidden, 2, axis=-1)
+    return dense(width, dtype=module.dtype, name="fc2")(value * gelu(gate))
+
+
 def gelu(x):
     """Exact GELU (https://arxiv.org/abs/1606.08415, section 2) by erf, in float32, as in PyTorch.
 
