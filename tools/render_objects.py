@@ -127,7 +127,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Setting
     protocol = PROTOCOLS[args.protocol]
     if args.elevation is not None and protocol.elevation is None:
         parser.error(
-            f"--elevation: the cameras of --protocol {args.protocol} are set by height, not by elevation"
+            f"--elevation: the cameras of --protocol {args.protocol} are not set by elevation"
         )
     if args.samples is not None and args.backend != "cycles":
         parser.error("--samples: only for --backend cycles")

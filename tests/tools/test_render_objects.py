@@ -106,6 +106,24 @@ def test_projected_vertices_span_the_silhouette(tmp_path):
         )
 
 
+def test_zero123_objects_are_of_side_1_and_may_leave_the_image(tmp_path):
+    scene = lopsided_scene()
+    settings = dataclasses.replace(PROTOCOLS["zero123"], size=64)
+    images, poses, intrinsics = read(rendered(tmp_path, scene, settings=settings))
+    assert images.shape == (12, 64, 64, 4) and poses.shape == (12, 3, 4)
+    np.testing.assert_allclose(intrinsics, [[70, 70], [32, 32], [64, 64]], rtol=1e-6)  # 280 at 256
+    x, y, z = np.asarray(scene.to_mesh().vertices).T
+    points = np.stack([x, -z, y], axis=-1)  # z up
+    points -= (points.min(0) + points.max(0)) / 2
+    points /= np.ptp(points, axis=0).max()
+    for image, pose in zip(images, poses, strict=True):
+        pixels = pixels_of(points, pose, intrinsics).clip(0, 64)
+        rows, columns = np.nonzero(image[..., 3])
+        seen = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+        # 1.2 as in the test above.
+        np.testing.assert_allclose(seen, [*pixels.min(0), *pixels.max(0)], atol=1.2)
+
+
 def test_sphere_has_its_analytic_silhouette(tmp_path):
     images, poses, intrinsics = read(rendered(tmp_path, trimesh.creation.icosphere(5)))
     rows, columns = np.indices((64, 64)) + 0.5
@@ -362,10 +380,8 @@ def test_an_interrupted_run_starts_no_more_objects(tmp_path):
         (["--distance", "0.5", "3"], "needs 1 < LO <= HI"),
         (["--elevation", "20", "10"], "-90 <= LO <= HI <= 90"),
         (["--fov", "180"], "between 0 and 170"),
-        (
-            ["--protocol", "lrm", "--elevation", "0", "9"],
-            "--protocol lrm are set by height, not by elevation",
-        ),
+        (["--protocol", "lrm", "--elevation", "0", "9"], "--protocol lrm are not set by elevation"),
+        (["--protocol", "zero123", "--elevation", "0", "9"], "zero123 are not set by elevation"),
         (["--protocol", "triposr", "--distance", "0.4", "2"], "needs 0.5 < LO <= HI"),
         (["--geometry", "--distance", "3", "9"], "with --geometry at most 5.55"),
         (["--samples", "8"], "only for --backend cycles"),

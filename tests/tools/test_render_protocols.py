@@ -102,6 +102,33 @@ def test_one2345_draws_the_elevation_of_its_input_view_for_each_object():
     np.testing.assert_array_equal(again / 1.2, directions[0])
 
 
+def test_zero123_cameras_are_in_the_directions_of_a_cube():
+    settings = PROTOCOLS["zero123"]
+    assert (settings.views, settings.size, settings.box) == (12, 256, 1.0)
+    cameras = choose_cameras(dataclasses.replace(settings, views=20000), "a")
+    eye = cameras.c2w[:, :3, 3]
+    radius = np.linalg.norm(eye, axis=-1)
+    np.testing.assert_allclose([radius.min(), radius.max()], (1.5, 2.2), atol=0.001)  # 20000 draws
+    np.testing.assert_allclose(np.mean(radius), 1.85, atol=0.006)  # 4 standard deviations
+    np.testing.assert_allclose(cameras.c2w[:, :3, 2], -eye / radius[:, None], atol=1e-5)  # float32
+    np.testing.assert_allclose(cameras.fxfycxcy * 256, [[280, 280, 128, 128]] * 20000, rtol=1e-6)
+    # Directions are uniform on the faces of the cube, unlike those that are uniform on a sphere.
+    size = np.abs(eye)
+    faces = np.bincount(size.argmax(1) * 2 + (np.take_along_axis(eye, size.argmax(1)[:, None], 1)[:, 0] > 0))  # fmt: skip
+    assert (np.abs(faces - 20000 / 6) < 211).all()  # 4 standard deviations
+    ratio = np.sort(size, axis=1)[:, :2] / size.max(1, keepdims=True)
+    tenths = np.histogram(ratio, 10, (0, 1))[0]
+    assert (np.abs(tenths - 4000) < 240).all()  # 4 standard deviations of independent draws
+
+
+def test_zero123_cameras_depend_on_seed_and_uid():
+    settings = PROTOCOLS["zero123"]
+    first, again = eyes(settings), eyes(settings)
+    np.testing.assert_array_equal(first, again)
+    for other in (eyes(settings, "b"), eyes(dataclasses.replace(settings, seed=1))):
+        assert np.abs(other - first).max() > 0.1
+
+
 def test_the_default_protocol_is_what_old_folders_were_rendered_with():
     assert dataclasses.asdict(PROTOCOLS["default"]) == dataclasses.asdict(Settings())
     settings = PROTOCOLS["default"]

@@ -1,28 +1,30 @@
 """Rendering protocols: the numbers of the published systems, and the cameras and the light made from them.
 
-| | default | lrm | openlrm | triposr | one2345 |
-|---|---|---|---|---|---|
-| views | 32 | 32 | 32 | *32* | 40: 8, and 4 neighbours of each |
-| image | 256 | 1024 | 1024 | 512 | 256 |
-| the object fills | sphere of radius 1 | box [-1, 1]^3 | box [-1, 1]^3 | *box [-0.5, 0.5]^3* | box [-0.4, 0.4]^3 |
-| distance of the cameras | 3 | U[1.5, 3] | U[1.9, 2.6] | 1.9 | 1.2 |
-| heights of the cameras | elevations, see `choose_cameras` | U[-0.75, 1.6] | U[-0.75, 1.6] | *elevations as default* | `one2345_rig` |
-| full field of view | 40 | 50 | 67.38 (lens 24, sensor 32) | 40 | 49.13 (lens 35, sensor 32) |
-| shading normals (embree) | the triangles' own | the file's | the file's | the file's | *the file's* |
-| first view | like the others | *like the others* | from the front, height 0 | *like the others* | elevation 30, azimuth -60 |
-| light | fixed | *varied* | *varied* | *varied* | *varied* |
-| Cycles samples per pixel | 32 | *128* | 128 | *128* | *32* |
-| depth and normals | no | no | no | no | yes |
+| | default | lrm | openlrm | triposr | one2345 | zero123 |
+|---|---|---|---|---|---|---|
+| views | 32 | 32 | 32 | *32* | 40: 8, and 4 neighbours of each | 12 |
+| image | 256 | 1024 | 1024 | 512 | 256 | *256* (512) |
+| the object fills | sphere of radius 1 | box [-1, 1]^3 | box [-1, 1]^3 | *box [-0.5, 0.5]^3* | box [-0.4, 0.4]^3 | box [-0.5, 0.5]^3 |
+| distance of the cameras | 3 | U[1.5, 3] | U[1.9, 2.6] | 1.9 | 1.2 | U[1.5, 2.2] |
+| heights of the cameras | elevations, see `choose_cameras` | U[-0.75, 1.6] | U[-0.75, 1.6] | *elevations as default* | `one2345_rig` | those of uniform points in a cube, normalised |
+| full field of view | 40 | 50 | 67.38 (lens 24, sensor 32) | 40 | 49.13 (lens 35, sensor 32) | 49.13 (lens 35, sensor 32) |
+| shading normals (embree) | the triangles' own | the file's | the file's | the file's | *the file's* | *the file's* |
+| first view | like the others | *like the others* | from the front, height 0 | *like the others* | elevation 30, azimuth -60 | like the others |
+| light | fixed | *varied* | *varied* | *varied* | *varied* | *varied* |
+| Cycles samples per pixel | 32 | *128* | 128 | *128* | *32* | 128 |
+| depth and normals | no | no | no | no | yes | no |
 
 Sources: LRM, https://arxiv.org/abs/2311.04400, appendix on data; OpenLRM,
 https://github.com/3DTopia/OpenLRM/blob/3108b69/scripts/data/objaverse/blender_script.py; TripoSR, https://arxiv.org/abs/2403.02151
 (512-pixel images) and its released inference code (distance, field of view, and the half side 0.87 of the model's box); One-2-3-45,
-https://arxiv.org/abs/2306.16928, and the poses that its code writes.
+https://arxiv.org/abs/2306.16928, and the poses that its code writes; Zero123, https://arxiv.org/abs/2303.11328, and the numbers of its
+published rendering setup.
 
 Values in *asterisks* are not stated by the references, and were chosen here. TripoSR published no recipe for its data. The corners of a
-unit cube touch a sphere of radius 0.87, so the object stays in the model's box in any orientation. No reference gives the light in
-numbers: TripoSR's paper says only that renderings were varied to resemble photographs. With [-1, 1]^3 and LRM's distances, a camera can
-be inside the box of an object, and parts of the object can be outside the image. This also happens in the references. One-2-3-45 did not
+unit cube touch a sphere of radius 0.87, so the object stays in the model's box in any orientation. Of the light, only Zero123 gives
+numbers: one lamp above the object, so wide that it is a sky, which leaves the side below black; our varied light shows all sides.
+TripoSR's paper says only that renderings were varied to resemble photographs. Zero123 rendered 512 pixels, but its model sees 256. With [-1, 1]^3 and LRM's distances, a camera can
+be inside the box of an object, and parts of the object can be outside the image. Zero123's nearer cameras cut off corners, too. This also happens in the references. One-2-3-45 did not
 release how its training views were rendered: the size of the object, the lens and the 32 samples are those of its evaluation data. There,
 the first view is at 30 or 0 degrees; `--elevation LO HI` draws another for each object.
 """
@@ -50,7 +52,7 @@ class Settings:
     views: int = 32
     size: int = 256  # pixels
     distance: tuple[float, float] = (3.0, 3.0)  # from the cameras to the origin, world units
-    elevation: tuple[float, float] | None = (-30.0, 75.0)  # degrees; None: use `height`
+    elevation: tuple[float, float] | None = (-30.0, 75.0)  # degrees; None: `height` or `cube`
     fov: float = 40.0  # full, in degrees
     seed: int = 0
     height: tuple[float, float] | None = None  # z of the cameras, world units
@@ -63,6 +65,7 @@ class Settings:
     rig: bool = False  # the views are `ops.cameras.one2345_rig`; `elevation` is that of view 0
     lighting: str = "fixed"  # or "varied": a different light for each object
     geometry: bool = False  # also depth and normals
+    cube: bool = False  # the cameras' directions are those of uniform points in a cube
     backend: str = "embree"
     samples: int = 32  # per pixel, for Cycles; embree takes 1, or 4 in pixels with detail
 
@@ -80,6 +83,10 @@ PROTOCOLS = {
     "one2345": Settings(
         views=40, distance=(1.2, 1.2), elevation=(30.0, 30.0), fov=float(np.degrees(2 * np.arctan(128 / 280))), box=0.8, rig=True,
         file_normals=True, lighting="varied", geometry=True,
+    ),
+    "zero123": Settings(
+        views=12, distance=(1.5, 2.2), elevation=None, fov=float(np.degrees(2 * np.arctan(16 / 35))), box=1.0, cube=True,
+        file_normals=True, lighting="varied", samples=128,
     ),
 }  # fmt: skip
 
@@ -126,16 +133,17 @@ def choose_cameras(settings: Settings, uid: str) -> Cameras:
 
     By elevation: views with even numbers have an elevation in PHOTO_ELEVATION, like photographs, and views with odd numbers in
     `settings.elevation`. Both are spread evenly around the object. By height: directions are uniform on the part of the sphere between
-    the two heights (on a sphere, equal heights have equal areas: Archimedes). One-2-3-45's rig: only the elevation of view 0 is drawn.
+    the two heights (on a sphere, equal heights have equal areas: Archimedes). By a cube: directions are denser towards its corners than
+    on a sphere, and more than a quarter of them are over 30 degrees below the horizon. One-2-3-45's rig: only the elevation of view 0 is drawn.
     """
     rng = rng_of(uid, settings.seed)
     if settings.rig:
         return cameras_lib.one2345_rig(90 - rng.uniform(*settings.elevation))
-    eye = (
-        _eyes_by_elevation(settings, rng)
-        if settings.height is None
-        else _eyes_by_height(settings, rng)
-    )
+    if settings.cube:
+        eyes_of = _eyes_by_cube
+    else:
+        eyes_of = _eyes_by_elevation if settings.height is None else _eyes_by_height
+    eye = eyes_of(settings, rng)
     if settings.front_first:
         eye[0] = [0, -np.linalg.norm(eye[0]), 0]
     eye = jnp.asarray(eye, jnp.float32)
@@ -163,6 +171,12 @@ def _eyes_by_height(settings: Settings, rng: np.random.Generator) -> np.ndarray:
     azimuth = rng.uniform(0, 2 * np.pi, settings.views)
     elevation = np.arcsin(rng.uniform(low, high) / distance)
     return distance[:, None] * _outward(azimuth, elevation)
+
+
+def _eyes_by_cube(settings: Settings, rng: np.random.Generator) -> np.ndarray:
+    distance = rng.uniform(*settings.distance, settings.views)
+    point = rng.uniform(-1, 1, (settings.views, 3))
+    return (distance / np.linalg.norm(point, axis=-1))[:, None] * point
 
 
 def _outward(azimuth, elevation) -> np.ndarray:
