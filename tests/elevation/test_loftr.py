@@ -12,6 +12,7 @@ from safetensors import safe_open
 from lrm_jax.elevation import loftr
 from lrm_jax.models.parts import torch_layout
 from lrm_jax.types import InputError
+from lrm_jax.weights import tensor_files
 
 TINY = loftr.LoFTR(widths=(16, 24, 32), num_heads=4, num_coarse=2)
 GRID = (14, 14)  # coarse cells of the golden's images
@@ -204,6 +205,13 @@ def test_checkpoints_come_back_to_the_bit(state, params):
         np.testing.assert_array_equal(back[name], value)
     short = {name.removeprefix("matcher."): value for name, value in state.items()}
     jax.tree.map(np.testing.assert_array_equal, loftr.from_torch(short, TINY), params)
+
+
+def test_a_torch_file_of_the_published_form_is_read(state, params, tmp_path):
+    path = tmp_path / "indoor_ds_new.ckpt"
+    tensor_files.write_torch(path, {"state_dict": state})
+    read = loftr.from_torch(tensor_files.read(path)[0]["state_dict"], TINY)
+    jax.tree.map(np.testing.assert_array_equal, read, params)
 
 
 def test_the_published_manifest_is_consumed_and_produced_exactly(goldens):
