@@ -17,6 +17,7 @@ ALLOWED = {
     "kernels": LOW | {"ops"},
     "models": LOW | {"ops", "images", "kernels"},
     "mesh": LOW | {"ops", "images"},
+    "elevation": {"types", "ops", "kernels", "models.parts"},
     # Orbax only to open the checkpoint of a run.
     "weights": LOW | {"models", "training.checkpoints"},
     "api": LOW | {"ops", "images", "mesh", "weights"},
