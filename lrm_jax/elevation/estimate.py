@@ -23,18 +23,20 @@ from lrm_jax.ops import cameras as cameras_lib
 
 Matches = dict[tuple[int, int], np.ndarray]
 PAIRS = [(i, j) for i in range(4) for j in range(i + 1, 4)]
+REACH, SLACK = 64.0, 2.0  # of `possible`, in pixels
 SIDE = 256  # of the images that coordinates are in
 COARSE = np.arange(30, 141, 10)  # polar angles in degrees: 90 minus the elevation
+FEW, FAR, CONTRAST = 5, 20, 1.15  # of "ambiguous", see `estimate`
 JOIN = 1.0  # pixels between two matches' ends in one image that count as the same point
 
 
 class Elevation(NamedTuple):
     """What `estimate` found."""
 
-    degrees: float | None  # above the horizon; None unless `status` is "found"
+    degrees: float | None  # above the horizon; None without tracks
     status: Literal["found", "no matches", "no tracks", "ambiguous"]
-    scores: dict[int, float]  # elevation tried -> mean distance of its projections, in pixels
-    tracks: int  # points seen in three images, on which the scores stand
+    scores: dict[int, float]  # elevation tried -> `scores`, in pixels
+    points: int  # seen in three images: the scores stand on these
 
 
 class Tracks(NamedTuple):
@@ -51,10 +53,16 @@ class Tracks(NamedTuple):
 def estimate(matches: Matches) -> Elevation:
     """The elevation of the image in whose neighbours these matches were found.
 
-    First every 10 degrees from -50 to 60, then every degree around the best.
+    First every 10 degrees from -50 to 60, then every degree around the best. The reference gives up if any of the six pairs has
+    no match. Here, what can be followed counts.
 
     Returns:
-      "no matches": nothing can be triangulated or compared. "no tracks": no point is seen in three images.
+      `status` is "found", or why the elevation should be given by hand:
+      "no matches": no pair has any.
+      "no tracks": no point is seen in three images.
+      "ambiguous": the best elevation is no better than a guess, but still given. Fewer than `FEW` points are seen in three images;
+        or an elevation at least `FAR` degrees away scores less than `CONTRAST` times the best; or the best is at an end of what
+        is tried, so that it may lie beyond. docs/evaluation.md has how often each status is right.
     """
     if not any(len(x) for x in matches.values()):
         return Elevation(None, "no matches", {}, 0)
@@ -62,12 +70,16 @@ def estimate(matches: Matches) -> Elevation:
     if not len(tracks.point):
         return Elevation(None, "no tracks", {}, 0)
     coarse = scores(tracks, COARSE)
-    fine_polar = around(COARSE[coarse.argmin()])
-    fine = scores(tracks, fine_polar)
-    polar = int(fine_polar[fine.argmin()])
-    tried = dict(zip(COARSE, coarse, strict=True)) | dict(zip(fine_polar, fine, strict=True))
+    nearby = around(COARSE[coarse.argmin()])
+    fine = scores(tracks, nearby)
+    polar = int(nearby[fine.argmin()])
+    tried = dict(zip(COARSE, coarse, strict=True)) | dict(zip(nearby, fine, strict=True))
+    points = len(np.unique(tracks.point))
+    far = coarse[abs(COARSE - polar) >= FAR].min()
+    unclear = points < FEW or far < CONTRAST * fine.min()
+    unclear |= polar in (around(COARSE[0])[0], around(COARSE[-1])[-1])
     table = {90 - int(p): float(s) for p, s in sorted(tried.items(), reverse=True)}
-    return Elevation(float(90 - polar), "found", table, len(tracks.point))
+    return Elevation(float(90 - polar), "ambiguous" if unclear else "found", table, points)
 
 
 def around(polar: int) -> Int[np.ndarray, "20"]:
@@ -93,20 +105,16 @@ def join(matches: Matches) -> Tracks:
         xy.append(pair[:, :4].reshape(-1, 2, 2))
         for other in others:
             onward = _directed(matches, first, other)
-            if len(pair) and len(onward):
-                # Of matches that begin at the same point, the first one counts, as in the reference.
-                onward = onward[np.unique(onward[:, :2], axis=0, return_index=True)[1]]
-                distance, nearest = cKDTree(onward[:, :2]).query(pair[:, :2])
-                joined = np.flatnonzero(distance < JOIN)
-                onward = onward[nearest[joined]]
-                point.append(count + joined)
-                view.append(np.full(len(joined), other))
-                end.append(onward[:, 2:4])
-                weight.append(onward[:, 4] / onward[:, 4].sum())
+            # Of matches that begin at the same point, the first one counts, as in the reference.
+            onward = onward[np.unique(onward[:, :2], axis=0, return_index=True)[1]]
+            distance, nearest = cKDTree(onward[:, :2]).query(pair[:, :2])
+            joined = np.flatnonzero(distance < JOIN)
+            onward = onward[nearest[joined]]
+            point.append(count + joined)
+            view.append(np.full(len(joined), other))
+            end.append(onward[:, 2:4])
+            weight.append(onward[:, 4] / onward[:, 4].sum())
         count += len(pair)
-    if not point:
-        point, view, end, weight = [np.zeros(0, int)] * 2 + [np.zeros((0, 2)), np.zeros(0)]
-        return Tracks(np.concatenate(views), np.concatenate(xy), point, view, end, weight)
     return Tracks(*(np.concatenate(x) for x in (views, xy, point, view, end, weight)))
 
 
@@ -119,7 +127,7 @@ def _directed(matches: Matches, first: int, second: int) -> Float[np.ndarray, "M
 
 
 def scores(tracks: Tracks, polars: Int[np.ndarray, "E"]) -> Float[np.ndarray, "E"]:
-    """For each polar angle, the sum over the six ways of the mean distance in pixels between projections and matched points."""
+    """For each polar angle, the mean distance in pixels between projections and matched points, summed over the six ways."""
     projections = projection_matrices(polars)
     used, point = np.unique(tracks.point, return_inverse=True)
     xyz = triangulate(projections[:, tracks.views[used]], tracks.xy[used])
@@ -127,6 +135,28 @@ def scores(tracks: Tracks, polars: Int[np.ndarray, "E"]) -> Float[np.ndarray, "E
     uvw = np.einsum("etij,etj->eti", projections[:, tracks.view], homogeneous)
     distance = np.linalg.norm(uvw[..., :2] / uvw[..., 2:] - tracks.end, axis=-1)
     return distance @ tracks.weight
+
+
+def possible(
+    pair: tuple[int, int], xy_a: Float[np.ndarray, "A 2"], xy_b: Float[np.ndarray, "B 2"]
+) -> Bool[np.ndarray, "A B"]:
+    """Whether a point of one image can be a point of the other, at any elevation: for a matcher that has many candidates.
+
+    It has to be near, as the cameras are at most 20 degrees apart, and within `SLACK` pixels of the epipolar line that one of the
+    elevations gives.
+    """
+    near = np.linalg.norm(xy_a[:, None] - xy_b, axis=-1) < REACH
+    on_a_line = np.zeros_like(near)
+    ends_a, ends_b = (np.column_stack([xy, np.ones(len(xy))]) for xy in (xy_a, xy_b))
+    for matrices in projection_matrices(np.arange(around(COARSE[0])[0], COARSE[-1] + 10, 5)):
+        first, second = matrices[pair[0]], matrices[pair[1]]
+        epipole = second @ np.append(np.linalg.solve(first[:, :3], -first[:, 3]), 1)
+        # The line through the epipole and any other point on the ray: here the one at infinity.
+        directions = np.linalg.solve(first[:, :3], ends_a.T)
+        lines = np.cross(epipole, (second[:, :3] @ directions).T)
+        lines /= np.linalg.norm(lines[:, :2], axis=-1, keepdims=True)
+        on_a_line |= np.abs(lines @ ends_b.T) < SLACK
+    return near & on_a_line
 
 
 def projection_matrices(polars: Int[np.ndarray, "E"]) -> Float[np.ndarray, "E 4 3 4"]:
