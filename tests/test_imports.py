@@ -13,6 +13,7 @@ ALLOWED = {
     "types": set(),
     "parallel": {"types"},
     "ops": {"types"},
+    "elevation": {"types", "ops"},
     "images": LOW | {"ops"},
     "kernels": LOW | {"ops"},
     "models": LOW | {"ops", "images", "kernels"},
