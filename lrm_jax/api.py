@@ -5,15 +5,15 @@
     scene.mesh(resolution=256, texture=1024).export("chair.glb")
     frames = scene.render(lrm_jax.orbit(24), size=512)
 
-Families that take posed images (One-2-3-45) reconstruct from a folder of them: `model.reconstruct("capture/")`.
+From posed images (One-2-3-45): `model.reconstruct("capture/")`.
 
-Programs are compiled once per shape: once for the model's image size, whatever the size of the image; once for each size of
-rendered views; and once for the chunks of points that meshes are made from. All devices of this process share the work.
+Programs are compiled once per shape: for the model's image size, whatever the size of the image; for each size of rendered views;
+and for the chunks of points that meshes are made from. All devices of this process share the work.
 """
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from PIL import Image
 from lrm_jax.images import camera_paths, captures, cutout, model_input, recentre
 from lrm_jax.images.camera_paths import Orbit
 from lrm_jax.images.load import load_image
-from lrm_jax.images.png import to_uint8
+from lrm_jax.images.png import to_rgba, to_uint8
 from lrm_jax.mesh import lattice
 from lrm_jax.mesh.surface import Surface, decimated, moved, paint
 from lrm_jax.mesh.texture import MAX_FACES, bake_texture
@@ -40,9 +40,7 @@ from lrm_jax.weights import loading
 
 CHUNK = 2**15  # points in one call of the field: suits the caches of a CPU
 MAX_BATCH = 8  # images from a list that a device encodes at once
-FRAMES_TOGETHER = (
-    4  # frames that a device renders at once, for a family that renders views directly
-)
+FRAMES_TOGETHER = 4  # that a device renders at once, for a family that renders views directly
 RECENTERED = 0.85  # the part of the square's side that a recentred object fills, if its family has no foreground_ratio
 
 IDENTITY = np.eye(4)
@@ -53,9 +51,8 @@ def load(weights: str | Path | None = None, *, dtype: str | None = None) -> "Mod
     """Loads a model.
 
     Args:
-      weights: a model file of ours, a reference's checkpoint (TripoSR, OpenLRM, LVSM, One-2-3-45), a folder with one, a training run
-        ("runs/x", or "runs/x@5000" for a step), `hf:ORG/NAME`, `hf:ORG/NAME/FILE`, or None for the small model that comes with
-        the package.
+      weights: a model file of ours, a reference's checkpoint (TripoSR, OpenLRM, LVSM, Zero123, One-2-3-45), a folder with one, a
+        training run ("runs/x", or "runs/x@5000" for a step), `hf:ORG/NAME`, `hf:ORG/NAME/FILE`, or None for the bundled model.
       dtype: what the model computes in: "float32", "bfloat16" or "float16". None: the model's default, float32.
 
     Raises:
@@ -86,19 +83,21 @@ class Model:
         self._device_mesh = sharding.make_device_mesh(devices=jax.local_devices())
         self._everywhere = NamedSharding(self._device_mesh, PartitionSpec())
         self._params = jax.device_put(params, self._everywhere)
-        self._encode = sharding.jit(self._encode_batch)
+        self._encode = sharding.jit(
+            lambda params, source: module.apply({"params": params}, source, method="encode")
+        )
         self._render = sharding.jit(self._render_views, static_argnames="size")
         self._field = sharding.jit(lambda *args: self._query_points(*args)[0])
         self._query = sharding.jit(self._query_points)
 
     @property
     def params(self) -> dict:
-        """The parameters on the first device."""
+        """Those on the first device."""
         return jax.tree.map(lambda x: x.addressable_data(0), self._params)
 
     @property
     def num_params(self) -> int:
-        """How many numbers the parameters are."""
+        """How many numbers they are."""
         return sum(x.size for x in jax.tree.leaves(self._params))
 
     @property
@@ -171,7 +170,7 @@ class Model:
         size = max(batch_size or 0, len(images))
         padded = [x.source for x in images + images[-1:] * (size - len(images))]
         source = jax.tree.map(lambda *x: np.concatenate(x), *padded)
-        encoded = self._encode_on_devices(source, size)
+        encoded = self.encode_views(source, size)
         return [
             Scene(
                 self,
@@ -194,7 +193,7 @@ class Model:
             )
         if not (hasattr(self.module, "prepare") and hasattr(self.module, "query")):
             raise InputError(
-                f"{self._name()} renders views from posed images and makes no mesh: use `synthesize`, or weights of another family"
+                f"{self._name()} renders views and makes no mesh: use `synthesize`, or weights of another family"
             )
 
     # -- from posed images
@@ -236,7 +235,7 @@ class Model:
         return Scene(
             self,
             capture.images[0],
-            self._encode_on_devices(given, 1),
+            self.encode_views(given, 1),
             Cameras(c2w=capture.c2w[0], fxfycxcy=given.cameras.fxfycxcy[0, 0]),
             to_mesh=np.linalg.inv(to_model),
             to_model=to_model,
@@ -277,7 +276,7 @@ class Model:
             path = camera_paths.camera_path(source, str(path), num_frames, convention)
         size = self.module.image_size
         given, to_model = model_input.source_views(source, size, self.normalize)
-        encoded = self._encode_on_devices(given, 1)
+        encoded = self.encode_views(given, batch=1)
         along = Cameras(
             c2w=ops_cameras.move_poses(to_model, path.c2w).astype(np.float32),
             fxfycxcy=camera_paths.intrinsics_along(path, given.cameras.fxfycxcy[0]),
@@ -287,6 +286,8 @@ class Model:
 
     def check_takes_captures(self) -> None:
         """Raises InputError if the model does not render views of scenes from posed images."""
+        if not hasattr(self.module, "query") and hasattr(self.module, "prepare"):
+            raise InputError(f"{self._name()} draws views of one image: give an image as source")
         for member, images in {"prepare": "one image", "query": "posed images"}.items():
             if hasattr(self.module, member):
                 raise InputError(
@@ -298,16 +299,17 @@ class Model:
     def _name(self):
         return f"{self.info['path']}: {self.info['family']}"
 
-    def _encode_on_devices(self, source: Views, batch: int) -> Any:
-        """The scene [B ...] on the host. A batch that does not divide over the devices is encoded by the first one."""
-        if batch % self._device_mesh.size:
-            return jax.device_get(self._encode(self.params, source))
+    def encode_views(self, source: Views, batch: int) -> Any:
+        """The scene [B ...] of views [B V H W 3], on the host."""
+        return self.on_devices(self._encode, source, batch)
+
+    def on_devices(self, function: Callable, inputs: Any, count: int) -> Any:
+        """`function(params, inputs)` on the host. Inputs [count ...] that do not divide over the devices go to the first one."""
+        if count % self._device_mesh.size:
+            return jax.device_get(function(self.params, inputs))
         split = NamedSharding(self._device_mesh, PartitionSpec(sharding.AXES))
         with jax.set_mesh(self._device_mesh):
-            return jax.device_get(self._encode(self._params, jax.device_put(source, split)))
-
-    def _encode_batch(self, params, source: Views):
-        return self.module.apply({"params": params}, source, method="encode")
+            return jax.device_get(function(self._params, jax.device_put(inputs, split)))
 
     def render_views(
         self, encoded: Any, cameras: Cameras, size: int, together: int = 1, label: str = "views"
@@ -382,8 +384,10 @@ class Scene:
     camera: Cameras  # [] of the image: given, or assumed by the family
     to_mesh: np.ndarray  # [4 4] similarity from the model's world to that of the mesh
     to_model: np.ndarray  # [4 4] similarity from the world of the cameras to the model's
-    # [4 4] rigid motion from the world of the cameras to one with z up and the object at the origin
-    upright: np.ndarray
+    upright: (
+        np.ndarray
+    )  # [4 4] rigid motion from there to a world with z up and the object at the origin
+    views: captures.Capture | None = None  # that were drawn on the way: see `two_stage`
 
     def render(
         self, cameras: Orbit | Cameras | None = None, size: int = 256
@@ -488,10 +492,3 @@ def move_cameras(motion: np.ndarray, cameras: Cameras) -> Cameras:
     """Cameras after a similarity [4 4] of their world, NumPy float64."""
     c2w = ops_cameras.move_poses(motion, np.asarray(cameras.c2w, np.float64))
     return Cameras(c2w=c2w, fxfycxcy=np.asarray(cameras.fxfycxcy))
-
-
-def to_rgba(rendering: Rendering) -> UInt8[np.ndarray, "*B 4"]:
-    """Converts a rendering's premultiplied colour to sRGB with straight alpha."""
-    alpha = rendering.alpha[..., None]
-    straight = np.divide(rendering.rgb, alpha, out=np.zeros_like(rendering.rgb), where=alpha > 0)
-    return to_uint8(np.concatenate([straight, alpha], axis=-1))

@@ -28,6 +28,7 @@ SIZES = {
     "lvsm_scenes": LVSM,
     "nano": ("", "fine", "tiny"),
     "one2345": ("", "nano", "tiny"),
+    "zero123": ("", "nano", "tiny"),
 }
 # Fine-tuning configs have the sizes of their siblings, so one of them is enough.
 CASES = [

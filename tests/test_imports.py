@@ -13,7 +13,6 @@ ALLOWED = {
     "types": set(),
     "parallel": {"types"},
     "ops": {"types"},
-    "elevation": {"types", "ops"},
     "images": LOW | {"ops"},
     "kernels": LOW | {"ops"},
     "models": LOW | {"ops", "images", "kernels"},
@@ -22,6 +21,8 @@ ALLOWED = {
     # Orbax only to open the checkpoint of a run.
     "weights": LOW | {"models", "training.checkpoints"},
     "api": LOW | {"ops", "images", "mesh", "weights"},
+    "drawing": LOW | {"ops", "images", "api"},
+    "two_stage": LOW | {"ops", "elevation", "images", "weights.tensor_files", "api", "drawing"},
     "data": LOW | {"ops", "images", "weights.tensor_files"},
     "metrics": LOW | {"ops", "weights.tensor_files", "data.held_out"},
     "evaluation": LOW | {"ops", "images", "mesh", "models", "weights", "data", "metrics"},

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from posed_ball import posed, write_folder
 from posed_folder import ring, write_transforms
-from tiny_models import tiny, untrained
+from tiny_models import tiny, untrained, write_two_models
 
 from lrm_jax import models
 from lrm_jax.weights import model_file
@@ -45,6 +45,19 @@ def test_the_snippet_of_posed_images_draws_a_video(tmp_path, monkeypatch):
     found = {}
     exec(program, found)
     assert found["video"].shape == (3, 16, 16, 3) and found["video"].dtype == np.uint8
+
+
+def test_the_snippet_of_two_stages_makes_a_mesh(tmp_path, monkeypatch):
+    (tmp_path / "one2345").mkdir()
+    write_two_models(tmp_path / "one2345")
+    shutil.copy(ROOT / "lrm_jax/assets/examples/plant.png", tmp_path / "chair.png")
+    program = snippet("docs/library.md", "snippet: two stages").replace("seed=1", "seed=1, steps=3")
+    for large, small in SMALLER.items():
+        program = program.replace(large, small)
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    exec(program, found)
+    assert len(found["images"]) == 40 and (tmp_path / "chair.glb").read_bytes()[:4] == b"glTF"
 
 
 def test_the_snippet_of_posed_images_makes_a_mesh(tmp_path, monkeypatch):

@@ -1,14 +1,17 @@
 """Tiny random models for several test modules, with the state dicts and configs of their references."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lrm_jax import two_stage
 from lrm_jax.models import build
 from lrm_jax.ops import cameras
 from lrm_jax.types import Rays, Views
-from lrm_jax.weights import references
+from lrm_jax.weights import model_file, references
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +45,18 @@ def untrained(family):
     source, rays = jax.tree.map(lambda x: x[None], (source, cameras.pixel_rays(source, 8, 8)))
     views = Views(rgb=jnp.ones((1, 3, model.image_size, model.image_size, 3)), cameras=source)
     return jax.jit(model.init)(jax.random.key(0), views, rays)["params"]
+
+
+def write_two_models(folder):
+    """A folder that names two tiny models of a two-stage reconstruction. The first draws noise that depends on all that it should."""
+    module, rng = build("zero123", "tiny"), np.random.default_rng(0)
+    shapes = references.param_shapes(module)
+    params = jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(np.float32), shapes)
+    model_file.save_model(folder / "views.safetensors", module, params, {})
+    surface = build("one2345", "tiny")
+    model_file.save_model(folder / "surface.safetensors", surface, untrained("one2345"), {})
+    parts = {"views": "views.safetensors", "reconstruction": "surface.safetensors"}
+    (folder / two_stage.PARTS).write_text(json.dumps(parts))
 
 
 def tiny_state(family="triposr", **overrides):

@@ -4,12 +4,16 @@
     python tools/aot.py --topology v4:1x1x1 --config configs/lrm.py --config.data.batch_size=8
     python tools/aot.py --topology h100:1 --config configs/openlrm.py:base --config.data.batch_size=8
     python tools/aot.py --topology a100:16x8 --config configs/lrm.py
+    python tools/aot.py --topology h100:1 --config configs/zero123.py --inference 28
 
 Topologies:
   v4:XxYxZ, v5p:XxYxZ, v5e:XxY, v6e:XxY    chips along each axis. They need `pip install "jax[tpu]"`. A later libtpu compiles too,
                                            but this jax may be unable to read all of its programs
   h100:N, h200:N, a100:N (of 40 GB)        number of GPUs, or hosts x GPUs. They need `pip install "jax[cuda13]"`
   cpu                                      one CPU device
+
+With --inference N, it compiles what inference does instead, on one chip: "encode", the scene of the config's number of source views, and
+"render", one view of it; for a model that draws views, "draw", N views from as many images.
 
 Printed for one chip:
   * its memory;
@@ -44,7 +48,8 @@ from lrm_jax.training import (
     setup,  # noqa: E402
 )
 from lrm_jax.training.step import needed_flops  # noqa: E402
-from lrm_jax.types import InputError  # noqa: E402
+from lrm_jax.types import Cameras, InputError, Rays, Views  # noqa: E402
+from lrm_jax.weights import references  # noqa: E402
 
 
 def main(argv: list[str]) -> int:
@@ -53,20 +58,25 @@ def main(argv: list[str]) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )  # fmt: skip
     parser.add_argument("--topology", required=True, help="chips to compile for: v4:4x4x4, v5e:16x16, h100:8, a100:16x8, ...; or cpu")  # fmt: skip
+    parser.add_argument("--inference", type=int, metavar="N", help="compile inference, with N drawn views, not a training step")  # fmt: skip
     args, rest = parser.parse_known_args(argv)
     jax.config.update("jax_platforms", "cpu")
     try:
         config = train.parse([*rest, "--workdir", "unused"]).config
         devices = chips.open_topology(args.topology)
         device_mesh = sharding.make_device_mesh(**config.sharding, devices=devices)
-        programs = setup.trace_programs(config, device_mesh)
-        needed = {"step": needed_by_step(config, device_mesh) / len(devices)}
+        if args.inference is None:
+            programs = setup.trace_programs(config, device_mesh)
+            needed = {"step": needed_by_step(config, device_mesh) / len(devices)}
+        else:
+            programs, needed = trace_inference(config, device_mesh, args.inference), {}
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
     shape = ", ".join(f"{axis} {size}" for axis, size in device_mesh.shape.items())
     print(f"{config.model.name}:{config.model.variant} on {len(devices)} x {devices[0].device_kind} ({args.topology}: {shape})")  # fmt: skip
-    print(f"batch {config.data.batch_size}; of one chip:\n", flush=True)
+    batch = f"{args.inference} views" if args.inference else f"batch {config.data.batch_size}"
+    print(f"{batch}; of one chip:\n", flush=True)
     chip = chips.CHIPS.get(args.topology.split(":")[0])
     fits, kept = True, 0
     for name, traced in programs.items():
@@ -128,6 +138,45 @@ def read(compiled, traced, device_mesh) -> hlo.Costs:
     gpu = device_mesh.devices.flat[0].platform == "gpu"
     hosts = [device.process_index for device in device_mesh.devices.flat] if gpu else []
     return hlo.count(text, flops.kernels(traced.jaxpr.jaxpr), hosts)
+
+
+def trace_inference(config, device_mesh, num_views: int) -> dict[str, jax.stages.Traced]:
+    """The programs of inference, traced for the device mesh: see the help."""
+    model = setup.build_model(**config.model)
+    params = references.param_shapes(model)
+
+    def views(count, num_source):
+        size = model.image_size
+        cameras = Cameras(array(count, num_source, 4, 4), array(count, num_source, 4))
+        return Views(array(count, num_source, size, size, 3), cameras)
+
+    def rays(count, size):
+        return Rays(array(count, 1, size, size, 3), array(count, 1, size, size, 3))
+
+    def encode(params, source):
+        return model.apply({"params": params}, source, method="encode")
+
+    def render(params, scene, rays, *keys):
+        return model.apply({"params": params}, scene, rays, *keys, method="render")
+
+    def draw(params, source, rays, keys):
+        return render(params, encode(params, source), rays, keys)
+
+    with jax.set_mesh(device_mesh):
+        if hasattr(model, "prepare") and not hasattr(model, "query"):
+            keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), num_views))
+            of_all = (views(num_views, 1), rays(num_views, model.image_size), keys)
+            return {"draw": jax.jit(draw).trace(params, *of_all)}
+        source = views(1, config.data.num_source)
+        scene = jax.eval_shape(encode, params, source)
+        return {
+            "encode": jax.jit(encode).trace(params, source),
+            "render": jax.jit(render).trace(params, scene, rays(1, model.image_size)),
+        }
+
+
+def array(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, "float32")
 
 
 def needed_by_step(config, device_mesh) -> float:

@@ -2,6 +2,7 @@
 
     lrm convert model.ckpt triposr.safetensors          a PyTorch checkpoint to a model file
     lrm convert triposr.safetensors folder --to torch   and back, bit for bit
+    lrm convert zero123-xl.ckpt folder --to diffusers   Zero123 as diffusers' networks
     lrm convert vgg16-397923af.pth lpips_vgg16.safetensors --linear vgg.pth     the network of LPIPS, as loss and metric
     lrm convert imagenet-vgg-verydeep-19.mat vgg19.safetensors                  the network of LVSM's perceptual loss
 
@@ -20,7 +21,7 @@ from lrm_jax.commands import arguments
 from lrm_jax.metrics import lpips, perceptual, vgg
 from lrm_jax.parallel.messages import Stages
 from lrm_jax.types import InputError
-from lrm_jax.weights import tensor_files
+from lrm_jax.weights import diffusers_folder, tensor_files
 from lrm_jax.weights.export import write_reference
 from lrm_jax.weights.loading import SUFFIXES, read_weights
 from lrm_jax.weights.model_file import save_model
@@ -31,13 +32,14 @@ def main(argv: list[str]) -> int:
     """Runs `lrm convert`."""
     args = parse(argv)
     dst = Path(args.dst)
-    if args.to == "torch" and (dst.is_file() or dst.suffix in SUFFIXES):
-        raise InputError(f"{dst} is a file name, but --to torch writes a folder: name a folder")
-    if args.to == "torch" and args.dtype != "float32":
+    to_folder = args.to != "lrm_jax"
+    if to_folder and (dst.is_file() or dst.suffix in SUFFIXES):
+        raise InputError(f"{dst} is a file name, but --to {args.to} writes a folder: name a folder")
+    if to_folder and args.dtype != "float32":
         raise InputError(
-            f"--dtype {args.dtype} does not go with --to torch, which writes float32: leave it out"
+            f"--dtype {args.dtype} does not go with --to {args.to}, which writes float32: leave it out"
         )
-    if args.to == "torch" and (dst / "checkpoints").is_dir():
+    if to_folder and (dst / "checkpoints").is_dir():
         raise InputError(f"{dst} is the folder of a training run: name another folder")
     if args.force and args.to != "torch":
         raise InputError("--force has no effect without --to torch: leave it out")
@@ -65,6 +67,12 @@ def main(argv: list[str]) -> int:
     with stages("write", f" {info['family']} ({info['variant']}), {count / 1e6:.1f} M parameters"):
         if args.to == "torch":
             written = write_reference(dst, model, params, info["training"], args.force)
+        elif args.to == "diffusers":
+            if info["family"] != "zero123" or model.autoencoder is None:
+                raise InputError(
+                    f"{args.src}: --to diffusers is for Zero123 with an autoencoder: use --to torch"
+                )
+            written = diffusers_folder.write(dst, model, params, info["training"])
         else:
             save_model(dst, model, params, info["training"], args.dtype)
             written = [dst]
@@ -78,7 +86,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = arguments.parser("lrm convert", __doc__)
     parser.add_argument(
         "src",
-        help="model file, PyTorch checkpoint (TripoSR, OpenLRM 1.0 and 1.1, LVSM, One-2-3-45, DINO, DINOv2; a config.yaml or "
+        help="model file, PyTorch checkpoint (TripoSR, OpenLRM 1.0 and 1.1, LVSM, Zero123, One-2-3-45, DINO, DINOv2; a config.yaml or "
         "config.json in the same folder is read too), folder that holds one, training run (WORKDIR, or WORKDIR@STEP), hf:ORG/NAME or "
         "hf:ORG/NAME/FILE",
     )
@@ -87,8 +95,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="model file to write, *.safetensors; with --to torch, folder to write to",
     )
     parser.add_argument(
-        "--to", choices=("lrm_jax", "torch"), default="lrm_jax",
-        help="lrm_jax: a model file; torch: weights and config for the original PyTorch code (default: %(default)s)",
+        "--to", choices=("lrm_jax", "torch", "diffusers"), default="lrm_jax",
+        help="lrm_jax: a model file; torch: weights and config for the original PyTorch code; diffusers: Zero123's networks for "
+        "diffusers and transformers (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--dtype", choices=("float32", "float16", "bfloat16"), default="float32",

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from lrm_jax import api
-from lrm_jax.images import camera_paths, cutout, sheets, video
+from lrm_jax.images import camera_paths, captures, cutout, sheets, video
 from lrm_jax.images.png import to_uint8
 from lrm_jax.mesh import formats, viewer
 from lrm_jax.mesh.surface import moved
@@ -41,6 +41,9 @@ def files_of(
         else:  # the world of a capture need not be upright, nor around the object
             glb = formats.to_glb(moved(mesh, scene.facing))
         rows = {} if inputs is None else input_row(inputs, args.views)
+        if scene.views is not None:
+            drawn = [x[..., :3] for x in scene.views.images[: min(8, args.views)]]
+            rows["drawn from the image"] = np.stack([captures.crop(x, args.size)[0] for x in drawn])
         rows |= view_rows(path, on_sheet, white, kept)
         columns = [f"{360 * i / len(white):.0f}°" for i in on_sheet]
         image = cutout.composite(scene.image, 1.0)

@@ -3,6 +3,7 @@
     lrm reconstruct                                              the bundled examples, with the bundled model
     lrm reconstruct chair.png photos/ --weights hf:stabilityai/TripoSR --video
     lrm reconstruct --source capture/ --weights runs/one2345     one object from posed images
+    lrm reconstruct chair.png --weights one2345/ --seed 1        views drawn around the image first
 
 Each image gets a folder `out/<image>/` with `mesh.glb` (or the formats in --formats), `contact_sheet.png` (the image, views
 around the object, depth and normals), `viewer.html` (opens in any browser, without a network) and, with --video, `turntable.mp4`.
@@ -13,6 +14,12 @@ The side shown in the image faces -y in `.ply` (z up), and +z in `.glb` and `.ob
 With --source, three or more posed images of one object give one mesh, in the world and unit of their cameras. `.glb` and `.obj`
 files turn it as if z were up there. Each image shows what the object is by its alpha channel, or by a background of one colour. Its
 middle square is used. The pages, sheets and videos are upright as the images are. A bad image stops the command.
+
+If --weights is a folder with `parts.json` (or that file), {"views": "zero123-xl.ckpt", "reconstruction": "ckpt_215000.pth"}, Zero123 draws
+40 views around the image, from which One-2-3-45 reconstructs the object. The views and the elevation of the image's camera, which is
+estimated from them, are kept in `out/<image>/views/` as they come. Run again, the command goes on from there; if the elevation is unclear,
+give it with --elevation. That folder is also a --source. "matcher" may name LoFTR's indoor_ds_new.ckpt, which matches views for the
+elevation better than SIFT.
 
 Exit code: 0 all images are done; 1 some failed, the others are done; 2 none is done, or wrong usage.
 """
@@ -27,7 +34,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from lrm_jax import api
+from lrm_jax import api, two_stage
 from lrm_jax.commands import arguments
 from lrm_jax.commands.object_files import COMPILES, files_of
 from lrm_jax.commands.versions import versions
@@ -45,7 +52,9 @@ def main(argv: list[str]) -> int:
     stages, failures, done = messages.Stages(), {}, {}
     whole_files.check_writable(args.out)
     summary = {"images": done, "failures": failures}
-    if args.source is None:
+    if two_stage.is_one(args.weights):
+        by_two_stages(args, stages, summary)
+    elif args.source is None:
         of_images(args, stages, summary)
     else:
         of_capture(args, stages, summary)
@@ -74,6 +83,31 @@ def of_images(args, stages: messages.Stages, summary: dict) -> None:
         for (name, path, _), files in reconstruct(model, group, batch, args, stages, failures):
             write(args.out / name, files, stages)
             done[name] = {"source": str(path)} | {file: len(x) for file, x in files.items()}
+
+
+def by_two_stages(args, stages: messages.Stages, summary: dict) -> None:
+    """An object from each image, by views that are drawn first. The good ones, the failures and the models go into `summary`."""
+    done, failures = summary["images"], summary["failures"]
+    paths = load.find_images(args.images or [arguments.EXAMPLES])
+    with stages("load", f" {args.weights}"):
+        models = two_stage.load(args.weights, dtype=args.dtype)
+    summary["model"] = models.info | {"parameters": models.num_params}
+    for name, path, rgba in read_images(paths, args.remove_background, stages, failures):
+        folder = args.out / name
+        try:
+            with stages("draw and encode", f" {name}", COMPILES):
+                scene = models.reconstruct(
+                    rgba, elevation=args.elevation, seed=args.seed or 0, redraw=args.redraw or (), steps=args.steps, folder=folder / "views"
+                )  # fmt: skip
+            files = files_of(name, scene, args, stages)
+        except InputError as error:
+            fail(failures, path, error)
+            continue
+        write(folder, files, stages)
+        found = json.loads((folder / "views" / "views.json").read_text())["elevation"]
+        stages.say(f"elevation of {name}: {found['degrees']:.0f} degrees ({found['status']})")
+        done[name] = {"source": str(path), "elevation": found}
+        done[name] |= {file: len(x) for file, x in files.items()}
 
 
 def of_capture(args, stages: messages.Stages, summary: dict) -> None:
@@ -129,11 +163,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--dense", action="store_true", help="evaluate the whole grid, not only around the surface: slower, but finds small separate pieces too")
     add("--views", type=int, default=8, help="number of views on the contact sheet (default: 8)")
     add("--size", type=int, default=256, help="side of the rendered views and of the video, in pixels (default: 256)")
-    add("--elevation", type=float, metavar="DEGREES", help="elevation of the camera that circles the object (default: that of the image)")
+    add("--elevation", type=float, metavar="DEGREES", help="elevation of the camera that circles the object (default: that of the image); with two models, elevation of the image's camera (default: estimated)")
     add("--video", action="store_true", help="also write turntable.mp4")
     add("--frames", type=int, default=72, help="number of video frames, at 24 per second (default: 72)")
     add("--recenter", action=argparse.BooleanOptionalAction, help="move the object to the centre of the image and scale it to fill 85%% (default: as the original PyTorch code does)")
     add("--remove-background", action="store_true", help="cut out the object with rembg if an image has no alpha channel")
+    add("--seed", type=int, help="with two models: random seed of the views (default: 0)")
+    add("--redraw", type=view_numbers, metavar="VIEWS", help="with two models: views to draw once more with other random numbers, such as 3 or 3,17, and with them those that were drawn from them")
+    add("--steps", type=int, help="with two models: about how many steps to draw a view in (default: 75 from the image, 50 from a view)")
     add("--batch", type=int, help="number of images to process together (default: one per device)")
     # fmt: on
     args = parser.parse_args(argv)
@@ -145,18 +182,38 @@ def parse(argv: list[str]) -> argparse.Namespace:
         )
     arguments.check_ranges(
         args, resolution=(8, 2048), views=(1, 64), batch=(1, 1024), texture=(16, 8192),
-        size=(16, 4096), elevation=(-90, 90), frames=(2, 10_000), faces=(4, 10_000_000),
+        size=(16, 4096), elevation=(-90, 90), frames=(2, 10_000), faces=(4, 10_000_000), seed=(0, 2**32 - 1), steps=(2, 500),
     )  # fmt: skip
     return args
 
 
 def check_kind(args: argparse.Namespace) -> None:
-    """Raises InputError if arguments for single images and for posed images are mixed."""
-    of_posed = {"--source-views": args.source_views, "--convention": args.convention}
-    of_single = {"IMAGE": args.images or None, "--recenter": args.recenter, "--batch": args.batch}
-    kind, unused = ("without", of_posed) if args.source is None else ("with", of_single)
-    if given := [name for name, value in unused.items() if value is not None]:
-        raise InputError(f"{given[0]} has no effect {kind} --source: leave it out")
+    """Raises InputError if arguments are mixed that belong to single images, to posed images, or to two models."""
+    posed = {"--source-views": args.source_views, "--convention": args.convention}
+    two = {"--seed": args.seed, "--redraw": args.redraw, "--steps": args.steps}
+    batch = {"--recenter": args.recenter, "--batch": args.batch}
+    if two_stage.is_one(args.weights):
+        useless = {f"with {two_stage.PARTS}": {"--source": args.source} | posed | batch}
+        low, high = two_stage.ELEVATIONS
+        if args.elevation is not None and not low <= args.elevation <= high:
+            raise InputError(
+                f"--elevation {args.elevation} is out of range: choose {low} to {high}"
+            )
+    elif args.source is None:
+        useless = {"without --source": posed, f"without {two_stage.PARTS}": two}
+    else:
+        useless = {"with --source": {"IMAGE": args.images or None} | batch | two}
+    for kind, arguments_of_it in useless.items():
+        if given := [name for name, value in arguments_of_it.items() if value is not None]:
+            raise InputError(f"{given[0]} has no effect {kind}: leave it out")
+
+
+def view_numbers(text: str) -> list[int]:
+    """Numbers of views, separated by commas."""
+    try:
+        return [int(x) for x in text.split(",")]
+    except ValueError:
+        raise InputError(f"--redraw {text!r}: give numbers of views, such as 3 or 3,17") from None
 
 
 def read_images(

@@ -102,7 +102,7 @@ def evaluate(
       InputError: an argument does not fit the model.
     """
     args.size = args.size or 128
-    given = given_images if hasattr(model, "prepare") else given_views
+    given = given_images if reconstructs_images(model) else given_views
     read, pose, words = given(model, info, args)
     programs = compiled(model, params, network, args.size)
     with stages("average", " other objects, for the baseline"):
@@ -114,6 +114,11 @@ def evaluate(
         items = posed_objects(folders, skipped, read, pose)
         results = score(model, programs, mean, items, skipped, args.resolution)
     return results, skipped, words | protocol(model, args, baseline_from)
+
+
+def reconstructs_images(model) -> bool:
+    """Whether a model gets an image as `lrm reconstruct` prepares it, and no camera. One that draws views (Zero123) gets true cameras."""
+    return hasattr(model, "prepare") and hasattr(model, "query")
 
 
 def given_images(model, info: dict, args: argparse.Namespace) -> tuple[Callable, Callable, dict]:
@@ -175,7 +180,7 @@ def protocol(model, args: argparse.Namespace, baseline_from: str) -> dict[str, s
         "unaligned": "the same surface metrics, in the world and unit of the data, without normalisation or alignment",
         "baseline": f"the mean {baseline_from}; images and surface are each predicted in two ways, and the better one counts",
     }
-    if not hasattr(model, "prepare"):
+    if not reconstructs_images(model):
         words["nearest image"] = "for each target, the source image with the nearest camera"
         if hasattr(model, "query"):
             words[visual_hull.NAME] = visual_hull.PROTOCOL
@@ -367,6 +372,8 @@ def posed_views(model, info: dict) -> PosedViews:
     data = loading.training_data(info["training"])
     if not info["training"] and hasattr(model, "query"):
         return PosedViews(NUM_SOURCE, model.image_size, None, model.normalize, 1.0, None)
+    if not info["training"] and hasattr(model, "prepare"):
+        return PosedViews(1, model.image_size, None, "azimuth", 1.0, held_out.SOURCE_ELEVATION)
     fields = dataclasses.fields(PosedViews)
     known = {field.name: data[field.name] for field in fields if field.name in data}
     if any(x.name not in known for x in fields if x.default is dataclasses.MISSING):

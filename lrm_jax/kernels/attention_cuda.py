@@ -1,8 +1,13 @@
 """Attention on GPUs: cuDNN's fused kernel."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 
+from lrm_jax.parallel import sharding
+
+HOPPER_OR_LATER = re.compile(r"\bG?[HB]\d+")  # H100, H200, GH200, B200: in names of devices
 BLOCK = 64  # cuDNN has no gradient for odd lengths, and works on tiles of this size
 
 
@@ -23,9 +28,9 @@ def attention_by_cudnn(q_BLNK, k_BMNK, v_BMNK, num_keys_B):
 
 
 def can(q_BLNK) -> bool:
-    """Whether cuDNN has a kernel: for 16-bit numbers, and heads of whole 16 bytes, up to 128 wide."""
-    width = q_BLNK.shape[-1]
-    return q_BLNK.dtype in (jnp.bfloat16, jnp.float16) and width % 8 == 0 and width <= 128
+    """Whether cuDNN has a kernel: for 16-bit numbers, and heads of whole 16 bytes, up to 128 wide, or 256 from Hopper on."""
+    width, widest = q_BLNK.shape[-1], 256 if HOPPER_OR_LATER.search(sharding.device_kind()) else 128
+    return q_BLNK.dtype in (jnp.bfloat16, jnp.float16) and width % 8 == 0 and width <= widest
 
 
 def is_forward(primitive) -> bool:

@@ -110,6 +110,12 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
+def device_kind() -> str:
+    """The kind of the current device mesh's devices, or of JAX's default ones if there is none: "NVIDIA H100 80GB HBM3"."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.devices()[0].device_kind if device is None else device.device_kind
+
+
 def jit(function: Callable, **arguments) -> Callable:
     """`jax.jit`, not for use inside another. On a CPU, XLA uses vectors of 512 bits if there are any, not its usual 256."""
     options = {"xla_cpu_prefer_vector_width": 512} if platform() == "cpu" else None

@@ -120,6 +120,8 @@ def _weights_name(model, name):
         return "model.pth"
     if name == "one2345":
         return "ckpt_215000.pth"  # the name that its scripts load
+    if name == "zero123":
+        return "zero123-xl.ckpt"
     return "model.ckpt" if name == "triposr" else "model.safetensors"
 
 
@@ -142,6 +144,8 @@ def _write_weights(path, model, state):
             network, _, rest = key.partition(".")
             networks.setdefault(network, {})[rest] = value
         tensor_files.write_torch(path, networks | {"iter_step": 215_000, "val_step": 0})
+    elif name == "zero123":
+        tensor_files.write_torch(path, {"state_dict": state})
     elif name == "lrm" and model.release == "1.0":
         # The render size matters only for the reference's own videos.
         infer = {"source_size": model.image_size, "render_size": 192}

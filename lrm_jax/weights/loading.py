@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lrm_jax import models
 from lrm_jax.types import InputError
-from lrm_jax.weights import references, tensor_files
+from lrm_jax.weights import diffusers_folder, references, tensor_files
 from lrm_jax.weights.model_file import (
     FORMAT,
     RECORD,
@@ -74,8 +74,11 @@ def read_weights(weights: str | None) -> tuple[nn.Module, dict, dict]:
         model, params, training = _read_workdir(path, step)
         assumed = []
     else:
-        path = _weights_in(path) if path.is_dir() else path
-        content, metadata = tensor_files.read(path)
+        if diffusers_folder.is_one(path):
+            content, metadata, path = diffusers_folder.read(path), {}, path / "unet"
+        else:
+            path = _weights_in(path) if path.is_dir() else path
+            content, metadata = tensor_files.read(path)
         try:
             model, params, training, assumed = _from_file(content, metadata, path)
         except InputError as error:

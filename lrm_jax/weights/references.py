@@ -22,7 +22,7 @@ from lrm_jax.weights import tensor_files
 WEIGHTS_NAMES = ("model.safetensors", "model.ckpt", "model.pth", "pytorch_model.bin")
 CONFIG_NAMES = {"triposr": "config.yaml", "lrm": "config.json", "vit": "config.json"}
 TITLES = {
-    "triposr": "TripoSR", "lrm": "OpenLRM", "lvsm": "LVSM", "one2345": "One-2-3-45", "vit": "DINO"
+    "triposr": "TripoSR", "lrm": "OpenLRM", "lvsm": "LVSM", "one2345": "One-2-3-45", "zero123": "Zero123", "vit": "DINO"
 }  # fmt: skip
 # How the names of One-2-3-45's networks begin.
 NETWORKS = (
@@ -65,7 +65,8 @@ def from_reference(
     `config`, or else from the published model of the same shapes.
 
     Args:
-      state: NumPy arrays under the reference's names: TripoSR, OpenLRM 1.0 and 1.1, LVSM, One-2-3-45, or a DINO v1 or DINOv2 encoder alone.
+      state: NumPy arrays under the reference's names: TripoSR, OpenLRM 1.0 and 1.1, LVSM, Zero123 (of diffusers' folder as
+        "component/name"), One-2-3-45, or a DINO v1 or DINOv2 encoder alone.
         Prefixes of wrappers (`module.`, `_orig_mod.`, `backbone.`) are removed, and 16-bit numbers widened.
       config: the reference's own: TripoSR's config.yaml, OpenLRM 1.1's config.json or 1.0's `kwargs["model"]`, with the key
         `source_size` if OpenLRM's image size differs from the published model of the same shapes. For LVSM:
@@ -255,7 +256,10 @@ def _own_tensors(state):
     state = _unwrapped(state)
     module = _family_of(state)
     if hasattr(module, "own_tensors"):
-        return module, module.own_tensors(state)
+        try:
+            return module, module.own_tensors(state)
+        except KeyError as error:
+            raise InputError(f"it lacks {error}: use an unchanged checkpoint") from error
     frozen = getattr(module, "FROZEN", ())
     return module, {k: v for k, v in state.items() if not k.startswith(frozen)}
 
@@ -285,6 +289,8 @@ def _family_of(state):
         return family("lvsm")
     if some(*NETWORKS):
         return family("one2345")
+    if some("model.diffusion_model.", "model_ema.", "cc_projection.", "unet/"):
+        return family("zero123")
     if some("image_tokenizer.", "backbone.transformer_blocks."):
         return family("triposr")
     if some("transformer.layers.", "synthesizer.", "camera_embedder."):
@@ -303,7 +309,7 @@ def _family_of(state):
             " vgg16-397923af.pth lpips_vgg16.safetensors --linear vgg.pth`"
         )
     raise InputError(
-        f"its tensors ({', '.join(list(state)[:3])}, ...) are of no known family: TripoSR, OpenLRM, LVSM, One-2-3-45, DINO and DINOv2 can be read"
+        f"its tensors ({', '.join(list(state)[:3])}, ...) are of no known family: TripoSR, OpenLRM, LVSM, Zero123, One-2-3-45, DINO and DINOv2 can be read"
     )
 
 

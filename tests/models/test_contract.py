@@ -1,6 +1,7 @@
 """The contract of a family (lrm_jax/models/__init__.py), tested for every family and variant."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,9 @@ from lrm_jax.parallel import sharding
 from lrm_jax.training import optim
 from lrm_jax.types import Views
 from lrm_jax.weights import references
+
+# Attention to one token: queries and keys have no influence.
+ONE_TOKEN = re.compile(r"^context/\w+/(q|k|norm)/")
 
 VARIANTS = [(name, variant) for name in models.FAMILIES for variant in models.family(name).VARIANTS]
 
@@ -111,7 +115,8 @@ def test_rendering_split_by_views_scenes_or_chunks_equals_rendering_all(name):
     by_scene = [
         apply(model, params, *jax.tree.map(lambda x, b=b: x[b : b + 1], (scene, rays)), method="render") for b in range(2)
     ]  # fmt: skip
-    chunked = apply(model.clone(ray_chunk=7), params, scene, rays, method="render")
+    chunks = {"ray_chunk": 7} if hasattr(model, "ray_chunk") else {}
+    chunked = apply(model.clone(**chunks), params, scene, rays, method="render")
     for field in ("rgb", "alpha", "depth") if whole.alpha is not None else ("rgb",):
         expected = getattr(whole, field)
         # Each ray has the same operations, but products of other shapes may sum in another order.
@@ -134,10 +139,10 @@ def test_rendering_is_deterministic_without_keys_and_random_with_them_where_it_s
         apply(model, params, scene, rays, jax.random.split(jax.random.key(k), 2), method="render")
         for k in range(2)
     )
-    assert (np.abs(one.rgb - two.rgb).max() > 1e-6) == hasattr(model, "query")
-    np.testing.assert_allclose(
-        one.rgb, first.rgb, atol=0.3
-    )  # jitter moves samples only within their intervals
+    draws = hasattr(model, "num_steps")  # a diffusion: every key gives another image
+    assert (np.abs(one.rgb - two.rgb).max() > 1e-6) == (hasattr(model, "query") or draws)
+    if not draws:  # jitter moves samples only within their intervals
+        np.testing.assert_allclose(one.rgb, first.rgb, atol=0.3)
 
 
 @pytest.mark.parametrize("name", models.FAMILIES)
@@ -154,6 +159,11 @@ def test_bfloat16_is_finite_and_near_float32(name):
 @pytest.mark.parametrize("name", models.FAMILIES)
 def test_gradients_reach_every_parameter_and_are_finite(name):
     model, params, source, rays = tiny(name)
+    if name == "zero123":  # layers that begin at zero let no gradient through
+        params = jax.tree.map(
+            lambda x: x + 0.02 * np.random.default_rng(0).normal(size=x.shape).astype(np.float32),
+            params,
+        )
 
     def loss(params):
         rendering = apply(
@@ -164,7 +174,8 @@ def test_gradients_reach_every_parameter_and_are_finite(name):
     grads = jax.jit(jax.grad(loss))(params)
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
         assert np.isfinite(grad).all(), path
-        assert (np.abs(grad).max() > 0) != (path[-1].key in norms.STATISTICS), path
+        unused = path[-1].key in norms.STATISTICS or ONE_TOKEN.search(optim.name_of(path))
+        assert (np.abs(grad).max() > 0) != bool(unused), path
 
 
 @pytest.mark.parametrize(
@@ -196,7 +207,10 @@ def test_the_model_and_its_gradient_lower_for(name, platform, dtype, monkeypatch
     assert fused == (platform == "gpu" and name in ("lrm", "triposr"))
 
 
-@pytest.mark.parametrize(("name", "variant"), [x for x in VARIANTS if x[0] != "one2345"])
+# One-2-3-45 has no attention; Zero123's autoencoder has a head that is too wide, see its own test.
+@pytest.mark.parametrize(
+    ("name", "variant"), [x for x in VARIANTS if x[0] not in ("one2345", "zero123")]
+)
 def test_every_attention_of_a_16_bit_model_on_a_gpu_is_cudnn_s(name, variant, monkeypatch):
     """Also in the encoders, whose lengths are odd."""
     calls = []

@@ -92,15 +92,17 @@ class Zero123(nn.Module):
         }
 
     def render(self, scene: dict, rays: Rays, keys_B: jax.Array | None = None) -> Rendering:
-        """Draws the images that cameras see at the origins of rays [B V H W], which look at the centre of the world.
+        """Draws the images that cameras at the origins of rays [B V H W] see, which look at the centre of the world.
 
         Images are drawn at the model's size and resized. View v of a scene is drawn from `fold_in(key, v)`, whatever the other
-        views are. Without keys, all scenes have the same one.
+        views are. Without keys, all views are drawn from the same one.
         """
         B, V, H, W = rays.dirs.shape[:4]
         if keys_B is None:
-            keys_B = jnp.broadcast_to(jax.random.key(0), (B,))
-        keys_N = jax.vmap(lambda key: jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(V)))(keys_B).reshape(-1)  # fmt: skip
+            keys_N = jnp.broadcast_to(jax.random.key(0), (B * V,))
+        else:
+            of_views = jax.vmap(jax.random.fold_in, (None, 0))
+            keys_N = jax.vmap(of_views, (0, None))(keys_B, jnp.arange(V)).reshape(-1)
         motion_BV4 = camera_motion(scene["eye"][:, None], rays.origins[:, :, 0, 0])
         context_BVD = self._project(scene["embedding"], motion_BV4)
         condition_NhwC = jnp.repeat(scene["latent"], V, axis=0)
@@ -186,7 +188,7 @@ class Zero123(nn.Module):
         x_BHW3 = 2 * rgb_BHW3 - 1
         if self.autoencoder is None:
             return to_blocks(x_BHW3), None
-        moments = jax.lax.stop_gradient(self.encoder(x_BHW3))
+        moments = self.encoder(x_BHW3)
         # Parity: the condition's latent is not scaled to unit variance.
         return autoencoder.mode(moments), moments
 
@@ -232,8 +234,8 @@ class Zero123(nn.Module):
 
 
 def camera_motion(
-    from_B3: Float[Array, "*B 3"], to_B3: Float[Array, "*B 3"]
-) -> Float[Array, "*B 4"]:
+    from_B3: Float[Array, "*#B 3"], to_B3: Float[Array, "*#B 3"]
+) -> Float[Array, "*#B 4"]:
     """How a camera moves: radians of the polar angle, sine and cosine of the azimuth's change, change of the distance.
 
     Args:
@@ -282,8 +284,14 @@ def entries(model: Zero123) -> list[torch_layout.Entry]:
     return layouts.entries(model)
 
 
-own_tensors = layouts.own_tensors
-fields_from_torch = layouts.fields_from_torch
+def own_tensors(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors of `entries` in a released file or diffusers' folder: see `layouts.own_tensors`."""
+    return layouts.own_tensors(state)
+
+
+def fields_from_torch(state: dict[str, np.ndarray]) -> dict:
+    """The model's fields that follow from names and shapes."""
+    return layouts.fields_from_torch(state)
 
 
 def from_torch(state: dict[str, np.ndarray], model: Zero123) -> dict:

@@ -8,6 +8,8 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from lrm_jax.types import InputError
+
 TRAINED_STEPS = 1000
 LATENT_SCALE = 0.18215  # of the autoencoder's latents, for unit variance
 
@@ -31,16 +33,22 @@ def sampling_steps(count: int, eta: float) -> Steps:
     """About `count` steps, evenly spread: 49 for 50, 76 for 75.
 
     Args:
+      count: from 2 to 500.
       eta: 0: no noise is added (DDIM); 1: as much as in DDPM.
+
+    Raises:
+      InputError: `count` is out of range.
     """
-    t = np.arange(0, TRAINED_STEPS, TRAINED_STEPS // count) + 1
+    if not 2 <= count <= TRAINED_STEPS // 2:
+        raise InputError(f"{count} steps: sampling takes from 2 to {TRAINED_STEPS // 2}")
+    # Parity: the noisiest step is left out, but sampling still starts from pure noise.
+    t = (np.arange(0, TRAINED_STEPS, TRAINED_STEPS // count) + 1)[:-1]
     every = alphas().astype(np.float32).astype(np.float64)
-    # Parity: step 0 is never reached; the last step ends at the share of step 0.
+    # Parity: the last step ends at the share of step 0.
     alpha, alpha_next = every[t], every[np.concatenate([[0], t[:-1]])]
     sigma = eta * np.sqrt((1 - alpha_next) / (1 - alpha) * (1 - alpha / alpha_next))
-    # Parity: the noisiest step is left out, but sampling still starts from pure noise.
-    order = slice(-2, None, -1)
-    return Steps(t[order].astype(np.int32), *(x[order].astype(np.float32) for x in (alpha, alpha_next, sigma)))  # fmt: skip
+    numbers = (x[::-1].astype(np.float32) for x in (alpha, alpha_next, sigma))
+    return Steps(t[::-1].astype(np.int32), *numbers)
 
 
 def sample(

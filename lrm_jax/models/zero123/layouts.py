@@ -310,27 +310,26 @@ def from_diffusers(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         if not name.endswith("embeddings.position_ids"):
             renamed[name] = value
     model = Sizes(**fields_from_diffusers(renamed))
-    theirs, ours = entries(model, False), entries(model)
-    holders = {path_and_layer(e, path): e.torch for e in ours for path in e.ours}
+    holders = {(path, e.layer): e.torch for e in entries(model) for path in e.ours}
     parts = {}
-    for entry in theirs:
+    for entry in entries(model, released=False):
         if entry.torch in renamed:
-            parts.setdefault(holders[path_and_layer(entry, entry.ours[0])], []).append(renamed.pop(entry.torch))  # fmt: skip
-    projection = TOWER + "proj"
-    joined = {name: np.concatenate(x) for name, x in parts.items()}
-    joined[projection] = joined[projection].T
-    return joined | renamed
-
-
-def path_and_layer(entry: Entry, path: str):
-    return path, entry.layer
+            holder = holders[entry.ours[0], entry.layer]
+            parts.setdefault(holder, []).append(renamed.pop(entry.torch))
+    # CLIP's own code packs queries, keys and values, and multiplies by the projection from the right.
+    joined = {name: np.concatenate(values) for name, values in parts.items()}
+    return {k: v.T if k == TOWER + "proj" else v for k, v in joined.items()} | renamed
 
 
 def to_diffusers(params: dict, model) -> dict[str, np.ndarray]:
     """diffusers' tensors, as "component/name"."""
-    state = torch_layout.to_torch(entries(model, False), params)
-    linear_now = re.compile(r"vae/.*\.attentions\.0\.to_.*weight")
-    return {k: v[..., 0, 0] if linear_now.fullmatch(k) else v for k, v in state.items()}
+    return linear_attention(torch_layout.to_torch(entries(model, released=False), params))
+
+
+def linear_attention(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """1 x 1 convolutions in the autoencoder's attention as diffusers' linear layers."""
+    layers = re.compile(r"vae/.*\.attentions\.0\.to_.*weight")
+    return {k: v[..., 0, 0] if layers.fullmatch(k) else v for k, v in state.items()}
 
 
 # -- sizes from names and shapes

@@ -154,14 +154,13 @@ class OneToken(nn.Module):
 
     @nn.compact
     def __call__(self, context_BD):
-        context_width = 1 if context_BD is None else context_BD.shape[-1]
-        if self.is_initializing():
-            layers.layer_norm(1e-5, "norm")(jnp.zeros((1, self.width)))
-            nn.Dense(self.width, use_bias=False, name="q")(jnp.zeros((1, self.width)))
-            nn.Dense(self.width, use_bias=False, name="k")(jnp.zeros((1, context_width)))
         out = nn.Dense(self.width, dtype=self.dtype, name="out")
         if context_BD is None:
             return out(jnp.zeros((1, self.width), self.dtype))
+        if self.is_initializing():
+            layers.layer_norm(1e-5, "norm")(jnp.zeros((1, self.width)))
+            nn.Dense(self.width, use_bias=False, name="q")(jnp.zeros((1, self.width)))
+            nn.Dense(self.width, use_bias=False, name="k")(context_BD)
         return out(nn.Dense(self.width, use_bias=False, dtype=self.dtype, name="v")(context_BD))
 
 
