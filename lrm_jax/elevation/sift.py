@@ -16,7 +16,7 @@ RATIO = 0.8  # between the distances to the best and the second best descriptor,
 SAME = 2.0  # pixels: nearer key points can be one point in several orientations
 
 
-def matches(images: UInt8[np.ndarray, "4 H H 3"]) -> Matches:
+def matches(images: UInt8[np.ndarray, "4 H W 3"]) -> Matches:
     """Matches the four neighbours of an image, see `elevation.estimate`.
 
     The confidence is 1 minus the ratio between the distances of the best and the second best descriptor.
@@ -48,8 +48,8 @@ def keypoints(
         detector.detect_and_extract(rgb2gray(image))
     except RuntimeError:  # scikit-image raises it if there are no key points
         return np.zeros((0, 2)), np.zeros((0, 128))
-    # Its positions are 0 at the centre of the first pixel.
-    xy = (detector.positions[:, ::-1].astype(float) + 0.5) * SIDE / len(image)
+    # Its positions are 0 at the centre of the first pixel of the doubled image, in pixels of the given one.
+    xy = (detector.positions[:, ::-1].astype(float) + 0.25) * SIDE / len(image)
     counts = detector.descriptors.astype(float)
     return xy, np.sqrt(counts / np.maximum(counts.sum(1, keepdims=True), 1))
 
