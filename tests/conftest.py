@@ -30,7 +30,7 @@ jax.config.update("jax_compilation_cache_dir", os.environ["LRM_JAX_CACHE"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 CHECKED = (
     "ops", "models", "kernels", "images.load", "images.cutout", "images.recentre", "mesh.surface", "mesh.lattice",
-    "mesh.formats", "mesh.texture", "data.procedural.raytrace", "elevation.estimate", "elevation.sift",
+    "mesh.formats", "mesh.texture", "data.procedural.raytrace", "two_stage.elevation", "two_stage.sift",
 )  # fmt: skip
 install_import_hook([f"lrm_jax.{room}" for room in CHECKED], "beartype.beartype")
 

@@ -17,12 +17,10 @@ ALLOWED = {
     "kernels": LOW | {"ops"},
     "models": LOW | {"ops", "images", "kernels"},
     "mesh": LOW | {"ops", "images"},
-    "elevation": {"types", "ops", "kernels", "models.parts"},
     # Orbax only to open the checkpoint of a run.
     "weights": LOW | {"models", "training.checkpoints"},
     "api": LOW | {"ops", "images", "mesh", "weights"},
-    "drawing": LOW | {"ops", "images", "api"},
-    "two_stage": LOW | {"ops", "elevation", "images", "weights.tensor_files", "api", "drawing"},
+    "two_stage": LOW | {"ops", "kernels", "images", "models.parts", "weights.tensor_files", "api"},
     "data": LOW | {"ops", "images", "weights.tensor_files"},
     "metrics": LOW | {"ops", "weights.tensor_files", "data.held_out"},
     "evaluation": LOW | {"ops", "images", "mesh", "models", "weights", "data", "metrics"},

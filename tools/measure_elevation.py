@@ -1,4 +1,4 @@
-"""Measures `lrm_jax.elevation` on rendered objects: `measure_elevation.py IN [IN ...] --objects 20`.
+"""Measures `lrm_jax.two_stage.elevation` on rendered objects: `measure_elevation.py IN [IN ...] --objects 20`.
 
 IN is what `tools/render_objects.py` takes: a 3D file, a .zip of them, or a folder. From each IN, N objects are taken, evenly
 spread by name. Each is rendered with One-2-3-45's protocol for a random elevation in each band. What is rendered is not the view at
@@ -25,8 +25,10 @@ from rendering.protocols import PROTOCOLS, choose_lighting, rng_of  # noqa: E402
 from rendering.sources import find_objects, opened  # noqa: E402
 from rendering.surfaces import Triangles, load_triangles  # noqa: E402
 
-from lrm_jax.elevation import sift  # noqa: E402
-from lrm_jax.elevation.estimate import (  # noqa: E402
+from lrm_jax.ops import cameras as cameras_lib  # noqa: E402
+from lrm_jax.parallel import messages  # noqa: E402
+from lrm_jax.two_stage import sift  # noqa: E402
+from lrm_jax.two_stage.elevation import (  # noqa: E402
     PAIRS,
     SIDE,
     Elevation,
@@ -35,8 +37,6 @@ from lrm_jax.elevation.estimate import (  # noqa: E402
     off_white,
     on_foreground,
 )
-from lrm_jax.ops import cameras as cameras_lib  # noqa: E402
-from lrm_jax.parallel import messages  # noqa: E402
 from lrm_jax.types import Cameras, InputError  # noqa: E402
 
 SETTINGS = PROTOCOLS["one2345"]

@@ -213,7 +213,7 @@ def view_numbers(text: str) -> list[int]:
     try:
         return [int(x) for x in text.split(",")]
     except ValueError:
-        raise InputError(f"--redraw {text!r}: give numbers of views, such as 3 or 3,17") from None
+        raise argparse.ArgumentTypeError("give numbers of views, such as 3 or 3,17") from None
 
 
 def read_images(

@@ -31,13 +31,14 @@ from pathlib import Path
 
 import numpy as np
 
-from lrm_jax import api, drawing
+from lrm_jax import api
 from lrm_jax.commands import arguments
 from lrm_jax.commands.versions import versions
 from lrm_jax.images import camera_paths, captures, cutout, load, model_input, png, sheets, video
 from lrm_jax.ops import conventions
 from lrm_jax.ops.cameras import crop_intrinsics
 from lrm_jax.parallel import messages, whole_files
+from lrm_jax.two_stage import drawing
 from lrm_jax.types import InputError
 from lrm_jax.weights.loading import DTYPES
 

@@ -26,7 +26,7 @@ def exported(tmp_path_factory):
 
 def apply(exported, function, *args):
     _, model, params = exported
-    return np.asarray(model.apply({"params": params}, *args, method=function))
+    return model.apply({"params": params}, *args, method=function)
 
 
 def first(x):

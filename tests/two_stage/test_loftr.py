@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from lrm_jax.elevation import loftr
 from lrm_jax.models.parts import torch_layout
+from lrm_jax.two_stage import loftr
 from lrm_jax.types import InputError
 from lrm_jax.weights import tensor_files
 
@@ -183,7 +183,9 @@ def test_pairs_of_images_match_as_they_do_alone(golden, params, monkeypatch):
     for (i, j), rows in found.items():
         alone, xy0, xy1 = apply({"params": params}, grey[[i, j]] / np.float32(255))
         valid = np.asarray(alone.valid)
-        wanted = np.concatenate([xy0 * 256 / 112, xy1 * 256 / 112, alone.confidence[:, None]], -1)
+        wanted = np.concatenate(
+            [(xy0 + 0.5) * 256 / 112, (xy1 + 0.5) * 256 / 112, alone.confidence[:, None]], -1
+        )
         close(rows, wanted[valid])
     assert len(found[0, 1]) and len(found[2, 3])
 

@@ -2,13 +2,13 @@
 
 docs/evaluation.md has what it finds on rendered objects. Of plain SIFT's matches on these, most lead to wrong elevations: few
 points, and the same edges and colours in many places. Two things helped: a lower contrast threshold than SIFT's 0.04 / 3, as the
-objects are drawn in plain colours, and `estimate.possible`, which excludes what no elevation allows before the best is chosen.
+objects are drawn in plain colours, and `elevation.possible`, which excludes what no elevation allows before the best is chosen.
 """
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from lrm_jax.elevation.estimate import PAIRS, SIDE, Matches, possible
+from lrm_jax.two_stage.elevation import PAIRS, SIDE, Matches, possible
 from lrm_jax.types import InputError
 
 CONTRAST = 0.003  # of a key point, in brightness from 0 to 1

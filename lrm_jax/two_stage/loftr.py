@@ -332,7 +332,10 @@ def matches(
     grey = np.stack([resized(grey_bytes(image), SIDE) for image in images]) / np.float32(255)
     found, xy0, xy1 = jax.device_get(_match_pairs(model, params, grey, np.array(pairs)))
     scale = OUTPUT_SIDE / SIDE
-    rows = np.concatenate([xy0 * scale, xy1 * scale, found.confidence[..., None]], axis=-1)
+    # The network counts pixels from the first one's centre, `elevation` from the corner of the image.
+    rows = np.concatenate(
+        [(xy0 + 0.5) * scale, (xy1 + 0.5) * scale, found.confidence[..., None]], axis=-1
+    )
     return {pair: rows[n][found.valid[n]] for n, pair in enumerate(pairs)}
 
 

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from tiny_models import write_two_models
 
-from lrm_jax import api, drawing, two_stage
+from lrm_jax import api, two_stage
 from lrm_jax.commands import reconstruct
-from lrm_jax.elevation import estimate
-from lrm_jax.images import png
-from lrm_jax.types import InputError
+from lrm_jax.images import captures, png
+from lrm_jax.ops import cameras as ops_cameras
+from lrm_jax.two_stage import drawing, elevation
+from lrm_jax.types import InputError, Views
 
 
 @pytest.fixture(scope="module")
@@ -134,12 +135,12 @@ def test_only_views_that_depend_on_the_elevation_s_side_are_drawn_again(models, 
 
 
 def test_an_unclear_elevation_is_one_line_and_keeps_the_views(models, image, tmp_path, monkeypatch):
-    found = estimate.Elevation(30.0, "ambiguous", {}, 3)
-    monkeypatch.setattr(estimate, "estimate", lambda matches: found)
+    found = elevation.Elevation(30.0, "ambiguous", {}, 3)
+    monkeypatch.setattr(elevation, "estimate", lambda matches: found)
     with pytest.raises(InputError, match="unclear .ambiguous, perhaps 30 degrees.: give it with --elevation"):  # fmt: skip
         models.reconstruct(image, steps=3, folder=tmp_path)
     assert len(list(tmp_path.glob("*.png"))) == 8
-    monkeypatch.setattr(estimate, "estimate", lambda matches: found._replace(status="found"))
+    monkeypatch.setattr(elevation, "estimate", lambda matches: found._replace(status="found"))
     scene = models.reconstruct(image, steps=3, folder=tmp_path)
     assert len(scene.views.images) == 40
     known = json.loads((tmp_path / "views.json").read_text())
@@ -149,14 +150,14 @@ def test_an_unclear_elevation_is_one_line_and_keeps_the_views(models, image, tmp
 def test_a_view_does_not_depend_on_what_is_drawn_with_it(models):
     """Drawn alone, in a batch, and in another order."""
     rng = np.random.default_rng(0)
-    rig = two_stage.ops_cameras.one2345_rig(70.0)
+    rig = ops_cameras.one2345_rig(70.0)
     draw = drawing.program(models.drawing, 3)
     rgb = rng.uniform(size=(4, 1, 16, 16, 3)).astype(np.float32)
     keys = jax.random.split(jax.random.key(0), 4)
 
     def drawn(order):
         order = np.array(order)
-        source = two_stage.Views(rgb[order], two_stage.at(rig, order))
+        source = Views(rgb[order], two_stage.at(rig, order))
         return draw(source, two_stage.at(rig, order + 4), keys[order])
 
     whole = drawn([0, 1, 2, 3])
@@ -201,12 +202,11 @@ def test_the_command_writes_views_elevation_mesh_and_viewer(parts, image, tmp_pa
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["images"]["ball"]["elevation"] == {"degrees": 20.0, "status": "given"}
     assert "elevation of ball: 20 degrees (given)" in capsys.readouterr().err
-    # The folder of views is a capture.
-    argv = [
-        "--source", str(folder / "views"), "--weights", str(parts / "surface.safetensors"), "--out", str(tmp_path / "again"),
-        "--resolution", "16", "--size", "16", "--views", "2", "--level", "-0.2",
-    ]  # fmt: skip
-    assert reconstruct.main(argv) == 0
+    capture = captures.read_capture(folder / "views", most=40)
+    assert capture.names == [f"{view:03}.png" for view in range(8, 40)]
+    rig = ops_cameras.one2345_rig(70.0)
+    np.testing.assert_allclose(capture.c2w, rig.c2w[8:], atol=1e-6)
+    np.testing.assert_allclose(capture.fxfycxcy, rig.fxfycxcy[8:], atol=1e-6)
 
 
 @pytest.mark.parametrize(

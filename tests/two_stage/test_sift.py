@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lrm_jax.elevation import estimate, sift
+from lrm_jax.two_stage import elevation, sift
 from lrm_jax.types import InputError
 
 
@@ -27,7 +27,7 @@ def test_the_same_details_match():
     coarse = rng.integers(0, 255, (16, 16, 3)).astype(np.uint8)
     image = coarse.repeat(8, 0).repeat(8, 1)
     found = sift.matches(np.stack([image] * 4))
-    assert list(found) == estimate.PAIRS
+    assert list(found) == elevation.PAIRS
     # Views 2 and 3 are level with each other, so all that stays in place is possible for some elevation.
     rows = found[2, 3]
     assert len(rows) > 20 and (rows[:, 4] > 0.19).all() and (rows[:, 4] <= 1).all()
@@ -37,7 +37,7 @@ def test_the_same_details_match():
 def test_images_without_details_have_no_matches():
     found = sift.matches(np.full((4, 64, 64, 3), 255, np.uint8))
     assert all(rows.shape == (0, 5) for rows in found.values())
-    assert estimate.estimate(found).status == "no matches"
+    assert elevation.estimate(found).status == "no matches"
 
 
 def test_images_that_are_not_square_are_an_error():

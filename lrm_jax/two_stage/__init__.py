@@ -21,13 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 
-from lrm_jax import api, drawing
-from lrm_jax.elevation import estimate, loftr, sift
+from lrm_jax import api
 from lrm_jax.images import captures, cutout, png
 from lrm_jax.images.load import load_image
 from lrm_jax.ops import cameras as ops_cameras
 from lrm_jax.ops import conventions, normalization
 from lrm_jax.parallel import messages, whole_files
+from lrm_jax.two_stage import drawing, elevation, loftr, sift
 from lrm_jax.types import Cameras, InputError, Views
 from lrm_jax.weights import tensor_files
 
@@ -240,8 +240,8 @@ class TwoStage:
             images = np.stack([drawn.images[view] for view in NEIGHBOURS_OF_0])
             with_loftr = self.matcher is not None
             found = loftr.matches(self.matcher, images) if with_loftr else sift.matches(images)
-            found = estimate.on_foreground(found, estimate.off_white(images))
-            result = estimate.estimate(found)
+            found = elevation.on_foreground(found, elevation.off_white(images))
+            result = elevation.estimate(found)
             new = {"degrees": result.degrees, "status": result.status}
         # Views below view 0 are drawn where it is high, views above where it is low.
         if known.get("degrees") is not None and (known["degrees"] >= 15) != ((new["degrees"] or 0) >= 15):  # fmt: skip

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from lrm_jax.elevation import estimate as elevation
-from lrm_jax.elevation.estimate import COARSE, PAIRS
+from lrm_jax.two_stage import elevation
+from lrm_jax.two_stage.elevation import COARSE, PAIRS
 
 CASES = ("box47", "box83", "sphere60", "sphere112")
 NOTHING = {pair: np.zeros((0, 5)) for pair in PAIRS}

@@ -1,1 +1,0 @@
-"""How high above the horizon the camera of an image stood, from images that a model drew around it."""
