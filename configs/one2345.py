@@ -27,7 +27,7 @@ def get_config(size: str = ""):
     """The config; `size` is "", "nano" or "tiny"."""
     check_size(size, ("", "nano", "tiny"))
     config = base()
-    config.model = dict(name="one2345", variant="one2345")
+    config.model = dict(name="one2345", variant="one2345", dtype="bfloat16")
     config.data.update(
         batch_size=8, num_workers=16, source_background=1.0, num_source=32, num_target=4, source_views=(8, 40), sources_as_targets=False,
         source_size=256, target_size=256, source_elevation=(-90.0, 90.0), foreground_ratio=None, normalize="frusta",
@@ -37,14 +37,14 @@ def get_config(size: str = ""):
     config.optim.update(b2=0.999, weight_decay=0.0)
     config.train.update(steps=200_000, keep_every=10_000)
     if size == "nano":
-        config.model.variant = "nano"
+        config.model.update(variant="nano", dtype="float32")
         config.data.update(
-            batch_size=2, num_workers=0, num_source=12, source_size=64, target_size=64, normalize="common_view"
+            batch_size=2, num_workers=0, num_source=12, num_target=8, source_size=64, target_size=64, normalize="common_view"
         )  # fmt: skip
-        config.losses.mask_l1 = 0.5
+        config.losses.mask_l1 = 1.0
         config.schedule.update(learning_rate=1e-3, warmup_steps=50)
         config.train.update(
-            steps=1400, ema_decay=0.99, patch=64, log_every=10, save_every=100, eval_every=500, eval_scenes=8
+            steps=3500, ema_decay=0.99, patch=64, log_every=10, save_every=100, eval_every=500, eval_scenes=8
         )  # fmt: skip
     if size == "tiny":
         shrink(config).data.update(num_source=4, source_views=None)

@@ -26,7 +26,7 @@ def get_config(size: str = ""):
     """The config; `size` is "", "nano" or "tiny"."""
     check_size(size, ("", "nano", "tiny"))
     config = base()
-    config.model = dict(name="zero123", variant="zero123")
+    config.model = dict(name="zero123", variant="zero123", dtype="bfloat16", remat="blocks")
     config.data.update(
         batch_size=1536, num_workers=16, source_background=1.0, num_target=1, sources_as_targets=False, source_size=256,
         target_size=256, source_elevation=(-90.0, 90.0), foreground_ratio=None,
@@ -38,7 +38,7 @@ def get_config(size: str = ""):
     )  # fmt: skip
     config.train.update(steps=100_000, ema_decay=0.9999, keep_every=10_000, eval_every=5_000)
     if size == "nano":
-        config.model.variant = "nano"
+        config.model.update(variant="nano", dtype="float32", remat="none")
         config.data.update(
             batch_size=16, num_workers=0, num_target=2, source_size=64, target_size=64, mirror=True
         )  # fmt: skip

@@ -8,8 +8,10 @@ from collections.abc import Mapping
 
 import hlo
 import jax
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental import topologies
 
+from lrm_jax.kernels import attention_cuda
 from lrm_jax.training import flops
 from lrm_jax.types import InputError
 
@@ -174,6 +176,9 @@ def _tpus(name: str, kind: str, sizes: str) -> list:
 def _gpus(name: str, chip: Chip, sizes: str) -> list:
     # JAX reads these when it starts its back ends. Then it uses no GPU of this machine, and a missing GPU or driver is no error.
     os.environ.update(CUDA_VISIBLE_DEVICES="-1", JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1")
+    if attention_cuda.HOPPER_OR_LATER.search(chip.target):
+        # JAX asks the GPU of this machine whether heads may be wider than 128.
+        fused_attention_stablehlo.check_compute_capability = lambda _: True
     sizes = [int(x) for x in sizes.split("x")]
     hosts, per_host = sizes if len(sizes) == 2 else (1, *sizes[:1])
     try:

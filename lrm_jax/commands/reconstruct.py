@@ -91,6 +91,7 @@ def by_two_stages(args, stages: messages.Stages, summary: dict) -> None:
     paths = load.find_images(args.images or [arguments.EXAMPLES])
     with stages("load", f" {args.weights}"):
         models = two_stage.load(args.weights, dtype=args.dtype)
+    models.say = stages.say
     summary["model"] = models.info | {"parameters": models.num_params}
     for name, path, rgba in read_images(paths, args.remove_background, stages, failures):
         folder = args.out / name

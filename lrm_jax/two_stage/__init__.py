@@ -13,7 +13,7 @@ image's camera; it is estimated from these neighbours, then the others are drawn
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jax
@@ -87,9 +87,19 @@ def load(weights: str | Path, *, dtype: str | None = None) -> "TwoStage":
         raise InputError(f"{path}: reconstruction is a model of {family}: give one of One-2-3-45")
     matcher = None
     if "matcher" in parts:
-        content, _ = tensor_files.read(Path(located(parts["matcher"])))
-        matcher = loftr.from_torch(content.get("state_dict", content))
+        matcher = read_matcher(Path(located(parts["matcher"])))
     return TwoStage(views, reconstruction, matcher)
+
+
+def read_matcher(path: Path) -> dict:
+    """LoFTR's parameters. Raises InputError if it is not its checkpoint."""
+    content, _ = tensor_files.read(path)
+    try:
+        return loftr.from_torch(content.get("state_dict", content))
+    except (KeyError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"{path}: not a checkpoint of LoFTR ({error}): give indoor_ds_new.ckpt, or leave the matcher out"
+        ) from error
 
 
 @dataclasses.dataclass
@@ -147,10 +157,12 @@ class TwoStage:
     Attributes:
       drawing, reconstruction: `api.Model`s of Zero123 and One-2-3-45.
       matcher: the parameters of LoFTR; None: SIFT.
+      say: is called with a line when something begins that may take long.
     """
 
     def __init__(self, drawing: api.Model, reconstruction: api.Model, matcher: dict | None = None):
         self.drawing, self.reconstruction, self.matcher = drawing, reconstruction, matcher
+        self.say: Callable[[str], None] = lambda message: None
         self._programs: dict[int, drawing.Program] = {}
 
     @property
@@ -201,7 +213,7 @@ class TwoStage:
             raise InputError(f"elevation {elevation} is out of range: choose {low} to {high}")
         origin = {
             "image": hashlib.sha256(rgb.tobytes()).hexdigest()[:16],
-            "models": [self.drawing.info["path"], self.drawing.num_params],
+            "model": digest(self.drawing.params),
             "seed": seed,
             "steps": steps,
         }
@@ -212,6 +224,7 @@ class TwoStage:
         polar = 90 - self._elevation(drawn, elevation)
         self._draw(drawn, rgb, SECOND, polar, seed, steps or STEPS)
         self._draw(drawn, rgb, OTHERS, polar, seed, steps or STEPS_OF_NEIGHBOURS)
+        self.say("encode 32 views")
         rig = ops_cameras.one2345_rig(polar)
         if drawn.folder is not None:
             write_poses(drawn.folder, rig)
@@ -237,6 +250,7 @@ class TwoStage:
         elif known.get("status") == "found":
             new = known
         else:
+            self.say("estimate the elevation")
             images = np.stack([drawn.images[view] for view in NEIGHBOURS_OF_0])
             with_loftr = self.matcher is not None
             found = loftr.matches(self.matcher, images) if with_loftr else sift.matches(images)
@@ -264,7 +278,8 @@ class TwoStage:
         program = self._program(steps)
         together = drawing.together()
         batches = [missing[start : start + together] for start in range(0, len(missing), together)]
-        label = f"views {views[0]} to {views[-1]}, {steps} steps"
+        label = f"views {views[0]} to {views[-1]}"
+        self.say(f"draw {len(missing)} of {label}, in about {steps} steps")
         for batch in messages.progress(batches, len(batches), label):
             full = batch + batch[-1:] * (together - len(batch))  # so that nothing is compiled again
             parents = [parent(view) for view in full]
@@ -304,6 +319,14 @@ class TwoStage:
             upright=api.IDENTITY,
             views=captures.posed_images(images, c2w, fxfycxcy),
         )
+
+
+def digest(params: dict) -> str:
+    """Tells models apart by the first numbers of each parameter."""
+    found = hashlib.sha256()
+    for x in jax.tree.leaves(params):
+        found.update(np.asarray(x.ravel()[:16]).tobytes())
+    return found.hexdigest()[:16]
 
 
 def at(rig: Cameras, views) -> Cameras:

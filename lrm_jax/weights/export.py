@@ -10,6 +10,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 from lrm_jax import models
+from lrm_jax.models import zero123
 from lrm_jax.models.parts import encoders
 from lrm_jax.parallel import whole_files
 from lrm_jax.types import InputError
@@ -29,6 +30,7 @@ FIXED = {
         "unmasked": True,
         "statistics": "scene",
     },
+    "zero123": zero123.VARIANTS["zero123"],
     "lrm": {"camera_numbers": 16, "decoder_layers": 4, "decoder_width": 64, "radius": 1.0},
 }
 

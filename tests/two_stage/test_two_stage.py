@@ -101,6 +101,15 @@ def test_a_run_that_was_stopped_goes_on_from_its_views(models, image, first, tmp
     np.testing.assert_array_equal(images_of(rest), images_of(scene))
 
 
+def test_one_view_that_is_missing_is_drawn_again_alone(models, image, first, monkeypatch):
+    scene, folder = first
+    (folder / "017.png").unlink()
+    calls = counting(models, monkeypatch)
+    again = models.reconstruct(image, elevation=20, steps=3, folder=folder)
+    assert calls == [[17]]
+    np.testing.assert_array_equal(images_of(again), images_of(scene))
+
+
 def test_redrawing_a_view_changes_it_and_its_neighbours_alone(models, image, first, monkeypatch):
     scene, folder = first
     before = images_of(scene)

@@ -14,7 +14,15 @@ from tiny_models import each_model_is_traced_once, renamed, tiny, tiny_state  # 
 
 from lrm_jax.commands import convert
 from lrm_jax.types import InputError
-from lrm_jax.weights import export, loading, model_file, references, tensor_files
+from lrm_jax.weights import (
+    diffusers_folder,
+    export,
+    loading,
+    model_file,
+    references,
+    tensor_files,
+)
+from lrm_jax.weights.references import family
 
 pytestmark = pytest.mark.usefixtures("each_model_is_traced_once")
 
@@ -368,3 +376,45 @@ def test_a_volume_of_another_size_is_written_only_by_force(tmp_path):
     back, again, info = loading.read_weights(str(tmp_path))
     assert back.volume_side == 8 and info["family"] == "one2345"
     jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
+def test_zero123_is_written_in_both_layouts_and_read_back(tmp_path):
+    model, params = tiny("zero123")
+    source = tmp_path / "zero123.safetensors"
+    model_file.save_model(source, model, params, {})
+    with pytest.raises(InputError, match="Zero123 cannot load this model .image_size=16, channels=32"):  # fmt: skip
+        convert.main([str(source), str(tmp_path / "torch"), "--to", "torch"])
+    assert convert.main([str(source), str(tmp_path / "torch"), "--to", "torch", "--force"]) == 0
+    assert (tmp_path / "torch" / "zero123-xl.ckpt").exists()
+    assert convert.main([str(source), str(tmp_path / "nets"), "--to", "diffusers"]) == 0
+    for folder in ("torch", "nets"):
+        back, again, info = loading.read_weights(str(tmp_path / folder))
+        assert info["family"] == "zero123" and back == model
+        jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
+def test_an_incomplete_folder_of_diffusers_is_one_line(tmp_path):
+    model, params = tiny("zero123")
+    diffusers_folder.write(tmp_path, model, params, {})
+    file = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
+    file.unlink()
+    with pytest.raises(InputError, match="vae has none of .*: download the whole"):
+        loading.read_weights(str(tmp_path))
+
+
+def test_a_tensor_of_zero123_that_is_missing_is_named():
+    model, params = tiny("zero123")
+    state = family("zero123").to_torch(params, model)
+    del state["cc_projection.bias"]
+    with pytest.raises(InputError, match="cc_projection.bias"):
+        references.from_checkpoint(state, Path("zero123-xl.ckpt"), model)
+    del state["cc_projection.weight"]
+    with pytest.raises(InputError, match="it lacks|not the tensors|missing"):
+        references.recognise(state)
+
+
+def test_only_zero123_has_diffusers_layout(tmp_path):
+    model, params = tiny("lvsm")
+    model_file.save_model(tmp_path / "lvsm.safetensors", model, params, {})
+    with pytest.raises(InputError, match="--to diffusers is for Zero123"):
+        convert.main([str(tmp_path / "lvsm.safetensors"), str(tmp_path / "x"), "--to", "diffusers"])

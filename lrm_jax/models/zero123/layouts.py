@@ -289,7 +289,8 @@ def flattened(name: str) -> str:
 def released_file(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """All tensors of a released file but those of CLIP's text side, from those of `entries`."""
     means = {flattened(name): value for name, value in state.items() if name.startswith(UNET)}
-    counts = {EMA + "decay": np.float32(0.9999), EMA + "num_updates": np.int32(0)}
+    counts = {EMA + "decay": np.array(0.9999, np.float32)}
+    counts[EMA + "num_updates"] = np.array(0, np.int32)
     return state | means | counts | diffusion.constants()
 
 
