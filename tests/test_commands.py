@@ -32,6 +32,8 @@ RUN_BY = {
     "tools/bench_torch.py": "",  # needs PyTorch
     "tools/build_dataset.py": "tests/test_journey.py::folder",
     "tools/finer_tokens.py": "tests/tools/test_finer_tokens.py::test_the_file_is_a_model_that_renders",
+    "tools/measure_elevation.py": "tests/tools/test_measure_elevation.py::test_true_matches_are_within_a_degree_and_sift_is_in_the_table",
+    "tools/predict_views.py": "tests/tools/test_predict_views.py::test_only_views_that_are_missing_are_drawn",
     "tools/render_objects.py": "tests/test_journey.py::folder",
 }
 

@@ -319,7 +319,7 @@ def test_each_kind_of_family_says_what_it_takes(lrm, tmp_path):
     assert code == 2 and "triposr reconstructs from one image: give it one, without" in line
     model_file.save_model(tmp_path / "lvsm.safetensors", *tiny("lvsm"), {})
     code, (line,) = lrm("--source", "capture", "--weights", str(tmp_path / "lvsm.safetensors"))
-    assert code == 2 and "lvsm renders views from posed images and makes no mesh" in line
+    assert code == 2 and "lvsm renders views and makes no mesh" in line
     code, (line,) = lrm("a.png", "--weights", "hull")
     assert code == 2 and "hull reconstructs from posed images: give a folder" in line
     assert not Path("out").exists()

@@ -382,4 +382,6 @@ def test_the_help_lists_what_can_be_read(capsys):
     with pytest.raises(SystemExit):
         convert.main(["--help"])
     shown = capsys.readouterr().out
-    assert "--to {lrm_jax,torch}" in shown and "hf:ORG/NAME" in shown and "OpenLRM" in shown
+    assert (
+        "--to {lrm_jax,torch,diffusers}" in shown and "hf:ORG/NAME" in shown and "OpenLRM" in shown
+    )
