@@ -92,12 +92,12 @@ class Model:
 
     @property
     def params(self) -> dict:
-        """Those on the first device."""
+        """The parameters on the first device."""
         return jax.tree.map(lambda x: x.addressable_data(0), self._params)
 
     @property
     def num_params(self) -> int:
-        """How many numbers they are."""
+        """How many numbers the parameters are."""
         return sum(x.size for x in jax.tree.leaves(self._params))
 
     @property
@@ -199,6 +199,11 @@ class Model:
     # -- from posed images
 
     @property
+    def draws_views(self) -> bool:
+        """Whether the model draws views from one image (Zero123)."""
+        return hasattr(self.module, "prepare") and not hasattr(self.module, "query")
+
+    @property
     def reconstructs_captures(self) -> bool:
         """Whether the model makes scenes with a surface from posed images (One-2-3-45)."""
         return hasattr(self.module, "query") and not hasattr(self.module, "prepare")
@@ -286,7 +291,7 @@ class Model:
 
     def check_takes_captures(self) -> None:
         """Raises InputError if the model does not render views of scenes from posed images."""
-        if not hasattr(self.module, "query") and hasattr(self.module, "prepare"):
+        if self.draws_views:
             raise InputError(f"{self._name()} draws views of one image: give an image as source")
         for member, images in {"prepare": "one image", "query": "posed images"}.items():
             if hasattr(self.module, member):
@@ -384,9 +389,8 @@ class Scene:
     camera: Cameras  # [] of the image: given, or assumed by the family
     to_mesh: np.ndarray  # [4 4] similarity from the model's world to that of the mesh
     to_model: np.ndarray  # [4 4] similarity from the world of the cameras to the model's
-    upright: (
-        np.ndarray
-    )  # [4 4] rigid motion from there to a world with z up and the object at the origin
+    # [4 4] rigid motion from the world of the cameras to one with z up and the object at the origin
+    upright: np.ndarray
     views: captures.Capture | None = None  # that were drawn on the way: see `two_stage`
 
     def render(

@@ -18,20 +18,23 @@ ROOT = Path(__file__).parents[1]
 SMALLER = {"resolution=256": "resolution=48", "texture=1024": "texture=128", "size=512": "size=32", "orbit(24": "orbit(3", "scene.render()": "scene.render(size=32)"}  # fmt: skip
 
 
-def snippet(page: str, name: str) -> str:
-    found = re.search(rf"<!-- {name} -->\n```python\n(.*?)```", (ROOT / page).read_text(), re.S)
-    return found[1]
+def run(page: str, name: str, tmp_path, monkeypatch, **smaller) -> dict:
+    """Runs a snippet in a folder, with arguments replaced: by SMALLER, and old by new in `smaller`. Returns its variables."""
+    program = re.search(rf"<!-- {name} -->\n```python\n(.*?)```", (ROOT / page).read_text(), re.S)[
+        1
+    ]
+    for large, small in (smaller | SMALLER).items():
+        program = program.replace(large, small)
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    exec(program, found)
+    return found
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/library.md"])
 def test_the_snippet_reconstructs_with_the_bundled_model(page, tmp_path, monkeypatch):
     shutil.copy(ROOT / "lrm_jax/assets/examples/plant.png", tmp_path / "chair.png")
-    program = snippet(page, "snippet")
-    for large, small in SMALLER.items():
-        program = program.replace(large, small)
-    monkeypatch.chdir(tmp_path)
-    found = {}
-    exec(program, found)
+    found = run(page, "snippet", tmp_path, monkeypatch)
     assert found["frames"].shape == (3, 32, 32, 4) and found["frames"].dtype == np.uint8
     assert (tmp_path / "chair.glb").read_bytes()[:4] == b"glTF"
 
@@ -40,10 +43,8 @@ def test_the_snippet_of_posed_images_draws_a_video(tmp_path, monkeypatch):
     write_transforms(str(tmp_path / "garden"), ring())
     model, params = tiny("lvsm", image_size=16)
     model_file.save_model(tmp_path / "lvsm.safetensors", model, params, {})
-    program = snippet("docs/library.md", "snippet: lvsm").replace("num_frames=60", "num_frames=3")
-    monkeypatch.chdir(tmp_path)
-    found = {}
-    exec(program, found)
+    fewer = {"num_frames=60": "num_frames=3"}
+    found = run("docs/library.md", "snippet: lvsm", tmp_path, monkeypatch, **fewer)
     assert found["video"].shape == (3, 16, 16, 3) and found["video"].dtype == np.uint8
 
 
@@ -51,12 +52,8 @@ def test_the_snippet_of_two_stages_makes_a_mesh(tmp_path, monkeypatch):
     (tmp_path / "one2345").mkdir()
     write_two_models(tmp_path / "one2345")
     shutil.copy(ROOT / "lrm_jax/assets/examples/plant.png", tmp_path / "chair.png")
-    program = snippet("docs/library.md", "snippet: two stages").replace("seed=1", "seed=1, steps=3")
-    for large, small in SMALLER.items():
-        program = program.replace(large, small)
-    monkeypatch.chdir(tmp_path)
-    found = {}
-    exec(program, found)
+    fewer = {"seed=1": "seed=1, steps=3"}
+    found = run("docs/library.md", "snippet: two stages", tmp_path, monkeypatch, **fewer)
     assert len(found["images"]) == 40 and (tmp_path / "chair.glb").read_bytes()[:4] == b"glTF"
 
 
@@ -64,11 +61,7 @@ def test_the_snippet_of_posed_images_makes_a_mesh(tmp_path, monkeypatch):
     write_folder(tmp_path / "capture", *posed())
     path = tmp_path / "one2345.safetensors"
     model_file.save_model(path, models.build("one2345", "tiny"), untrained("one2345"), {})
-    program = snippet("docs/library.md", "snippet: one2345").replace("size=256", "size=16")
-    for large, small in SMALLER.items():
-        program = program.replace(large, small)
-    monkeypatch.chdir(tmp_path)
-    found = {}
-    exec(program, found)
+    fewer = {"size=256": "size=16"}
+    found = run("docs/library.md", "snippet: one2345", tmp_path, monkeypatch, **fewer)
     assert found["frames"].shape == (3, 32, 32, 4) and found["again"].shape == (3, 16, 16, 4)
     assert (tmp_path / "capture.ply").read_bytes()[:3] == b"ply"

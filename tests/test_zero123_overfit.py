@@ -3,16 +3,11 @@
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
-from test_lvsm_overfit import band, on_white
+from test_lvsm_overfit import learnt, on_white
 
 from lrm_jax.commands import train
-from lrm_jax.data.procedural import source as procedural
-from lrm_jax.parallel import sharding
-from lrm_jax.training import setup
-from lrm_jax.types import Batch
 
 SIZE, NUM_TRAIN, NUM_TARGET, STEPS = 16, 400, 16, 2500
 
@@ -30,27 +25,7 @@ def test_one_object_is_drawn_at_20_db_from_views_that_were_not_shown():
     config.train.update(steps=STEPS, patch=SIZE, ema_decay=0.99)
     config.schedule.update(learning_rate=1e-3)
     config.sharding.update(data=1)
-    device_mesh = sharding.make_device_mesh(**config.sharding, devices=jax.devices()[:1])
-    run = setup.make_run(config, device_mesh)
-
-    def views(some):
-        seen = procedural.scene_views(6, some, SIZE, split="train", seed=1)
-        return jax.tree.map(np.asarray, seen)
-
-    shown, hidden = views(band(NUM_TRAIN, 0.0)), views(band(24, 0.5))
-    source = jax.tree.map(lambda x: x[:1][None], shown)
-    rng = np.random.default_rng(0)
-    with jax.set_mesh(device_mesh):
-        state = run.init(None)
-        for step in range(STEPS):
-            some = rng.choice(NUM_TRAIN, NUM_TARGET, replace=False)
-            batch = Batch(source=source, target=jax.tree.map(lambda x, i=some: x[i][None], shown))
-            state, scalars = run.step(state, batch, {})
-            if step % 100 == 99:
-                print(step + 1, float(scalars["train/noise_mse"]), file=sys.stderr, flush=True)
-        batch = Batch(source=source, target=jax.tree.map(lambda x: x[None], hidden))
-        scores, _ = run.evaluate(state.ema_params, batch)
-    psnr = float(np.mean(scores["psnr"]))
+    shown, hidden, psnr = learnt(config, "train/noise_mse", NUM_TRAIN)
     source_error = on_white(hidden) - on_white(shown)[:1]
     copied = float(np.mean(-10 * np.log10((source_error**2).mean((1, 2, 3)))))
     print(f"held-out views: {psnr:.1f} dB; the source copied: {copied:.1f} dB", file=sys.stderr)

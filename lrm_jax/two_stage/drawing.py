@@ -18,7 +18,7 @@ Program = Callable[[Views, Cameras, jax.Array], np.ndarray]
 
 def check_draws(model: api.Model) -> None:
     """Raises InputError if a model does not draw views from one image."""
-    if hasattr(model.module, "query") or not hasattr(model.module, "prepare"):
+    if not model.draws_views:
         raise InputError(
             f"{model.info['path']}: {model.info['family']} does not draw views from one image: give weights of Zero123"
         )

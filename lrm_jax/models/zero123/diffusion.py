@@ -23,10 +23,14 @@ class Steps(NamedTuple):
     sigma: np.ndarray  # [S] deviation of the noise that a step adds
 
 
+def betas() -> np.ndarray:
+    """The variance of the noise that each step of training adds, [1000] float64: linear in its square root."""
+    return np.linspace(0.00085**0.5, 0.0120**0.5, TRAINED_STEPS) ** 2
+
+
 def alphas() -> np.ndarray:
-    """The share of the image's variance at each step of training, [1000] float64: betas are linear in their square roots."""
-    betas = np.linspace(0.00085**0.5, 0.0120**0.5, TRAINED_STEPS) ** 2
-    return np.cumprod(1 - betas)
+    """The share of the image's variance at each step of training, [1000] float64."""
+    return np.cumprod(1 - betas())
 
 
 def sampling_steps(count: int, eta: float) -> Steps:
@@ -94,12 +98,11 @@ def with_noise(
 
 def constants() -> dict[str, np.ndarray]:
     """The schedule's constants as released files hold them, from the names and equations of DDPM (https://arxiv.org/abs/2006.11239)."""
-    betas = np.linspace(0.00085**0.5, 0.0120**0.5, TRAINED_STEPS) ** 2
-    share = alphas()
+    added, share = betas(), alphas()
     before = np.append(1.0, share[:-1])
-    variance = betas * (1 - before) / (1 - share)
+    variance = added * (1 - before) / (1 - share)
     values = {
-        "betas": betas,
+        "betas": added,
         "alphas_cumprod": share,
         "alphas_cumprod_prev": before,
         "sqrt_alphas_cumprod": np.sqrt(share),
@@ -109,7 +112,7 @@ def constants() -> dict[str, np.ndarray]:
         "sqrt_recipm1_alphas_cumprod": np.sqrt(1 / share - 1),
         "posterior_variance": variance,
         "posterior_log_variance_clipped": np.log(np.maximum(variance, 1e-20)),
-        "posterior_mean_coef1": betas * np.sqrt(before) / (1 - share),
-        "posterior_mean_coef2": (1 - before) * np.sqrt(1 - betas) / (1 - share),
+        "posterior_mean_coef1": added * np.sqrt(before) / (1 - share),
+        "posterior_mean_coef2": (1 - before) * np.sqrt(1 - added) / (1 - share),
     }
     return {name: value.astype(np.float32) for name, value in values.items()}
